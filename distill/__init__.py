@@ -1,0 +1,17 @@
+"""distill: compress trained convolutional networks by parallel blockwise knowledge distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_student"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import load_student only when it is asked for: the launcher and the schema need no torch."""
+    if name == "load_student":
+        from distill.export import load_student
+
+        return load_student
+    raise AttributeError(f"module 'distill' has no attribute {name!r}")

@@ -1,0 +1,174 @@
+"""How finished blocks reach the ledger without anybody waiting: owners announce and hand over in the background,
+rank 0 collects, records and confirms.
+
+An announcement (JSON, control plane) says that a block is done, so that rank 0 stops producing for it at once; the
+weights follow over an edge of their own; the confirmation lets the owner forget the block.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from distill.control import POLL_S, Control
+from distill.errors import DistillError
+from distill.ledger import Entry, Ledger
+from distill.transport import Edge, receive_blob, send_blob
+
+
+class Deliverer:
+    """An owner's side: deliver() returns at once, a thread does the rest."""
+
+    def __init__(self, control: Control, *, on_collected: Callable[[int], None]) -> None:
+        self._control = control
+        self._on_collected = on_collected
+        self._queue: queue.SimpleQueue[tuple[Entry, bytes] | None] = queue.SimpleQueue()
+        self._error: DistillError | None = None
+        self._thread = threading.Thread(target=self._run, name="deliver", daemon=True)
+        self._thread.start()
+
+    def deliver(self, entry: Entry, blob: bytes) -> None:
+        """Hand over a finished block: its ledger entry and its weights as safetensors bytes."""
+        self._queue.put((entry, blob))
+
+    def close(self) -> None:
+        """Wait until rank 0 has confirmed everything; raises what the thread met."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        control = self._control.second()
+        edge = Edge(control.rank, 0, control.generation, control.timeout_s, "weights")
+        group = None
+        try:
+            while (item := self._queue.get()) is not None:
+                entry, blob = item
+                control.set(f"done/{entry.block}", {"entry": asdict(entry), "bytes": len(blob)})
+                control.count("done", 1)
+                if group is None:
+                    group = edge.connect(control.address.connect(), control.rank)
+                send_blob(group, blob)
+                control.wait(f"collected/{entry.block}", peer=0, purpose=f"confirmation of block {entry.block}")
+                self._on_collected(entry.block)
+        except DistillError as error:
+            self._error = error
+        except RuntimeError as error:
+            self._error = edge.broken(control.rank, "handing a finished block to", error)
+
+
+class Collector:
+    """Rank 0's side: watches for announcements, receives weights (one thread per owner) and writes the ledger."""
+
+    def __init__(
+        self,
+        control: Control,
+        ledger: Ledger,
+        *,
+        blocks: set[int],
+        wake: threading.Event,
+        on_recorded: Callable[[Entry], None],
+    ) -> None:
+        self._control = control
+        self._ledger = ledger
+        self._unannounced = set(blocks)
+        self._missing = set(blocks)
+        self._wake = wake
+        self._on_recorded = on_recorded
+        self._lock = threading.Lock()
+        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._error: DistillError | None = None
+        self._closed = threading.Event()
+        self._queues: dict[int, queue.SimpleQueue[tuple[Entry, bytes | int] | None]] = {}
+        if control.world_size > 1:
+            threading.Thread(target=self._watch, name="announcements", daemon=True).start()
+
+    def deliver(self, entry: Entry, blob: bytes) -> None:
+        """Take a block that rank 0 has trained itself; it is written in the background."""
+        self._unannounced.discard(entry.block)
+        self._hand_to_thread(0, entry, blob)
+
+    def finished_elsewhere(self) -> list[int]:
+        """Return the blocks announced since the last call; raises what a background thread met."""
+        if self._error is not None:
+            raise self._error
+        news = []
+        while not self._news.empty():
+            news.append(self._news.get())
+        return news
+
+    def wait(self) -> None:
+        """Wait until every block is in the ledger; owners that are still training are waited for while they beat."""
+        while True:
+            self.finished_elsewhere()
+            with self._lock:
+                if not self._missing:
+                    break
+            for peer in range(1, self._control.world_size):
+                if self._control.silence_s(peer) > self._control.timeout_s:
+                    raise DistillError(
+                        f"rank 0: blocks {sorted(self._missing)} are not finished and rank {peer} was last heard of "
+                        f"{self._control.timeout_s:g} s ago; read logs/rank{peer}.log"
+                    )
+            self._wake.wait(POLL_S)
+            self._wake.clear()
+        self._closed.set()
+        for owner in self._queues.values():
+            owner.put(None)
+
+    def _watch(self) -> None:
+        control, seen = self._control.second(), 0
+        try:
+            while not self._closed.is_set():
+                count = control.count("done")
+                if count > seen:
+                    seen = count
+                    for block in sorted(self._unannounced):
+                        self._announced(block, control.get(f"done/{block}"))
+                time.sleep(POLL_S)
+        except RuntimeError as error:
+            self._fail(DistillError(f"rank 0: the job's store does not answer ({error})"))
+
+    def _announced(self, block: int, message: dict[str, object] | None) -> None:
+        if message is None:
+            return
+        entry, size = Entry(**message["entry"]), int(message["bytes"])  # type: ignore[arg-type, call-overload]
+        self._unannounced.discard(block)
+        self._news.put(block)
+        self._hand_to_thread(entry.rank, entry, size)
+        self._wake.set()
+
+    def _hand_to_thread(self, owner: int, entry: Entry, content: bytes | int) -> None:
+        if owner not in self._queues:
+            self._queues[owner] = queue.SimpleQueue()
+            threading.Thread(target=self._collect, args=(owner,), name=f"collect-{owner}", daemon=True).start()
+        self._queues[owner].put((entry, content))
+
+    def _collect(self, owner: int) -> None:
+        control = self._control.second()
+        edge = Edge(owner, 0, control.generation, control.timeout_s, "weights")
+        group = None
+        try:
+            while (item := self._queues[owner].get()) is not None:
+                entry, content = item
+                if isinstance(content, int):
+                    group = group or edge.connect(control.address.connect(), 0)
+                    content = receive_blob(group, content)
+                with self._lock:
+                    entry = self._ledger.record(entry, content)
+                    self._missing.discard(entry.block)
+                self._on_recorded(entry)
+                control.set(f"collected/{entry.block}", True)
+                self._wake.set()
+        except DistillError as error:
+            self._fail(error)
+        except RuntimeError as error:
+            self._fail(edge.broken(0, "receiving a finished block from", error))
+
+    def _fail(self, error: DistillError) -> None:
+        self._error = error
+        self._wake.set()

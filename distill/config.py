@@ -1,0 +1,444 @@
+"""The schema of a job: one dataclass a section, and load(), the only door from Hydra's config to it. Knows no torch.
+
+Every setting carries its one-line explanation; docs/configuration.md is generated from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, cast, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from distill.errors import ConfigError, one_of
+
+
+class Stage(Enum):
+    """How far a job goes."""
+
+    all = "all"
+    teacher = "teacher"
+    plan = "plan"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TeacherSource(Enum):
+    cifar = "cifar"
+    torchvision = "torchvision"
+    timm = "timm"
+    factory = "factory"
+
+
+class DataName(Enum):
+    digits = "digits"
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    imagefolder = "imagefolder"
+    hf = "hf"
+
+
+class AugmentName(Enum):
+    none = "none"
+    crop = "crop"
+    crop_flip = "crop_flip"
+    resized_crop_flip = "resized_crop_flip"
+
+
+class GranularityName(Enum):
+    conv = "conv"
+    residual = "residual"
+    resolution = "resolution"
+    modules = "modules"
+
+
+class RecipeName(Enum):
+    separable = "separable"
+    separable_x2 = "separable_x2"
+
+
+class Init(Enum):
+    teacher = "teacher"
+    random = "random"
+
+
+class BlockLoss(Enum):
+    normalized_mse = "normalized_mse"
+    mse = "mse"
+
+
+class OptimizerName(Enum):
+    adam = "adam"
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Amp(Enum):
+    off = "off"
+    bf16 = "bf16"
+
+
+class Stop(Enum):
+    steps = "steps"
+    plateau = "plateau"
+
+
+class Strategy(Enum):
+    broadcast = "broadcast"
+
+
+class Cost(Enum):
+    measured = "measured"
+    flops = "flops"
+
+
+class WireDtype(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def setting(default: Any, explanation: str) -> Any:
+    """A dataclass field with its explanation, which the configuration reference prints."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": explanation})
+    return field(default=default, metadata={"help": explanation})
+
+
+def _at_least(section: str, owner: object, **minimums: float) -> None:
+    for name, minimum in minimums.items():
+        value = getattr(owner, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"{section}.{name}", value, f"a number >= {minimum}")
+
+
+def _between(section: str, owner: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{section}.{name}", value, f"a number from {low} to {high}")
+
+
+@dataclass(kw_only=True)
+class FitConfig:
+    epochs: int | None = setting(None, "epochs of training on the data; null: 12 without teacher.weights, else 0")
+    lr: float = setting(0.1, "peak learning rate (SGD, Nesterov momentum 0.9, one warm-up epoch, cosine)")
+    weight_decay: float = setting(5e-4, "weight decay")
+
+    def __post_init__(self) -> None:
+        _at_least("teacher.fit", self, epochs=0, lr=0, weight_decay=0)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    source: TeacherSource = setting(MISSING, "where the architecture comes from")
+    name: str = setting(MISSING, "the architecture's name within its source, for example resnet50")
+    weights: str | None = setting(None, "a weights file (safetensors or torch), DEFAULT or another published name")
+    factory: str | None = setting(None, "package.module:function that returns the network (source factory)")
+    options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
+    mean: list[float] | None = setting(None, "input mean per channel that the weights expect; null: data.mean")
+    std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if self.source is TeacherSource.factory and not self.factory:
+            raise ConfigError("teacher.factory", self.factory, "package.module:function for teacher=custom")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                raise ConfigError(f"teacher.{name}", values, "three numbers, one a channel")
+
+    @property
+    def fit_epochs(self) -> int:
+        """Epochs of teacher training that this configuration asks for."""
+        if self.fit.epochs is not None:
+            return self.fit.epochs
+        return 12 if self.weights is None else 0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    name: DataName = setting(MISSING, "which kind of data")
+    root: str | None = setting(None, "folder, parquet file or hub name")
+    image_size: int = setting(MISSING, "height and width of the teacher's input, in pixels")
+    batch_size: int = setting(128, "images in a batch, the same for every block")
+    augment: AugmentName = setting(AugmentName.none, "augmentation of the training images")
+    validation_fraction: float = setting(0.05, "share of the training images held out for the job's own decisions")
+    mean: list[float] = setting([0.485, 0.456, 0.406], "input mean per channel, of images in 0..1")
+    std: list[float] = setting([0.229, 0.224, 0.225], "input standard deviation per channel")
+    num_workers: int = setting(2, "decoding processes per reading rank, for sets too large for memory")
+    memory_limit_gib: float = setting(4.0, "a split larger than this (as uint8) is streamed instead of kept in memory")
+    max_bad_images: int = setting(10, "images that may be undecodable (they are named and skipped)")
+    download: bool = setting(True, "whether missing data may be downloaded")
+    train_split: str | None = setting(None, "name of the training split or folder; null: the usual one")
+    test_split: str | None = setting(None, "name of the test split or folder; null: the usual one")
+    image_column: str | None = setting(None, "image column of a parquet file; null: found by its type")
+    label_column: str | None = setting(None, "label column of a parquet file; null: found by its type")
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, image_size=1, batch_size=1, num_workers=0, memory_limit_gib=0, max_bad_images=0)
+        _between("data", self, 0.0, 0.9, "validation_fraction")
+        if self.root is None and self.name is not DataName.digits:
+            raise ConfigError("data.root", None, f"the place of the images for data={self.name.name}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise ConfigError(f"data.{name}", getattr(self, name), "three numbers, one a channel")
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    recipe: RecipeName = setting(MISSING, "how a student block is made from a teacher block")
+    rank: int = setting(2, "depthwise filters per input channel")
+    init: Init = setting(Init.teacher, "first weights: from the teacher's kernels, or random")
+    first_layer: bool = setting(False, "whether the network's first convolution is replaced too")
+
+    def __post_init__(self) -> None:
+        _at_least("student", self, rank=1)
+        if self.recipe is RecipeName.separable_x2 and self.init is Init.teacher:
+            raise ConfigError("student.init", "teacher", "random: separable_x2 has no initialisation from the teacher")
+
+
+@dataclass(kw_only=True)
+class BlocksConfig:
+    granularity: GranularityName = setting(GranularityName.residual, "size of a block")
+    modules: list[str] = setting([], "with granularity modules: the module paths that are blocks, in order")
+    include: list[str] = setting(["*"], "patterns (as in a shell) of the block names that get a student")
+    exclude: list[str] = setting([], "patterns of the block names that do not")
+
+    def __post_init__(self) -> None:
+        listed = self.granularity is GranularityName.modules
+        if listed != bool(self.modules):
+            allowed = "module paths" if listed else "an empty list unless blocks.granularity=modules"
+            raise ConfigError("blocks.modules", self.modules, allowed)
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    steps: int | None = setting(200, "steps of every block (its budget)")
+    epochs: float | None = setting(None, "the budget in passes over the training data; it goes before distill.steps")
+    loss: BlockLoss = setting(BlockLoss.normalized_mse, "a block's loss against the teacher's activation")
+    optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
+    lr: float = setting(3e-3, "peak learning rate")
+    momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
+    weight_decay: float = setting(0.0, "weight decay")
+    schedule: Schedule = setting(Schedule.cosine, "learning rate over a block's budget, after the warm-up")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises linearly")
+    clip_norm: float | None = setting(None, "largest gradient norm of a block; null: no clipping")
+    amp: Amp = setting(Amp.off, "precision of the students' forward and backward pass")
+    stop: Stop = setting(Stop.steps, "steps: at the budget; plateau: also when the held-out loss stops falling")
+    check_every: int = setting(100, "plateau: steps between two looks at the held-out loss")
+    check_batches: int = setting(4, "plateau: held-out batches of one look")
+    patience: int = setting(3, "plateau: looks without improvement after which a block stops")
+    min_delta: float = setting(0.01, "plateau: smallest relative improvement that counts")
+    log_every: int = setting(20, "steps between two readings of the losses")
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
+        _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
+        _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1)
+        if self.epochs is not None and self.epochs <= 0:
+            raise ConfigError("distill.epochs", self.epochs, "a number > 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError("distill.clip_norm", self.clip_norm, "a number > 0, or null")
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    strategy: Strategy = setting(Strategy.broadcast, "which rank runs the teacher and which trains what")
+    cost: Cost = setting(Cost.measured, "costs by timing every block here, or by counting FLOPs")
+    window: int = setting(4, "batches that rank 0 may run ahead of a receiver")
+    wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
+    timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
+
+    def __post_init__(self) -> None:
+        _at_least("plan", self, window=2, timeout_s=1)
+
+
+@dataclass(kw_only=True)
+class AssembleConfig:
+    batchnorm_batches: int = setting(50, "training batches over which batch-norm statistics are re-estimated")
+
+    def __post_init__(self) -> None:
+        _at_least("assemble", self, batchnorm_batches=0)
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    epochs: int = setting(2, "epochs of end-to-end distillation; 0 skips it")
+    lr: float = setting(0.02, "peak learning rate (SGD, Nesterov momentum 0.9, cosine)")
+    weight_decay: float = setting(1e-4, "weight decay")
+    temperature: float = setting(4.0, "temperature of the soft targets")
+    soft_weight: float = setting(0.9, "weight of the soft targets; the labels get the rest")
+
+    def __post_init__(self) -> None:
+        _at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
+        _between("finetune", self, 0.0, 1.0, "soft_weight")
+        if self.temperature <= 0:
+            raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = setting(200, "steps between two checkpoints of an unfinished block")
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, every=1)
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    nproc_per_node: int = setting(1, "ranks on this node (python -m distill only; torchrun has its own option)")
+    nnodes: int = setting(1, "nodes; run the same command on each")
+    rdzv_endpoint: str | None = setting(None, "host:port of the first node, with nnodes > 1")
+    rdzv_id: str = setting("distill", "name of the rendezvous, with nnodes > 1")
+    max_restarts: int = setting(0, "restarts of the ranks after a failure")
+    threads_per_rank: int | None = setting(
+        None, "CPU threads of a rank; null: the cores divided by the ranks of the node"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("launch", self, nproc_per_node=1, nnodes=1, max_restarts=0, threads_per_rank=1)
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            raise ConfigError("launch.rdzv_endpoint", self.rdzv_endpoint, "host:port of the first node")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str = setting(MISSING, "folder of this experiment under outputs/")
+    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>")
+
+
+@dataclass(kw_only=True)
+class JobConfig:
+    stage: Stage = setting(Stage.all, "all stages, only the teacher's training, or up to the printed plan")
+    seed: int = setting(0, "seed of everything random")
+    device: Device = setting(Device.auto, "auto takes CUDA where there is one")
+    teacher: TeacherConfig = MISSING
+    data: DataConfig = MISSING
+    student: StudentConfig = MISSING
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    assemble: AssembleConfig = field(default_factory=AssembleConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
+_NOT_IN_FINGERPRINT = {
+    "stage", "launch", "run", "checkpoint", "device",
+    "data.root", "data.num_workers", "data.memory_limit_gib", "data.download",
+    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s",
+    "distill.log_every",
+}  # fmt: skip
+
+
+def load(cfg: DictConfig) -> JobConfig:
+    """Return the checked configuration. Merging into the schema again refuses keys smuggled in with "+key=...".
+
+    Raises ConfigError naming the setting, what was given and what is allowed.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+        return cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+
+
+def to_yaml(config: JobConfig) -> str:
+    """Return the configuration as YAML that load() reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> JobConfig:
+    """Return the configuration that to_yaml() wrote."""
+    return load(cast(DictConfig, OmegaConf.create(text)))
+
+
+def identity(config: JobConfig) -> dict[str, Any]:
+    """Return the settings that decide what the job computes, by dotted path."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if prefix in _NOT_IN_FINGERPRINT:
+            return {}
+        if isinstance(value, dict) and prefix != "teacher.options":
+            found: dict[str, Any] = {}
+            for key, item in value.items():
+                found |= walk(f"{prefix}.{key}" if prefix else key, item)
+            return found
+        return {prefix: value.name if isinstance(value, Enum) else value}
+
+    return walk("", asdict(config))
+
+
+def fingerprint(config: JobConfig) -> str:
+    """Return 16 hexadecimal digits that are equal for configurations that compute the same students."""
+    canonical = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Return (dotted path, type, default, explanation) of every setting, in the schema's order."""
+    rows = []
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        path, kind = f"{prefix}{entry.name}", hints[entry.name]
+        if is_dataclass(kind):
+            rows += settings(cast(type, kind), f"{path}.")
+            continue
+        default = entry.default_factory() if entry.default_factory is not NO_DEFAULT else entry.default
+        shown = default.name if isinstance(default, Enum) else json.dumps(default)
+        rows.append((path, _type_name(kind), "from its group" if default == MISSING else shown, entry.metadata["help"]))
+    return rows
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " or ".join(member.name for member in kind)
+    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+
+
+def explain(error: BaseException) -> ConfigError:
+    """Return the ConfigError for an error of OmegaConf or Hydra, with the nearest setting where one was misspelt."""
+    while not getattr(error, "full_key", None) and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    kinds = {path: kind for path, kind, _, _ in settings()}
+    choice = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    if choice:
+        group, given = choice.groups()
+        available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return ConfigError(group, given, one_of(available, given))
+    found = re.search(r"Could not (?:override|append to config[^']*) '([^'=]+)", text)
+    key = str(getattr(error, "full_key", None) or (found.group(1) if found else "")).lstrip("+")
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(key, "???", "a value: this setting has no default here")
+    if key in kinds:
+        given = re.search(r"[Vv]alue '([^']*)'|Invalid value '([^']*)'", text)
+        return ConfigError(key, next(filter(None, given.groups()), "") if given else text.splitlines()[0], kinds[key])
+    if key:
+        return ConfigError(key, "a setting that does not exist", one_of(_neighbours(key, list(kinds)), key))
+    return ConfigError("command line", text.splitlines()[0], "group=choice or setting=value; see --help")
+
+
+def _neighbours(key: str, paths: list[str]) -> list[str]:
+    """The settings of the section that `key` names, or all sections where it names none."""
+    section = key.rsplit(".", 1)[0] + "."
+    return [path for path in paths if path.startswith(section)] or sorted({path.split(".")[0] for path in paths})

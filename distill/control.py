@@ -1,0 +1,141 @@
+"""The control plane: small JSON messages over the store that torchrun already runs, and heartbeats on a connection of
+their own. Nothing here moves tensors and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from distill.errors import DistillError
+
+POLL_S = 0.02
+HEARTBEAT_S = 1.0
+
+
+class PeerLostError(DistillError):
+    """A rank that somebody waits for has stopped beating."""
+
+
+class StoreAddress:
+    """How to open connections to the job's store. One client is one lock, so every thread opens its own."""
+
+    def __init__(self, *, rank: int, world_size: int, environment: Mapping[str, str], timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._in_process = dist.HashStore() if world_size == 1 else None
+        self._prefix = "distill/{}/{}".format(
+            environment.get("TORCHELASTIC_RUN_ID", "none"), environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        )
+        if world_size == 1:
+            return
+        self._host, self._port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        agent_has_it = environment.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
+        self._served: dist.Store | None = None
+        if rank == 0 and not agent_has_it:
+            self._served = dist.TCPStore(self._host, self._port, is_master=True, wait_for_workers=False)
+
+    def connect(self) -> dist.Store:
+        """Return a new client of the store, seeing only this job's keys."""
+        if self._in_process is not None:
+            return dist.PrefixStore(self._prefix, self._in_process)
+        client = dist.TCPStore(self._host, self._port, is_master=False, timeout=self._timeout)
+        return dist.PrefixStore(self._prefix, client)
+
+
+class Control:
+    """This rank's view of the control plane. Keys live under the run's generation, so that a process left over from an
+    earlier attempt is neither heard nor believed."""
+
+    def __init__(self, address: StoreAddress, *, rank: int, world_size: int, timeout_s: float) -> None:
+        self.address = address
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.generation = 0
+        self._store = address.connect()
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._stop = threading.Event()
+        if world_size > 1:
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def second(self) -> Control:
+        """Return the same view over a connection of its own, for another thread."""
+        twin = Control.__new__(Control)
+        twin.__dict__ |= self.__dict__
+        twin._store = self.address.connect()
+        twin._beats = {}
+        return twin
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(self._key(key), json.dumps(value))
+
+    def get(self, key: str) -> Any:
+        """Return the value of `key`, or None where nobody has set it yet."""
+        name = self._key(key)
+        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+
+    def wait(self, key: str, *, peer: int, purpose: str) -> Any:
+        """Wait for `peer` to set `key`: as long as it beats, at most plan.timeout_s after its last heartbeat.
+
+        Raises PeerLostError naming who waited for whom, for what, and which log to read.
+        """
+        self._beats.pop(peer, None)
+        while (value := self.get(key)) is None:
+            if self.silence_s(peer) > self.timeout_s:
+                raise PeerLostError(
+                    f"rank {self.rank}: no {purpose} from rank {peer}, which was last heard of {self.timeout_s:g} s "
+                    f"ago; read logs/rank{peer}.log, or raise plan.timeout_s"
+                )
+            time.sleep(POLL_S)
+        return value
+
+    def silence_s(self, peer: int) -> float:
+        """Seconds by this rank's clock since `peer`'s heartbeat was last seen to change."""
+        if peer == self.rank:
+            return 0.0
+        name, now = f"beat/{peer}", time.monotonic()
+        count = int(self._store.get(name)) if self._store.check([name]) else -1
+        seen, since = self._beats.get(peer, (-2, now))
+        if count != seen:
+            self._beats[peer] = (count, now)
+            return 0.0
+        return now - since
+
+    def count(self, key: str, amount: int = 0) -> int:
+        """Add `amount` to a counter and return its value."""
+        return int(self._store.add(self._key(key), amount))
+
+    def leave(self) -> None:
+        """Leave the job: rank 0 last, because its node may host the store that the others still need."""
+        if self.world_size > 1:
+            self.set(f"left/{self.rank}", True)
+            if self.rank == 0:
+                for peer in range(1, self.world_size):
+                    self.wait(f"left/{peer}", peer=peer, purpose="farewell")
+        self._stop.set()
+
+    def _key(self, key: str) -> str:
+        return f"{self.generation}/{key}"
+
+    def _beat(self) -> None:
+        store, count = self.address.connect(), 0
+        while not self._stop.wait(HEARTBEAT_S if count else 0.0):
+            count += 1
+            try:
+                store.set(f"beat/{self.rank}", str(count))
+            except RuntimeError:  # the store has gone: whoever waits will say so
+                return
+
+
+def ranks_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int]:
+    """Return (rank, world size, local rank, local world size) as torchrun sets them; one rank where it does not."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world_size, local_rank, local_world_size = (int(environment.get(n, d)) for n, d in names.items())
+    return rank, world_size, local_rank, local_world_size

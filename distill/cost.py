@@ -1,0 +1,99 @@
+"""What a block costs: FLOPs counted, seconds measured on this machine, bytes of its boundaries.
+
+FLOPs are torch.utils.flop_counter's: two per multiply-add.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.chain import Chain
+from distill.trainer import BlockTrainer
+
+BUDGET_S = 0.4  # measuring one block stops after this long, but not before three repetitions
+WIRE_S_PER_BYTE = 0.4e-9  # CPU seconds per byte and end, gloo in 512 KiB chunks over loopback, 2 cores, 2026-11-21
+
+MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """Per block, for one batch: forward of the teacher, one step of the student (0 where a block has none)."""
+
+    teacher: tuple[float, ...]
+    student: tuple[float, ...]
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Return the FLOPs of a call, forward and backward, two per multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def measure_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of a call after one warm-up call, waiting for the device."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    times = [once()]
+    while len(times) < 3 or sum(times) < BUDGET_S:
+        times.append(once())
+    return statistics.median(times)
+
+
+def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
+    """Return FLOPs per block for a batch like `sample` (batch, channels, height, width); two images are counted."""
+    scale = len(sample) / 2
+    return _per_block(chain, make_trainer, sample[:2], lambda call: scale * count_flops(call))
+
+
+def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
+    """Return median seconds per block at the sample's batch size, warm."""
+    device = sample.device
+    return _per_block(chain, make_trainer, sample, lambda call: measure_seconds(call, device))
+
+
+def calibrated(flops: BlockCosts, chain: Chain, sample: Tensor) -> BlockCosts:
+    """Return FLOPs turned into seconds by timing the teacher alone: one speed for everything, which is what counting
+    FLOPs assumes."""
+    last = len(chain.blocks)
+    seconds = measure_seconds(lambda: chain.run(sample, last=last, keep=(last,)), sample.device)
+    scale = seconds / max(1.0, sum(flops.teacher))
+    return BlockCosts(tuple(f * scale for f in flops.teacher), tuple(f * scale for f in flops.student))
+
+
+def average(costs: Sequence[BlockCosts]) -> BlockCosts:
+    """Return the mean of several ranks' costs, block by block."""
+    return BlockCosts(
+        teacher=tuple(statistics.fmean(values) for values in zip(*(c.teacher for c in costs), strict=True)),
+        student=tuple(statistics.fmean(values) for values in zip(*(c.student for c in costs), strict=True)),
+    )
+
+
+def _per_block(
+    chain: Chain, make_trainer: MakeTrainer, sample: Tensor, price: Callable[[Callable[[], object]], float]
+) -> BlockCosts:
+    teacher, student = [], []
+    inputs = sample
+    for index in range(len(chain.blocks)):
+        teacher.append(price(partial(chain.run_block, index, inputs)))
+        targets = chain.run_block(index, inputs)
+        trainer = make_trainer(index)
+        student.append(price(partial(trainer.update, inputs, targets)) if trainer else 0.0)
+        inputs = targets
+    return BlockCosts(tuple(teacher), tuple(student))

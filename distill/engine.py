@@ -1,0 +1,95 @@
+"""The one training loop: whatever the rank and the plan, take a delivery, train the blocks it is for, hand over those
+that finish. Decides nothing about placement and touches no process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from safetensors.torch import save
+
+from distill.checkpoint import CheckpointFolder, contiguous
+from distill.ledger import Entry
+from distill.protocol import Address, Checks
+from distill.stream import Stream
+from distill.trainer import BlockTrainer, Reading
+
+log = logging.getLogger(__name__)
+
+
+def distill(
+    stream: Stream,
+    trainers: Sequence[BlockTrainer],
+    *,
+    rank: int,
+    generation: int,
+    checks: Checks,
+    checkpoints: CheckpointFolder,
+    checkpoint_every: int,
+    deliver: Callable[[Entry, bytes], None],
+    report: Callable[[Reading], None],
+) -> None:
+    """Train this rank's blocks until all have been handed over. Runs on every rank; none waits for another's end.
+
+    `deliver` takes a finished block's ledger entry and weights (safetensors bytes); `report` takes every reading.
+    """
+    started = time.monotonic()
+    for trainer in trainers:
+        if trainer.finished:  # resumed at its very end
+            deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=0.0))
+    for delivery in stream:
+        address = delivery.address
+        for trainer in _due(trainers, address):
+            inputs, targets = delivery.boundaries[trainer.block], delivery.boundaries[trainer.block + 1]
+            if address.is_training:
+                reading = trainer.update(inputs, targets)
+                if reading is not None:
+                    report(reading)
+            else:
+                trainer.look(inputs, targets, last=address.check == checks.batches - 1)
+            if trainer.finished:
+                stream.finish(trainer.block)
+                seconds = time.monotonic() - started
+                deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
+            elif trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
+                _save(trainer, checkpoints)
+
+
+def _due(trainers: Iterable[BlockTrainer], address: Address) -> list[BlockTrainer]:
+    """The trainers whose next batch this is; one resumed further ahead lets earlier batches pass."""
+    step = address.step if address.is_training else address.step + 1
+    due = [trainer for trainer in trainers if not trainer.finished and trainer.step <= step]
+    assert all(trainer.step == step for trainer in due), f"a batch was missed before {address}"
+    return due
+
+
+def _save(trainer: BlockTrainer, checkpoints: CheckpointFolder) -> None:
+    state = trainer.checkpoint()
+    if state is not None:
+        checkpoints.save(state)
+
+
+def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: float) -> tuple[Entry, bytes]:
+    final = trainer.final()
+    if trainer.diverged_at is not None:
+        log.error(
+            "block %s: its loss is not finite at step %d; it is stopped and its weights of step %d are kept",
+            trainer.name, trainer.diverged_at, final.step,
+        )  # fmt: skip
+    entry = Entry(
+        block=trainer.block,
+        name=trainer.name,
+        rank=rank,
+        steps=final.step,
+        status="finished" if trainer.diverged_at is None else "diverged",
+        rel_error_first=trainer.progress.rel_error_first,
+        rel_error_last=trainer.progress.rel_error_last,
+        rel_error_held_out=trainer.progress.rel_error_held_out,
+        seconds=trainer.progress.seconds,
+        finished_at_s=finished_at_s,
+        generation=generation,
+        diverged_at=trainer.diverged_at,
+    )
+    return entry, save(contiguous(final.weights))

@@ -1,0 +1,65 @@
+"""The delivered student: student.safetensors, and a small JSON that rebuilds its module without the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import nn
+
+from distill.checkpoint import contiguous
+from distill.errors import DistillError
+from distill.files import write_bytes, write_json
+from distill.recipes import RECIPES, replace_convolutions
+from distill.teachers import build_architecture
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentCard:
+    """Everything but the weights. `architecture` holds build_architecture()'s arguments, `recipe` its name and options,
+    `replaced` the paths of the convolutions it replaced; images are RGB in 0..1, normalised by `mean` and `std`."""
+
+    architecture: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    replaced: Sequence[str]
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    classes: Sequence[str]
+    format: int = field(default=FORMAT)
+
+
+def save_student(folder: Path, student: nn.Module, card: StudentCard) -> Path:
+    """Write student.safetensors and student.json into `folder`; return the path of the weights."""
+    path = folder / "student.safetensors"
+    write_bytes(path, save(contiguous(student.state_dict())))
+    write_json(folder / "student.json", asdict(card))
+    return path
+
+
+def load_student(path: str | Path) -> nn.Module:
+    """Return a delivered student in eval mode, on the CPU.
+
+    `path` is a run directory, its student.safetensors or its student.json. Raises DistillError where either file is
+    missing or of another format.
+    """
+    given = Path(path)
+    folder = given if given.is_dir() else given.parent
+    card_path, weights = folder / "student.json", folder / "student.safetensors"
+    for file in (card_path, weights):
+        if not file.exists():
+            raise DistillError(f"no student at {given}: {file.name} is missing; finished runs have both files")
+    card = json.loads(card_path.read_text())
+    if card.get("format") != FORMAT:
+        raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads format {FORMAT}")
+    student = build_architecture(**card["architecture"])
+    recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
+    replace_convolutions(student, card["replaced"], recipe)
+    student.load_state_dict(load_file(weights))
+    return student.eval()

@@ -1,0 +1,5 @@
+"""Wiring: besides the launcher the only place that sees the configuration; it builds everything and runs the stages."""
+
+from distill.job.rank import run_rank
+
+__all__ = ["run_rank"]

@@ -1,0 +1,64 @@
+"""What every stage of the job needs to know about where it runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from distill.config import JobConfig
+from distill.control import Control
+from distill.rundir import RunDirectory
+
+log = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class Context:
+    """This rank's place in the job. `console` is used by rank 0 only."""
+
+    config: JobConfig
+    control: Control
+    run: RunDirectory
+    device: torch.device
+    console: Console
+
+    @property
+    def rank(self) -> int:
+        return self.control.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.control.world_size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which writes the run directory and speaks to the user."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Tell the user something, once."""
+        if self.leads:
+            log.info("%s", text)
+
+    def completed(self, stage: str) -> Any:
+        """Return the result of a stage that is complete, else None; rank 0 looks and all ranks get its answer."""
+        if self.leads:
+            self.control.set(f"completed/{stage}", {"result": self.run.result(stage)})
+        return self.control.wait(f"completed/{stage}", peer=0, purpose=f"state of stage {stage}")["result"]
+
+    def lead(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Let rank 0 alone do a stage's work, unless it is complete; every rank returns the recorded result."""
+        result = self.completed(stage)
+        if result is not None:
+            return result
+        if self.leads:
+            result = work()
+            self.run.complete(stage, result)
+            self.control.set(f"result/{stage}", {"result": result})
+            return result
+        return self.control.wait(f"result/{stage}", peer=0, purpose=f"end of stage {stage}")["result"]

@@ -1,0 +1,175 @@
+"""The stages after the blocks: fine-tuning, the one evaluation on the test split, and the delivered files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+import distill
+from distill.checkpoint import CheckpointFolder, contiguous
+from distill.config import fingerprint
+from distill.control import ranks_of
+from distill.data import Dataset
+from distill.evaluate import Hits, count_hits, measure_network
+from distill.export import StudentCard, save_student
+from distill.files import read_json, write_bytes, write_json
+from distill.finetune import FitOptions, Team, distillation_loss, fit
+from distill.job.context import Context
+from distill.job.materials import Blocks, architecture_of
+from distill.job.students import empty_student, load_network
+from distill.ledger import Ledger
+from distill.report import result_table, write_report
+from distill.transport import wire_backend
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 250
+
+
+def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
+    """Distil the assembled student end to end over all ranks; writes finetuned.safetensors. Every rank takes part."""
+    options = context.config.finetune
+    if options.epochs == 0 or context.completed("finetune") is not None:
+        return
+    student = load_network(context, "recalibrated", empty_student(teacher, blocks))
+    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
+    course: list[dict[str, float]] = []
+
+    def report(epoch: int, loss: float, seconds: float) -> None:
+        course.append({"epoch": epoch, "loss": loss, "seconds": seconds})
+        context.say(f"finetune: epoch {epoch} of {options.epochs}, loss {loss:.4f}, {seconds:.1f} s")
+
+    context.say(f"finetune: {options.epochs} epochs over {context.world_size} ranks")
+    fit(
+        student,
+        dataset,
+        distillation_loss(teacher, temperature=options.temperature, soft_weight=options.soft_weight),
+        options=FitOptions(epochs=options.epochs, lr=options.lr, weight_decay=options.weight_decay),
+        team=Team(
+            rank=context.rank,
+            world_size=context.world_size,
+            store=context.control.address.connect() if context.world_size > 1 else None,
+            backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+            timeout_s=context.config.plan.timeout_s,
+        ),
+        device=context.device,
+        checkpoints=checkpoints,
+        name="finetune",
+        report=report,
+    )
+    if context.leads:
+        write_bytes(context.run.path / "finetuned.safetensors", save(contiguous(student.state_dict())))
+        checkpoints.remove("finetune")
+        context.run.complete("finetune", {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)})
+
+
+def final_state(context: Context) -> str:
+    """Return the name of the state dict that is delivered."""
+    return "recalibrated" if context.config.finetune.epochs == 0 else "finetuned"
+
+
+def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
+    """Count every network's hits on the test split, each rank on its share: the only time that split is read."""
+    if context.completed("evaluate") is not None:
+        return
+    results: dict[str, dict[str, float]] = {}
+    for name in ("teacher", "assembled", "recalibrated", "finetuned"):
+        if name == "finetuned" and context.config.finetune.epochs == 0:
+            continue
+        network = teacher if name == "teacher" else load_network(context, name, empty_student(teacher, blocks))
+        share = dataset.test_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
+        context.control.set(f"hits/{name}/{context.rank}", asdict(count_hits(network, share)))
+        if context.leads:
+            total = Hits()
+            for rank in range(context.world_size):
+                total += Hits(**context.control.wait(f"hits/{name}/{rank}", peer=rank, purpose=f"accuracy of {name}"))
+            results[name] = total.percent() | {"images": total.images}
+    if context.leads:
+        context.run.complete("evaluate", results)
+
+
+def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
+    """Write the student, metrics.json and report.html, and print teacher against student. Rank 0 works alone."""
+    if not context.leads:
+        return
+    run, config = context.run, context.config
+    if run.result("deliver") is None:
+        student = load_network(context, final_state(context), empty_student(teacher, blocks))
+        card = StudentCard(
+            architecture=architecture_of(config, len(dataset.classes)),
+            recipe={"name": config.student.recipe.name, "options": blocks.recipe.options()},
+            replaced=[path for block in sorted(blocks.replaced) for path in blocks.replaced[block]],
+            image_size=config.data.image_size,
+            mean=config.teacher.mean or config.data.mean,
+            std=config.teacher.std or config.data.std,
+            classes=dataset.classes,
+        )
+        save_student(run.path, student, card)
+        metrics = _metrics(context, dataset, teacher, student, blocks)
+        write_json(run.path / "metrics.json", metrics)
+        write_report(run.path)
+        run.complete("deliver", {"student": "student.safetensors"})
+    metrics = read_json(run.path / "metrics.json")
+    context.console.print(result_table(metrics))
+    for block in metrics["blocks"]:
+        if block["status"] != "finished":
+            log.warning(
+                "block %s %s: the student has its weights of step %d", block["name"], block["status"], block["steps"]
+            )
+    context.say(f"student: {run.path / 'student.safetensors'}")
+    context.say(f"report:  {run.path / 'report.html'}")
+
+
+def _metrics(
+    context: Context, dataset: Dataset, teacher: nn.Module, student: nn.Module, blocks: Blocks
+) -> dict[str, Any]:
+    run, ledger = context.run, Ledger(context.run.path)
+    accuracy = run.result("evaluate")
+    modules = dict(teacher.named_modules())
+    replaced = [path for paths in blocks.replaced.values() for path in paths]
+    student_facts = measure_network(student, image_shape=dataset.image_shape, device=context.device) | {
+        **accuracy.get("finetuned", accuracy["recalibrated"]),
+        "top1_assembled": accuracy["assembled"]["top1"],
+        "top1_recalibrated": accuracy["recalibrated"]["top1"],
+        "replaced_params": _count(student, replaced),
+    }
+    return {
+        "teacher": measure_network(teacher, image_shape=dataset.image_shape, device=context.device)
+        | accuracy["teacher"]
+        | {"name": context.config.teacher.name, "replaced_params": sum(_count(modules[path]) for path in replaced)},
+        "student": student_facts,
+        "distill": run.result("distill"),
+        "assemble": run.result("assemble"),
+        "finetune": run.result("finetune"),
+        "blocks": [asdict(ledger.entries[block]) for block in sorted(ledger.entries)],
+        "data": {
+            "name": context.config.data.name.name,
+            "train_images": dataset.num_train,
+            "validation_images": dataset.num_validation,
+            "test_images": dataset.num_test,
+            "skipped_images": list(dataset.skipped),
+        },
+        "environment": {
+            "distill": distill.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
+            "cores": os.cpu_count(),
+        },
+        "fingerprint": fingerprint(context.config),
+        "seed": context.config.seed,
+    }
+
+
+def _count(module: nn.Module, paths: list[str] | None = None) -> int:
+    """Parameters of a module, or of its submodules at `paths`."""
+    parts = [module] if paths is None else [module.get_submodule(path) for path in paths]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())

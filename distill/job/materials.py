@@ -1,0 +1,174 @@
+"""From the configuration to the things the stages work on: data, teacher, blocks and recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from distill.chain import Chain, Granularity, cut
+from distill.checkpoint import CheckpointFolder, contiguous
+from distill.config import AugmentName, JobConfig
+from distill.data import Augment, Dataset, open_dataset
+from distill.data.addressing import derive_seed
+from distill.errors import ConfigError, one_of
+from distill.files import write_bytes
+from distill.finetune import FitOptions, Team, fit, label_loss
+from distill.job.context import Context
+from distill.recipes import RECIPES, Recipe
+from distill.teachers import build_architecture, load_backbone, load_teacher_weights
+
+
+def open_data(config: JobConfig, device: torch.device) -> Dataset:
+    """Open the configured images; nothing is written."""
+    data = config.data
+    augment = {name: Augment[name.name] for name in AugmentName}[data.augment]
+    return open_dataset(
+        name=data.name.name,
+        root=data.root,
+        image_size=data.image_size,
+        augment=augment,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        validation_fraction=data.validation_fraction,
+        mean=config.teacher.mean or data.mean,
+        std=config.teacher.std or data.std,
+        device=device,
+        num_workers=data.num_workers,
+        memory_limit_gib=data.memory_limit_gib,
+        max_bad_images=data.max_bad_images,
+        download=data.download,
+        train_split=data.train_split,
+        test_split=data.test_split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+    )
+
+
+def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
+    """Return the arguments of build_architecture(), all of them JSON values: they travel with the student."""
+    teacher = config.teacher
+    return {
+        "source": teacher.source.name,
+        "name": teacher.name,
+        "num_classes": num_classes,
+        "factory": teacher.factory,
+        "options": dict(teacher.options),
+    }
+
+
+def prepare_teacher(context: Context, dataset: Dataset) -> nn.Module:
+    """Return the trained teacher in eval mode, frozen, on the device, in channels_last; train it first where asked.
+
+    Rank 0 trains alone: sums over several ranks' gradients would make the teacher, and with it every student block,
+    depend on the number of ranks.
+    """
+    config = context.config.teacher
+    torch.manual_seed(derive_seed(context.config.seed, "teacher") % 2**63)
+    network = build_architecture(**architecture_of(context.config, len(dataset.classes)))
+    if config.fit_epochs > 0:
+        if config.weights is not None:
+            left_out = load_backbone(network, config.source.name, config.name, config.weights)
+            context.say(
+                f"teacher: new weights for {', '.join(left_out) or 'nothing'}, all others from {config.weights}"
+            )
+        context.lead("teacher", lambda: _fit_teacher(context, dataset, network))
+        network.load_state_dict(load_file(context.run.path / "teacher.safetensors"))
+    elif config.weights is not None:
+        load_teacher_weights(network, config.source.name, config.name, config.weights)
+    else:
+        raise ConfigError("teacher.weights", None, "a weights file, or teacher.fit.epochs > 0 to train one on the data")
+    network.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False)
+
+
+def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict[str, Any]:
+    options = context.config.teacher.fit
+    epochs = context.config.teacher.fit_epochs
+    context.say(f"teacher: training {context.config.teacher.name} for {epochs} epochs on {dataset.num_train} images")
+    course: list[dict[str, float]] = []
+
+    def report(epoch: int, loss: float, seconds: float) -> None:
+        course.append({"epoch": epoch, "loss": loss, "seconds": seconds})
+        context.say(f"teacher: epoch {epoch} of {epochs}, loss {loss:.4f}, {seconds:.1f} s")
+
+    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
+    fit(
+        network,
+        dataset,
+        label_loss,
+        options=FitOptions(epochs=epochs, lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=1.0),
+        team=Team(),
+        device=context.device,
+        checkpoints=checkpoints,
+        name="teacher",
+        report=report,
+    )
+    write_bytes(context.run.path / "teacher.safetensors", save(contiguous(network.state_dict())))
+    checkpoints.remove("teacher")
+    return {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The cut teacher, the recipe, and for every block that gets a student the convolutions to replace in it."""
+
+    chain: Chain
+    recipe: Recipe
+    replaced: dict[int, tuple[str, ...]]
+
+
+def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: torch.device) -> Blocks:
+    """Cut the teacher and choose the blocks that get students.
+
+    Raises ConfigError where patterns name no block, or where the recipe finds nothing to replace.
+    """
+    sample = torch.zeros(config.data.batch_size, *dataset.image_shape, device=device)
+    chain = cut(
+        teacher,
+        sample.to(memory_format=torch.channels_last),
+        granularity=Granularity[config.blocks.granularity.name],
+        modules=config.blocks.modules,
+    )
+    recipe = make_recipe(config)
+    names = [block.name for block in chain.blocks]
+    chosen = _matching("blocks.include", config.blocks.include, names)
+    chosen -= _matching("blocks.exclude", config.blocks.exclude, names)
+    first = next((conv for block in chain.blocks for conv in block.convolutions), None)
+    replaced = {}
+    for block in chain.blocks:
+        paths = tuple(
+            path
+            for path in block.convolutions
+            if recipe.replaces(teacher.get_submodule(path)) and (config.student.first_layer or path != first)
+        )
+        if paths and block.name in chosen:
+            replaced[block.index] = paths
+    if not replaced:
+        raise ConfigError(
+            "student.recipe",
+            config.student.recipe.name,
+            f"a network with dense convolutions larger than 1 x 1 in the chosen blocks; {config.teacher.name} has none "
+            f"(its blocks: {', '.join(names)})",
+        )
+    return Blocks(chain, recipe, replaced)
+
+
+def make_recipe(config: JobConfig) -> Recipe:
+    """Return the configured recipe."""
+    return RECIPES[config.student.recipe.name](rank=config.student.rank, init=config.student.init.name)
+
+
+def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ConfigError(setting, pattern, f"a pattern that matches a block: {one_of(names, pattern)}")
+        found |= matches
+    return found

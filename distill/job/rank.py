@@ -1,0 +1,138 @@
+"""One rank from its environment to its exit status: agree on the configuration, run the stages, tell errors once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from distill.compose import compose
+from distill.config import Device, JobConfig, Stage, fingerprint, from_yaml, identity, to_yaml
+from distill.control import Control, StoreAddress, ranks_of
+from distill.errors import ConfigError, DistillError
+from distill.job.context import Context
+from distill.job.delivery import deliver, evaluate, finetune_student
+from distill.job.materials import open_data, prepare_teacher
+from distill.job.students import assemble_student, train_blocks
+from distill.launcher import CONFIG_VARIABLE
+from distill.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+EXCHANGE_S = 600.0  # for the exchange of the configuration, before its own time limits are known
+MOURNING_S = 10.0  # how long a failing rank waits for rank 0 to tell the same error
+
+
+def run_rank(overrides: Sequence[str]) -> int:
+    """Run this process's part of the job; return the exit status (0, or 1 after an error that has been told)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the launcher speaks for all ranks
+    rank, world_size, _, _ = ranks_of(os.environ)
+    address = StoreAddress(rank=rank, world_size=world_size, environment=os.environ, timeout_s=EXCHANGE_S)
+    control = Control(address, rank=rank, world_size=world_size, timeout_s=EXCHANGE_S)
+    try:
+        config = _agree_on_config(control, overrides)
+        control.timeout_s = config.plan.timeout_s
+        _run(config, control)
+    except DistillError as error:
+        _tell(error, control)
+        return 1
+    except Exception:
+        log.exception("rank %d failed", rank)
+        raise
+    control.leave()
+    return 0
+
+
+def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
+    """Rank 0 composes (or reads what the launcher composed) and everybody else takes that: one answer to ${now:}."""
+    if control.rank == 0:
+        path = os.environ.get(CONFIG_VARIABLE)
+        config = from_yaml(Path(path).read_text()) if path else compose(overrides)
+        control.set("config", to_yaml(config))
+        return config
+    text = control.wait("config", peer=0, purpose="configuration")
+    return from_yaml(text)
+
+
+def _tell(error: DistillError, control: Control) -> None:
+    """Log an error, and print it once: the same mistake usually stops every rank."""
+    log.error("%s", error)
+    if control.rank == 0:
+        sys.stderr.write(f"distill: {error}\n")
+        if control.world_size > 1:
+            control.set("failed", True)
+        return
+    deadline = time.monotonic() + MOURNING_S
+    while time.monotonic() < deadline:
+        if control.get("failed"):
+            return
+        time.sleep(0.1)
+    sys.stderr.write(f"distill: {error}\n")
+
+
+def _run(config: JobConfig, control: Control) -> None:
+    device = _device(config)
+    torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
+    with open_data(config, device) as dataset:
+        context = _claim(config, control, device)
+        teacher = prepare_teacher(context, dataset)
+        if config.stage is Stage.teacher:
+            context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
+            return
+        blocks = train_blocks(context, dataset, teacher)
+        if config.stage is Stage.plan:
+            return
+        assemble_student(context, dataset, teacher, blocks)
+        finetune_student(context, dataset, teacher, blocks)
+        evaluate(context, dataset, teacher, blocks)
+        deliver(context, dataset, teacher, blocks)
+
+
+def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
+    """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
+    if control.rank == 0:
+        path = Path(config.run.dir or Path("outputs") / config.run.name / fingerprint(config)).absolute()
+        generation = RunDirectory(path).claim(identity(config), to_yaml(config))
+        control.set("run", {"dir": str(path), "generation": generation})
+    run = control.wait("run", peer=0, purpose="run directory")
+    control.generation = run["generation"]
+    context = Context(config, control, RunDirectory(Path(run["dir"])), device, Console())
+    _log_to(context)
+    context.say(f"run directory: {context.run.path} (attempt {control.generation})")
+    return context
+
+
+def _device(config: JobConfig) -> torch.device:
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "cpu or auto: PyTorch finds no CUDA device here")
+    if config.device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks_of(os.environ)[2] % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _fair_share_of_cores() -> int:
+    return max(1, (os.cpu_count() or 1) // ranks_of(os.environ)[3])
+
+
+def _log_to(context: Context) -> None:
+    """Every rank logs to its own file; rank 0 also to standard output, without the decoration."""
+    root = logging.getLogger("distill")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    file = logging.FileHandler(context.run.path / "logs" / f"rank{context.rank}.log")
+    file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(file)
+    if context.rank == 0:
+        screen = logging.StreamHandler(sys.stdout)
+        screen.setFormatter(logging.Formatter("%(message)s"))
+        screen.addFilter(lambda record: record.levelno < logging.ERROR)  # errors are told on standard error
+        root.addHandler(screen)

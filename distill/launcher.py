@@ -1,0 +1,87 @@
+"""`python -m distill`: compose once, then start the ranks through torch's elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from distill.compose import VERSION_BASE, compose, config_dir, register_schema
+from distill.config import JobConfig, load, to_yaml
+from distill.errors import DistillError
+
+CONFIG_VARIABLE = "DISTILL_RESOLVED"  # path of the composed configuration, for the ranks that this launcher starts
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that the command line describes; return the exit status. Flags (--help, --cfg, -m) go to Hydra."""
+    if any(argument.startswith("-") for argument in arguments):
+        return _hydra_main()
+    try:
+        config = compose(arguments)
+    except DistillError as error:
+        sys.stderr.write(f"distill: {error}\n")
+        return 2
+    return launch(config)
+
+
+def _hydra_main() -> int:
+    import hydra
+
+    register_schema()
+
+    @hydra.main(version_base=VERSION_BASE, config_path=config_dir(), config_name="job")
+    def job(cfg: DictConfig) -> None:
+        status = launch(load(cfg))
+        if status != 0:
+            raise SystemExit(status)
+
+    job()
+    return 0
+
+
+def launch(config: JobConfig) -> int:
+    """Start this node's ranks, wait for them and return the exit status of the job."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    options = config.launch
+    threads = options.threads_per_rank or max(1, (os.cpu_count() or 1) // options.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # One store for all attempts makes restarted ranks read the addresses of dead ones (pytorch#135712).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # The ranks tell their own errors; the agent's account of them would only repeat that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+        resolved = Path(scratch) / "resolved.yaml"
+        resolved.write_text(to_yaml(config))
+        os.environ[CONFIG_VARIABLE] = str(resolved)
+        plan = LaunchConfig(
+            min_nodes=options.nnodes,
+            max_nodes=options.nnodes,
+            nproc_per_node=options.nproc_per_node,
+            run_id=options.rdzv_id if options.nnodes > 1 else uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=options.rdzv_endpoint or "localhost:0",
+            max_restarts=options.max_restarts,
+            monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        )
+        try:
+            elastic_launch(plan, sys.executable)("-u", "-m", "distill")
+        except ChildFailedError as error:
+            return next((abs(f.exitcode) for f in error.failures.values()), 1)
+        except SignalException as stop:
+            sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
+            return 128 + int(stop.sigval)
+        finally:
+            os.environ.pop(CONFIG_VARIABLE, None)
+    return 0

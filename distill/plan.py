@@ -1,0 +1,186 @@
+"""Costs of blocks -> a plan: which rank trains which student blocks, and how long that should take. No torch here.
+
+Words and arithmetic are those of docs/architecture.md: T_k teacher forward seconds of block k, S_k seconds of one
+student step, b_k bytes of boundary k (the input of block k and the target of block k - 1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+SEARCH_NODES = 100_000  # branch and bound gives up its proof after this many nodes: about half a second
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Per-batch costs. `teacher_s[k]` and `student_s[k]` in seconds, `boundary_bytes` has one entry more than blocks.
+
+    A byte on the wire costs `wire_s_per_byte` seconds on the sending and on the receiving rank.
+    """
+
+    teacher_s: tuple[float, ...]
+    student_s: tuple[float, ...]
+    boundary_bytes: tuple[int, ...]
+    wire_s_per_byte: float = 0.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """The steps that block `block` has still to do: `first` to `budget` - 1."""
+
+    block: int
+    first: int
+    budget: int
+
+    @property
+    def steps(self) -> int:
+        return self.budget - self.first
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rank owns which blocks (`owners[rank]`), from which step on (`spans`), and the prediction."""
+
+    strategy: str
+    owners: tuple[tuple[int, ...], ...]
+    spans: tuple[Span, ...]
+    predicted_makespan_s: float
+    predicted_rank_s: tuple[float, ...]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.owners)
+
+    def spans_of(self, rank: int) -> tuple[Span, ...]:
+        """The spans of the blocks that `rank` owns, in block order."""
+        return tuple(span for span in self.spans if span.block in self.owners[rank])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        raw = json.loads(text)
+        return Plan(
+            strategy=raw["strategy"],
+            owners=tuple(tuple(blocks) for blocks in raw["owners"]),
+            spans=tuple(Span(**span) for span in raw["spans"]),
+            predicted_makespan_s=raw["predicted_makespan_s"],
+            predicted_rank_s=tuple(raw["predicted_rank_s"]),
+        )
+
+
+def boundaries_of(blocks: Iterable[int]) -> frozenset[int]:
+    """Return the boundaries that training these blocks needs: each block's input and target, shared ones once."""
+    return frozenset(boundary for block in blocks for boundary in (block, block + 1))
+
+
+def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """Place the blocks so that the slowest rank is as fast as possible; rank 0 also pays for the teacher and the sends.
+
+    Exact by branch and bound for small problems, otherwise largest-first placement improved by moves and swaps.
+    Source: Graham 1969 for the largest-first rule (LPT).
+    """
+    ordered = sorted(spans, key=lambda span: (-costs.student_s[span.block] * span.steps, span.block))
+    placement = _improve(_largest_first(costs, ordered, world_size), costs, spans, world_size)
+    placement = _branch_and_bound(placement, costs, ordered, world_size)
+    loads = rank_seconds(placement, costs, spans, world_size)
+    owners = tuple(tuple(sorted(b for b, r in placement.items() if r == rank)) for rank in range(world_size))
+    return Plan("broadcast", owners, tuple(sorted(spans, key=lambda s: s.block)), max(loads), tuple(loads))
+
+
+def teacher_seconds(costs: Costs, spans: Iterable[Span]) -> float:
+    """Seconds of teacher forward passes: each batch once, only as deep as the deepest block that still trains on it."""
+    remaining = sorted((span for span in spans if span.steps > 0), key=lambda span: span.first)
+    edges = sorted({edge for span in remaining for edge in (span.first, span.budget)})
+    total = 0.0
+    for low, high in pairwise(edges):
+        deepest = max((span.block for span in remaining if span.first <= low < span.budget), default=-1)
+        total += (high - low) * sum(costs.teacher_s[: deepest + 1])
+    return total
+
+
+def rank_seconds(placement: Mapping[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> list[float]:
+    """Busy seconds of every rank: its students, rank 0's teacher, and what the wire costs both ends."""
+    loads = [0.0] * world_size
+    loads[0] = teacher_seconds(costs, spans)
+    owned: list[list[Span]] = [[] for _ in range(world_size)]
+    for span in spans:
+        owned[placement[span.block]].append(span)
+        loads[placement[span.block]] += costs.student_s[span.block] * span.steps
+    for rank in range(1, world_size):
+        steps = max((span.steps for span in owned[rank]), default=0)
+        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned[rank]))
+        loads[rank] += steps * size * costs.wire_s_per_byte
+        loads[0] += steps * size * costs.wire_s_per_byte
+    return loads
+
+
+def _largest_first(costs: Costs, ordered: Sequence[Span], world_size: int) -> dict[int, int]:
+    loads = [0.0] * world_size
+    loads[0] = teacher_seconds(costs, ordered)
+    placement = {}
+    for span in ordered:
+        rank = min(range(world_size), key=loads.__getitem__)
+        placement[span.block] = rank
+        loads[rank] += costs.student_s[span.block] * span.steps
+    return placement
+
+
+def _score(placement: Mapping[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> tuple[float, float]:
+    loads = rank_seconds(placement, costs, spans, world_size)
+    return max(loads), sum(loads)  # among equal makespans the one with less traffic
+
+
+def _improve(placement: dict[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> dict[int, int]:
+    """Apply the best move of one block or swap of two until none helps."""
+    best = _score(placement, costs, spans, world_size)
+    improved = True
+    while improved:
+        improved = False
+        moves = [{block: rank} for block in placement for rank in range(world_size) if placement[block] != rank]
+        swaps = [{a: placement[b], b: placement[a]} for a in placement for b in placement if a < b]
+        for change in moves + swaps:
+            candidate = placement | change
+            score = _score(candidate, costs, spans, world_size)
+            if score < best:
+                placement, best, improved = candidate, score, True
+    return placement
+
+
+def _branch_and_bound(
+    incumbent: dict[int, int], costs: Costs, ordered: Sequence[Span], world_size: int
+) -> dict[int, int]:
+    """Return the optimal placement, or the best one found within SEARCH_NODES."""
+    best, best_score, nodes = incumbent, _score(incumbent, costs, ordered, world_size), 0
+    work = [costs.student_s[span.block] * span.steps for span in ordered]
+    loads = [0.0] * world_size
+    loads[0] = teacher_seconds(costs, ordered)
+
+    def descend(depth: int, placement: dict[int, int]) -> None:
+        nonlocal best, best_score, nodes
+        nodes += 1
+        if nodes > SEARCH_NODES or max(loads) > best_score[0]:
+            return
+        if depth == len(ordered):
+            score = _score(placement, costs, ordered, world_size)
+            if score < best_score:
+                best, best_score = dict(placement), score
+            return
+        fresh_tried = False
+        for rank in sorted(range(world_size), key=loads.__getitem__):
+            fresh = rank > 0 and loads[rank] == 0.0  # empty ranks are alike: one of them stands for all
+            if fresh and fresh_tried:
+                continue
+            fresh_tried |= fresh
+            loads[rank] += work[depth]
+            placement[ordered[depth].block] = rank
+            descend(depth + 1, placement)
+            loads[rank] -= work[depth]
+        placement.pop(ordered[depth].block, None)
+
+    descend(0, {})
+    return best

@@ -1,0 +1,147 @@
+"""Which rank is sent which boundary when: addresses in the stream of batches, feeds and their schedule. No torch here.
+
+Rank 0 keeps one Feed per destination (itself included). A feed walks through the addresses that its blocks still
+need; the Schedule decides which address the teacher computes next and for whom. Timing decides only how often a batch
+is computed, never what a block sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from distill.plan import Span, boundaries_of
+
+TRAIN = -1  # Address.check of a training batch
+
+
+class Address(NamedTuple):
+    """One batch in a stream: training batch `step` (check = TRAIN), or held-out batch `check` looked at after it."""
+
+    step: int
+    check: int = TRAIN
+
+    @property
+    def is_training(self) -> bool:
+        return self.check == TRAIN
+
+
+@dataclass(frozen=True)
+class Checks:
+    """After every `every` steps the blocks look at `batches` held-out batches; every = 0: never."""
+
+    every: int = 0
+    batches: int = 0
+
+    def after(self, address: Address) -> Address:
+        """Return the address that follows `address`."""
+        due = self.every > 0 and (address.step + 1) % self.every == 0
+        if due and address.check + 1 < self.batches:
+            return Address(address.step, address.check + 1)
+        return Address(address.step + 1)
+
+
+class Feed:
+    """The addresses one destination still needs, in order, and the boundaries of each."""
+
+    def __init__(self, rank: int, spans: Iterable[Span], checks: Checks) -> None:
+        self.rank = rank
+        self._checks = checks
+        self._spans = {span.block: span for span in spans if span.steps > 0}
+        self.cursor: Address | None = None
+        self._settle(Address(min((span.first for span in self._spans.values()), default=0)))
+
+    def blocks_at(self, address: Address) -> tuple[int, ...]:
+        """Return the unfinished blocks that use the batch at `address`; after its last step a block looks no more."""
+        last = address.step if address.is_training else address.step + 1
+        return tuple(s.block for s in self._spans.values() if s.first <= address.step and last < s.budget)
+
+    def boundaries_at(self, address: Address) -> frozenset[int]:
+        return boundaries_of(self.blocks_at(address))
+
+    def advance(self) -> None:
+        """Step past the cursor's address: it has been served."""
+        assert self.cursor is not None
+        self._settle(self._checks.after(self.cursor))
+
+    def finish(self, block: int) -> None:
+        """Stop serving `block`: it is done (or has failed)."""
+        if self._spans.pop(block, None) is not None and self.cursor is not None:
+            self._settle(self.cursor)
+
+    def _settle(self, address: Address) -> None:
+        """Move the cursor to the first address at or after `address` that some block needs; None when there is none."""
+        if not self.blocks_at(address):
+            later = [span.first for span in self._spans.values() if span.first > address.step]
+            if not later:
+                self.cursor = None
+                return
+            address = Address(min(later))
+        self.cursor = address
+
+
+class Service(NamedTuple):
+    """One teacher pass: the batch to compute and the ranks it is for."""
+
+    address: Address
+    ranks: tuple[int, ...]
+
+
+class Schedule:
+    """Decides the next teacher pass. The lowest address is served first, to everybody who needs it, so that the
+    teacher is paid once per batch; a destination that is much slower than the others is waited for only `patience`
+    steps and then left behind: it gets its batches in passes of its own, and the others do not wait for it."""
+
+    def __init__(self, feeds: Iterable[Feed], *, patience: float = 2.0) -> None:
+        self.feeds: Mapping[int, Feed] = {feed.rank: feed for feed in feeds}
+        self._patience = patience
+        self._behind: set[int] = set()
+        self._step_s: float | None = None
+        self._served_at: float | None = None
+        self._waiting_since: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(feed.cursor is None for feed in self.feeds.values())
+
+    def finish(self, block: int) -> None:
+        for feed in self.feeds.values():
+            feed.finish(block)
+
+    def choose(self, ready: Iterable[int], now: float) -> Service | None:
+        """Return the next teacher pass, or None while it is worth waiting for a destination without a free slot.
+
+        `ready` are the ranks that can take a batch; `now` is a clock in seconds. The caller carries the pass out and
+        then calls served().
+        """
+        open_feeds = {rank: feed.cursor for rank, feed in self.feeds.items() if feed.cursor is not None}
+        ready = set(ready) & open_feeds.keys()
+        front = max(open_feeds.values(), default=None)
+        self._behind = {rank for rank in self._behind & open_feeds.keys() if open_feeds[rank] != front}
+        lowest = min((a for rank, a in open_feeds.items() if rank in ready or rank not in self._behind), default=None)
+        if lowest is None:
+            return None
+        wanted = {rank for rank, address in open_feeds.items() if address == lowest}
+        missing = wanted - ready - self._behind
+        if missing:
+            if not ready or not self._out_of_patience(now):
+                return None  # where nobody is ready, leaving someone behind would gain nothing
+            self._behind |= missing
+            return self.choose(ready, now)
+        return Service(lowest, tuple(sorted(wanted & ready)))
+
+    def served(self, service: Service, now: float) -> None:
+        """Note that `service` has been carried out at time `now`."""
+        for rank in service.ranks:
+            self.feeds[rank].advance()
+        if self._served_at is not None:
+            took = now - self._served_at
+            self._step_s = took if self._step_s is None else 0.8 * self._step_s + 0.2 * min(took, 3 * self._step_s)
+        self._served_at, self._waiting_since = now, None
+
+    def _out_of_patience(self, now: float) -> bool:
+        """Whether a ready destination has waited for a slower one for longer than `patience` usual steps."""
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return self._step_s is not None and now - self._waiting_since > self._patience * self._step_s

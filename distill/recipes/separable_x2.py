@@ -1,0 +1,54 @@
+"""The first paper's recipe: two depthwise-separable convolutions with ReLU each in the place of one convolution."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from distill.recipes.recipe import Recipe
+
+
+class SeparableX2(Recipe):
+    """depthwise-pointwise-ReLU twice; stride and dilation in the first depthwise, bias in both pointwise layers.
+
+    Source: Blakeney, Li, Yan, Zong 2021, "Parallel blockwise knowledge distillation for deep neural network
+    compression", section III (arXiv:2012.03096). Note that the second ReLU makes outputs non-negative, as theirs are:
+    the recipe fits networks whose convolutions are followed by ReLU.
+    """
+
+    def build(self, conv: nn.Conv2d) -> nn.Sequential:
+        same = [size // 2 for size in conv.kernel_size]
+        channels, out = conv.in_channels, conv.out_channels
+        first = nn.Conv2d(
+            channels,
+            channels * self.rank,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=channels,
+            bias=False,
+        )
+        second = nn.Conv2d(out, out * self.rank, conv.kernel_size, padding=same, groups=out, bias=False)  # type: ignore[arg-type]
+        return nn.Sequential(
+            OrderedDict(
+                depthwise1=first,
+                pointwise1=nn.Conv2d(channels * self.rank, out, 1),
+                relu1=nn.ReLU(),
+                depthwise2=second,
+                pointwise2=nn.Conv2d(out * self.rank, out, 1),
+                relu2=nn.ReLU(),
+            )
+        )
+
+    def initialize(self, replacement: nn.Module, conv: nn.Conv2d, generator: torch.Generator) -> None:
+        for layer in replacement.children():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def replaces(self, module: nn.Module) -> bool:
+        return super().replaces(module) and all(size % 2 == 1 for size in getattr(module, "kernel_size", (0,)))

@@ -1,0 +1,163 @@
+"""Where a rank's batches come from: rank 0 runs the teacher and serves everybody, the others receive.
+
+Both are iterators over deliveries (an address and the boundaries of this rank's blocks), so that one training loop
+serves every rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distill.chain import Chain
+from distill.data import Dataset
+from distill.errors import DistillError
+from distill.protocol import Schedule
+from distill.transport import BoundaryReceiver, BoundarySender, Delivery
+
+WAKE_S = 0.05
+
+
+class Stream(Protocol):
+    """Deliveries for this rank's blocks, in the order of their addresses."""
+
+    waited_s: float
+
+    def __iter__(self) -> Iterator[Delivery]: ...
+
+    def finish(self, block: int) -> None:
+        """Say that `block` needs nothing more."""
+
+
+class TrainingBatches:
+    """Teacher inputs by step; consecutive steps come from the prefetching iterator, others by random access."""
+
+    def __init__(self, dataset: Dataset, *, stop: int) -> None:
+        self._dataset = dataset
+        self._stop = stop
+        self._next = -1
+        self._iterator: Iterator[Tensor] = iter(())
+
+    def images(self, step: int) -> Tensor:
+        if self._next == -1:
+            self._next = step
+            self._iterator = (batch.images for batch in self._dataset.train_batches(step, self._stop))
+        if step != self._next:
+            return self._dataset.train_batch(step).images
+        self._next += 1
+        return next(self._iterator)
+
+
+class TeacherStream:
+    """Rank 0: compute each batch once for everybody who is ready for it, send, and yield this rank's own part."""
+
+    def __init__(
+        self,
+        *,
+        chain: Chain,
+        dataset: Dataset,
+        schedule: Schedule,
+        senders: Mapping[int, BoundarySender],
+        wire_dtype: torch.dtype,
+        finished_elsewhere: Callable[[], Collection[int]],
+        wake: threading.Event,
+        budget: int,
+        timeout_s: float,
+    ) -> None:
+        self._chain, self._dataset, self._schedule, self._senders = chain, dataset, schedule, senders
+        self._batches = TrainingBatches(dataset, stop=budget)
+        self._wire_dtype = wire_dtype
+        self._finished_elsewhere = finished_elsewhere
+        self._wake = wake
+        self._timeout_s = timeout_s
+        self.waited_s = 0.0
+        self.teacher_s = 0.0
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Delivery]:
+        waiting_since = time.monotonic()
+        while True:
+            for block in self._finished_elsewhere():
+                self._schedule.finish(block)
+            self._close_finished()
+            if self._schedule.finished:
+                break
+            now = time.monotonic()
+            service = self._schedule.choose(self._ready(), now)
+            if service is None:
+                self._wait(now - waiting_since)
+                continue
+            feeds = [self._schedule.feeds[rank] for rank in service.ranks]
+            wanted = {feed.rank: feed.boundaries_at(service.address) for feed in feeds}
+            boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
+            for rank, keys in wanted.items():
+                if rank != 0:
+                    self._senders[rank].send(service.address, {k: boundaries[k] for k in keys})
+            self._schedule.served(service, time.monotonic())
+            if 0 in wanted:
+                yield Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]})
+            waiting_since = time.monotonic()
+        for sender in self._senders.values():
+            sender.join()
+
+    def finish(self, block: int) -> None:
+        self._schedule.finish(block)
+
+    def _close_finished(self) -> None:
+        """Let the ranks go that need nothing more."""
+        for rank, sender in self._senders.items():
+            if self._schedule.feeds[rank].cursor is None:
+                sender.close()
+
+    def _ready(self) -> set[int]:
+        return {0} | {rank for rank, sender in self._senders.items() if sender.ready}
+
+    def _wait(self, waited_s: float) -> None:
+        if waited_s > self._timeout_s:
+            slow = sorted(rank for rank, sender in self._senders.items() if not sender.ready)
+            raise DistillError(
+                f"rank 0: ranks {slow} have taken no batch for {self._timeout_s:g} s; read their logs (logs/rank"
+                f"{slow[0] if slow else 1}.log), or raise plan.timeout_s"
+            )
+        start = time.perf_counter()
+        self._wake.wait(WAKE_S)
+        self._wake.clear()
+        self.waited_s += time.perf_counter() - start
+
+    def _teach(self, step: int, check: int, keep: frozenset[int]) -> dict[int, Tensor]:
+        """Run the teacher on one batch as deep as needed; the activations are rounded to the wire's dtype for every
+        student, near or far, so that no result depends on the placement."""
+        start = time.perf_counter()
+        images = self._batches.images(step) if check < 0 else self._dataset.validation_batch(check).images
+        boundaries = self._chain.run(images, last=max(keep), keep=keep)
+        if self._wire_dtype != torch.float32:
+            boundaries = {k: tensor.to(self._wire_dtype) for k, tensor in boundaries.items()}
+        self.passes += 1
+        self.teacher_s += time.perf_counter() - start
+        return boundaries
+
+
+class RemoteStream:
+    """Any other rank: deliveries as they arrive."""
+
+    def __init__(self, receiver: BoundaryReceiver) -> None:
+        self._receiver = receiver
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Delivery]:
+        while True:
+            start = time.perf_counter()
+            delivery = self._receiver.next()
+            self.waited_s += time.perf_counter() - start
+            if delivery is None:
+                return
+            boundaries = {k: tensor.float() for k, tensor in delivery.boundaries.items()}
+            yield Delivery(delivery.address, boundaries)
+
+    def finish(self, block: int) -> None:
+        """Nothing to do: rank 0 hears of it by the announcement of the finished block."""

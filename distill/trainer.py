@@ -1,0 +1,279 @@
+"""One student block and its training: update on a batch, look at held-out batches, stop by its own rule.
+
+Knows nothing of other blocks, ranks or files. Losses stay on the device and are read every `log_every` steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.checkpoint import Checkpoint, block_name, contiguous
+from distill.losses import BLOCK_LOSSES, relative_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How every block is trained; the meanings are those of the section `distill` of the configuration."""
+
+    loss: str = "normalized_mse"
+    optimizer: str = "adam"
+    lr: float = 3e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    amp: str = "off"
+    patience: int = 0  # looks without improvement after which a block stops; 0: only at its budget
+    min_delta: float = 0.0
+    log_every: int = 20
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers of a block's course besides its tensors."""
+
+    rel_error_first: float = math.nan
+    rel_error_last: float = math.nan
+    rel_error_held_out: float | None = None
+    best_held_out: float = math.inf
+    looks_without_improvement: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Losses of one block as read at the end of a log interval (`relative_error` is its mean over the interval)."""
+
+    block: int
+    step: int
+    loss: float
+    relative_error: float
+    lr: float
+    seconds: float
+
+
+def learning_rate(step: int, *, budget: int, options: TrainerOptions) -> float:
+    """Return the rate of step `step` (0-based): linear warm-up, then constant or half a cosine down to zero.
+
+    Source of the cosine: Loshchilov, Hutter 2017, "SGDR", equation 5, without restarts (arXiv:1608.03983).
+    """
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.lr
+    share = (step - options.warmup_steps) / max(1, budget - options.warmup_steps)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def make_optimizer(module: nn.Module, options: TrainerOptions) -> torch.optim.Optimizer:
+    """Return the optimizer of a block, with PyTorch's fused update where it has one."""
+    parameters = list(module.parameters())
+    if options.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
+        )
+    return torch.optim.RMSprop(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class Stopwatch:
+    """Sums the time spent inside `running()`: wall clock on the CPU, stream time by events on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if not self._cuda:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        pair = (_timing_event(), _timing_event())
+        pair[0].record()
+        yield
+        pair[1].record()
+        self._pairs.append(pair)
+
+    def read(self) -> float:
+        """Return the seconds so far; on CUDA this waits for the device, so call it at log intervals only."""
+        for start, end in self._pairs:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._pairs.clear()
+        return self._seconds
+
+
+class BlockTrainer:
+    """The training of one student block, from step `step` to `budget`. `module` is on its device already."""
+
+    def __init__(
+        self,
+        block: int,
+        name: str,
+        module: nn.Module,
+        *,
+        budget: int,
+        device: torch.device,
+        options: TrainerOptions,
+    ) -> None:
+        self.block = block
+        self.name = name
+        self.module = module.train()
+        self.budget = budget
+        self.device = device
+        self.step = 0
+        self.progress = Progress()
+        self.diverged_at: int | None = None
+        self.stopped_early = False
+        self._options = options
+        self._loss = BLOCK_LOSSES[options.loss]
+        self._optimizer = make_optimizer(module, options)
+        self._watch = Stopwatch(device)
+        self._losses: list[Tensor] = []
+        self._errors: list[Tensor] = []
+        self._held_out: list[Tensor] = []
+        self._finite: Checkpoint | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.budget or self.stopped_early or self.diverged_at is not None
+
+    def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
+        """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
+        with self._watch.running():
+            rate = learning_rate(self.step, budget=self.budget, options=self._options)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.zero_grad(set_to_none=True)
+            with self._autocast():
+                outputs = self.module(inputs)
+            error = relative_error(outputs, targets)
+            loss = error if self._loss is relative_error else self._loss(outputs, targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if self._options.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
+            self._optimizer.step()
+        self._losses.append(loss.detach())
+        self._errors.append(error.detach())
+        self.step += 1
+        if self.step % self._options.log_every == 0 or self.step in (1, self.budget):
+            return self.read(rate)
+        return None
+
+    def read(self, rate: float = 0.0) -> Reading:
+        """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
+        losses = torch.stack(self._losses).tolist()
+        errors = torch.stack(self._errors).tolist()
+        first = self.step - len(losses)
+        self._losses.clear()
+        self._errors.clear()
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                self.diverged_at = first + offset
+                break
+        if first == 0:
+            self.progress.rel_error_first = errors[0]
+        if self.diverged_at is None:
+            self.progress.rel_error_last = sum(errors) / len(errors)
+        self.progress.seconds += self._watch.read()
+        self._watch = Stopwatch(self.device)
+        mean_loss = sum(losses) / len(losses)
+        return Reading(self.block, self.step, mean_loss, sum(errors) / len(errors), rate, self.progress.seconds)
+
+    def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
+        """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
+        self.module.eval()
+        with torch.no_grad(), self._autocast():
+            self._held_out.append(relative_error(self.module(inputs), targets))
+        self.module.train()
+        if not last:
+            return
+        error = torch.stack(self._held_out).mean().item()
+        self._held_out.clear()
+        progress = self.progress
+        progress.rel_error_held_out = error
+        if error < progress.best_held_out * (1 - self._options.min_delta):
+            progress.best_held_out, progress.looks_without_improvement = error, 0
+        else:
+            progress.looks_without_improvement += 1
+        self.stopped_early = 0 < self._options.patience <= progress.looks_without_improvement
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the state after the last step, or None (keeping the last one) when it is not finite."""
+        if self._losses:
+            self.read()
+        state = self._snapshot()
+        if self.diverged_at is not None or not all(tensor.isfinite().all() for tensor in state.weights.values()):
+            return None
+        self._finite = state
+        return state
+
+    def keep_finite(self, checkpoint: Checkpoint | None) -> None:
+        """Say which finite state to fall back to; without one, the present state."""
+        self._finite = checkpoint or self._snapshot()
+
+    def final(self) -> Checkpoint:
+        """Return what this block delivers: its last state, or after divergence the last finite one."""
+        if self._losses:
+            self.read()
+        state = self._snapshot()
+        if self.diverged_at is None and not all(t.isfinite().all() for t in state.weights.values()):
+            self.diverged_at = self.step
+        if self.diverged_at is not None:
+            assert self._finite is not None
+            return self._finite
+        return state
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: same weights, optimizer state and step, hence the same bits as without the break."""
+        self.module.load_state_dict(checkpoint.weights)
+        self.step = checkpoint.step
+        self.progress = Progress(**checkpoint.progress)
+        saved = checkpoint.optimizer
+        for name, parameter in self.module.named_parameters():
+            keys = {key.removeprefix(f"{name}/"): value for key, value in saved.items() if key.startswith(f"{name}/")}
+            self._optimizer.state[parameter] = {key: self._restored(value, parameter) for key, value in keys.items()}
+        self.keep_finite(checkpoint)
+
+    def _restored(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """Fused updates walk through memory, so state must have its parameter's own strides; fused Adam counts its
+        steps on the parameters' device, the others on the CPU."""
+        if value.shape == parameter.shape:
+            return torch.empty_like(parameter).copy_(value)
+        return value.to(self.device) if self._options.optimizer == "adam" else value
+
+    def _snapshot(self) -> Checkpoint:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
+        optimizer = {
+            f"{names[parameter]}/{key}": value
+            for parameter, state in self._optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        weights = {name: tensor.clone() for name, tensor in contiguous(self.module.state_dict()).items()}
+        return Checkpoint(
+            name=block_name(self.block),
+            step=self.step,
+            weights=weights,
+            optimizer={name: tensor.clone() for name, tensor in contiguous(optimizer).items()},
+            progress=asdict(self.progress),
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._options.amp == "bf16")
