@@ -1,0 +1,305 @@
+"""open_dataset() and the Dataset it returns: batches for training, validation and test, on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.addressing import TrainOrder, split_rows
+from distill.data.augment import Augment, Draws, crop_and_flip, draw, normalise
+from distill.data.cifar import open_cifar
+from distill.data.digits import open_digits
+from distill.data.folder import open_folder
+from distill.data.hub import open_hub
+from distill.data.memory import MemoryImages
+from distill.data.request import Images, Request, View
+from distill.data.skipped import SkippedImages
+from distill.data.source import ImageSource, Splits
+from distill.data.stream import StreamImages
+from distill.errors import ConfigError, one_of
+
+NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Normalised images (B, 3, H, W), float32, channels_last, and labels (B,), int64; both on the data's device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How pixels are read: what the training and the test split have in common."""
+
+    image_size: int
+    augment: Augment
+    memory_limit_bytes: float
+    num_workers: int
+    device: torch.device
+
+    def open(self, source: ImageSource, skipped: SkippedImages, held_out: Tensor | None) -> Images:
+        """Return the pixels of a split: in memory where they fit, else streamed.
+
+        `held_out` are the rows that must not stand in for undecodable ones of the rest; None: none may stand in.
+        """
+        num_bytes = len(source) * self.image_size**2 * 3
+        if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
+            return MemoryImages(source, image_size=self.image_size, skipped=skipped, device=self.device)
+        groups = None
+        if held_out is not None:
+            groups = np.zeros(len(source), dtype=np.int8)
+            groups[held_out.numpy()] = 1
+        return StreamImages(
+            source,
+            image_size=self.image_size,
+            groups=groups,
+            skipped=skipped,
+            num_workers=self.num_workers,
+            device=self.device,
+        )
+
+
+class Dataset:
+    """Batches addressed by step. Made by open_dataset; close() it, or use it in a `with` statement.
+
+    Reading can raise ConfigError on data.max_bad_images, when images are streamed and too many cannot be decoded.
+    num_test counts images as listed; those that cannot be decoded are missing from test_batches.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        reading: Reading,
+        batch_size: int,
+        seed: int,
+        validation_fraction: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        max_bad_images: int,
+    ) -> None:
+        self._splits = splits
+        self._reading = reading
+        self._seed = seed
+        self._skipped = SkippedImages(max_bad_images)
+        self._mean_C11 = torch.tensor(mean, dtype=torch.float32, device=reading.device)[:, None, None]
+        self._std_C11 = torch.tensor(std, dtype=torch.float32, device=reading.device)[:, None, None]
+        if len(splits.train) < 2:
+            raise ConfigError("data.root", len(splits.train), "at least 2 training images, one of them held out")
+        train, validation = split_rows(len(splits.train), fraction=validation_fraction, seed=seed)
+        self._images = reading.open(splits.train, self._skipped, held_out=validation)
+        train, self._validation = self._images.readable(train), self._images.readable(validation)
+        if not len(self._validation):
+            raise ConfigError("data.validation_fraction", validation_fraction, "a share with at least 1 readable image")
+        if batch_size > len(train):
+            allowed = f"at most {len(train)}, the training images that are not held out for validation"
+            raise ConfigError("data.batch_size", batch_size, allowed)
+        self._order = TrainOrder(train, batch_size=batch_size, seed=seed)
+        self.batch_size = batch_size
+        self.classes = splits.classes
+        self.image_shape = (3, reading.image_size, reading.image_size)
+        self.num_train = len(train)
+        self.num_validation = len(self._validation)
+        self.num_validation_batches = max(1, self.num_validation // batch_size)
+        self.steps_per_epoch = self._order.steps_per_epoch
+
+    def __enter__(self) -> Dataset:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def num_test(self) -> int:
+        """Images of the test split, as listed. Lists the split, but decodes nothing."""
+        return len(self._test_source)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the images met so far that could not be decoded."""
+        return self._skipped.names
+
+    def train_batch(self, step: int, part: int = 0, num_parts: int = 1) -> Batch:
+        """Return rows part::num_parts of the training batch `step`, decoding only those."""
+        draws = self._draws(step, part, num_parts)
+        images_BHWC, labels = self._images.read(self._train_request(step, part, num_parts, draws))
+        return self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
+
+    def train_batches(self, start: int, stop: int, part: int = 0, num_parts: int = 1) -> Iterator[Batch]:
+        """Return what train_batch returns for each step of start .. stop - 1, decoded ahead where it is streamed."""
+        steps = range(start, stop)
+        requests = (self._train_request(step, part, num_parts, self._draws(step, part, num_parts)) for step in steps)
+        for step, (images_BHWC, labels) in zip(steps, self._images.read_many(requests), strict=True):
+            draws = self._draws(step, part, num_parts)
+            yield self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
+
+    def validation_batch(self, index: int) -> Batch:
+        """Return full validation batch `index` modulo num_validation_batches; all images, where they are too few."""
+        first = index % self.num_validation_batches * self.batch_size
+        return self._batch(*self._images.read(_evaluation(self._validation[first : first + self.batch_size])))
+
+    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Return every validation image once, never augmented; the last batch may be smaller."""
+        requests = map(_evaluation, _cut(self._validation, batch_size))
+        for images_BHWC, labels in self._images.read_many(requests):
+            yield self._batch(images_BHWC, labels)
+
+    def test_batches(self, batch_size: int, part: int = 0, num_parts: int = 1) -> Iterator[Batch]:
+        """Return every readable test image once over the parts, never augmented; batches may be smaller."""
+        assert 0 <= part < num_parts, (part, num_parts)
+        rows = self._test_images.readable(torch.arange(self.num_test))[part::num_parts]
+        for images_BHWC, labels in self._test_images.read_many(map(_evaluation, _cut(rows, batch_size))):
+            if len(labels):
+                yield self._batch(images_BHWC, labels)
+
+    def close(self) -> None:
+        """Free the images and end the worker processes; iterators under way fail. The dataset is of no use after."""
+        self._images.close()
+        if "_test_images" in self.__dict__:
+            self._test_images.close()
+
+    @functools.cached_property
+    def _test_source(self) -> ImageSource:
+        source = self._splits.open_test()
+        if not len(source):
+            raise ConfigError("data.root", 0, "at least 1 test image")
+        return source
+
+    @functools.cached_property
+    def _test_images(self) -> Images:
+        return self._reading.open(self._test_source, self._skipped, held_out=None)
+
+    def _draws(self, step: int, part: int, num_parts: int) -> Draws:
+        assert 0 <= part < num_parts, (part, num_parts)
+        size = self._reading.image_size
+        return draw(batch_size=self.batch_size, image_size=size, seed=self._seed, step=step).part(part, num_parts)
+
+    def _train_request(self, step: int, part: int, num_parts: int, draws: Draws) -> Request:
+        rows = self._order.rows(step)[part::num_parts].numpy()
+        if self._reading.augment is Augment.resized_crop_flip:
+            return Request(rows, View.resized_crop, draws.uniforms.numpy())
+        return Request(rows, View.fit)
+
+    def _batch(self, images_BHWC: Tensor, labels: Tensor) -> Batch:
+        return Batch(normalise(images_BHWC, mean_C11=self._mean_C11, std_C11=self._std_C11), labels)
+
+
+def _cut(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _evaluation(rows: Tensor) -> Request:
+    return Request(rows.numpy(), View.evaluation)
+
+
+def open_dataset(
+    *,
+    name: str,
+    root: str | None,
+    image_size: int,
+    augment: Augment,
+    batch_size: int,
+    seed: int,
+    validation_fraction: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    num_workers: int = 2,
+    memory_limit_gib: float = 4.0,
+    max_bad_images: int = 10,
+    download: bool = True,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Dataset:
+    """Return the set `name` (digits, cifar10, cifar100, imagefolder, hf), its training images ready to be read.
+
+    A split within memory_limit_gib (count * image_size^2 * 3 bytes) is decoded now and kept, on the device; a larger
+    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes. In memory, an image that
+    is not image_size x image_size has its shorter side resized to that and is centre cropped; streamed validation and
+    test images are resized to 256/224 of it first, as ImageNet networks expect.
+    mean and std are per channel, of pixels in 0 .. 1. train_split and test_split name folders or hub splits.
+    Raises ConfigError on the setting of data.* that cannot be honoured.
+    """
+    _check(image_size=image_size, batch_size=batch_size, validation_fraction=validation_fraction, mean=mean, std=std)
+    splits = _open_splits(
+        name=name,
+        root=root,
+        memory_limit_bytes=memory_limit_gib * GIB,
+        download=download,
+        train_split=train_split,
+        test_split=test_split,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    reading = Reading(
+        image_size=image_size,
+        augment=augment,
+        memory_limit_bytes=memory_limit_gib * GIB,
+        num_workers=num_workers,
+        device=device,
+    )
+    return Dataset(
+        splits,
+        reading=reading,
+        batch_size=batch_size,
+        seed=seed,
+        validation_fraction=validation_fraction,
+        mean=mean,
+        std=std,
+        max_bad_images=max_bad_images,
+    )
+
+
+def _open_splits(
+    *,
+    name: str,
+    root: str | None,
+    memory_limit_bytes: float,
+    download: bool,
+    train_split: str | None,
+    test_split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+) -> Splits:
+    if name == "digits":
+        return open_digits()
+    if name in ("cifar10", "cifar100"):
+        return open_cifar(name=name, root=root, download=download)
+    if name == "imagefolder":
+        return open_folder(root=root, train_split=train_split, test_split=test_split)
+    if name == "hf":
+        return open_hub(
+            root=root,
+            train_split=train_split,
+            test_split=test_split,
+            image_column=image_column,
+            label_column=label_column,
+            memory_limit_bytes=memory_limit_bytes,
+            download=download,
+        )
+    raise ConfigError("data.name", name, one_of(NAMES, name))
+
+
+def _check(
+    *, image_size: int, batch_size: int, validation_fraction: float, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    if image_size < 1:
+        raise ConfigError("data.image_size", image_size, "an integer >= 1, in pixels")
+    if batch_size < 1:
+        raise ConfigError("data.batch_size", batch_size, "an integer >= 1")
+    if not 0 <= validation_fraction < 1:
+        raise ConfigError("data.validation_fraction", validation_fraction, "a number from 0 to below 1")
+    if len(mean) != 3:
+        raise ConfigError("data.mean", list(mean), "three numbers, one a channel")
+    if len(std) != 3 or min(std) <= 0:
+        raise ConfigError("data.std", list(std), "three numbers > 0, one a channel")

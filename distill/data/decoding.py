@@ -1,0 +1,72 @@
+"""From encoded bytes to square RGB pixels, with PIL. Knows neither datasets nor randomness."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+# The usual evaluation of ImageNet networks: shorter side to 256, centre crop of 224; other sizes in proportion.
+EVALUATION_RESIZE = 256 / 224
+RGB_ABLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; the message is the reason."""
+
+
+def decode(encoded: bytes | Path) -> Image.Image:
+    """Return the image as RGB; raise UnreadableImageError for whatever is not an image that PIL can read.
+
+    Grayscale is repeated over the channels, transparency is dropped, CMYK is converted. Deep pixels (16-bit, float)
+    are refused, because PIL would clip them to white.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            return _to_rgb(image)
+    except Exception as error:  # PIL lets almost any exception out of damaged files: OSError, SyntaxError, struct.error
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode not in RGB_ABLE:
+        raise ValueError(f"pixels of mode {image.mode}")
+    if image.mode == "RGB":
+        image.load()  # what is returned must not need the file any more; convert() would copy the pixels as well
+        return image
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns about a palette with transparency that goes to RGB directly
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, image_size: int) -> Image.Image:
+    """Return the image at image_size x image_size: as it is, or shorter side resized and centre cropped."""
+    if image.size == (image_size, image_size):
+        return image
+    return _resize_and_crop(image, shorter_side=image_size, image_size=image_size)
+
+
+def evaluation_view(image: Image.Image, image_size: int) -> Image.Image:
+    """Return the centre crop after resizing the shorter side to round(image_size * 256 / 224)."""
+    return _resize_and_crop(image, shorter_side=round(image_size * EVALUATION_RESIZE), image_size=image_size)
+
+
+def crop_view(image: Image.Image, image_size: int, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return the box (top, left, height, width) of the image, resized to image_size x image_size."""
+    view: Image.Image = functional.resized_crop(image, *box, size=[image_size, image_size])
+    return view
+
+
+def _resize_and_crop(image: Image.Image, *, shorter_side: int, image_size: int) -> Image.Image:
+    resized = functional.resize(image, [shorter_side])
+    view: Image.Image = functional.center_crop(resized, [image_size, image_size])
+    return view
+
+
+def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return the image as uint8 (H, W, 3); the array may not be written to."""
+    return np.asarray(image)
