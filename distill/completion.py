@@ -22,9 +22,8 @@ from distill.transport import Edge, receive_blob, send_blob
 class Deliverer:
     """An owner's side: deliver() returns at once, a thread does the rest."""
 
-    def __init__(self, control: Control, *, on_collected: Callable[[int], None]) -> None:
+    def __init__(self, control: Control) -> None:
         self._control = control
-        self._on_collected = on_collected
         self._queue: queue.SimpleQueue[tuple[Entry, bytes] | None] = queue.SimpleQueue()
         self._error: DistillError | None = None
         self._thread = threading.Thread(target=self._run, name="deliver", daemon=True)
@@ -54,7 +53,6 @@ class Deliverer:
                     group = edge.connect(control.address.connect(), control.rank)
                 send_blob(group, blob)
                 control.wait(f"collected/{entry.block}", peer=0, purpose=f"confirmation of block {entry.block}")
-                self._on_collected(entry.block)
         except DistillError as error:
             self._error = error
         except RuntimeError as error:

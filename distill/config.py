@@ -344,7 +344,7 @@ class JobConfig:
 # Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
-    "data.root", "data.num_workers", "data.memory_limit_gib", "data.download",
+    "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s",
     "distill.log_every",
 }  # fmt: skip

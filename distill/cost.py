@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.chain import Chain
+from distill.blocks import Chain
 from distill.trainer import BlockTrainer
 
 BUDGET_S = 0.4  # measuring one block stops after this long, but not before three repetitions

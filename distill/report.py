@@ -47,10 +47,6 @@ def plan_table(
             f"{flops.student[block] / 1e6:.0f}" if flops.student[block] else "-",
             f"{boundary_bytes[block] / 1e6:.2f}",
         )
-    for rank, seconds in enumerate(plan.predicted_rank_s):
-        role = "teacher and students" if rank == 0 else "students"
-        table.add_row(f"rank {rank}: {role}", style="dim", end_section=False)
-        table.add_row(f"  predicted {seconds:.1f} s", style="dim")
     return table
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distill.chain import Chain
+from distill.blocks import Chain
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.protocol import Schedule

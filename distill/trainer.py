@@ -148,7 +148,7 @@ class BlockTrainer:
         self._losses: list[Tensor] = []
         self._errors: list[Tensor] = []
         self._held_out: list[Tensor] = []
-        self._finite: Checkpoint | None = None
+        self._finite = self._snapshot()
 
     @property
     def finished(self) -> bool:
@@ -224,10 +224,6 @@ class BlockTrainer:
         self._finite = state
         return state
 
-    def keep_finite(self, checkpoint: Checkpoint | None) -> None:
-        """Say which finite state to fall back to; without one, the present state."""
-        self._finite = checkpoint or self._snapshot()
-
     def final(self) -> Checkpoint:
         """Return what this block delivers: its last state, or after divergence the last finite one."""
         if self._losses:
@@ -236,7 +232,6 @@ class BlockTrainer:
         if self.diverged_at is None and not all(t.isfinite().all() for t in state.weights.values()):
             self.diverged_at = self.step
         if self.diverged_at is not None:
-            assert self._finite is not None
             return self._finite
         return state
 
@@ -249,7 +244,7 @@ class BlockTrainer:
         for name, parameter in self.module.named_parameters():
             keys = {key.removeprefix(f"{name}/"): value for key, value in saved.items() if key.startswith(f"{name}/")}
             self._optimizer.state[parameter] = {key: self._restored(value, parameter) for key, value in keys.items()}
-        self.keep_finite(checkpoint)
+        self._finite = checkpoint
 
     def _restored(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Fused updates walk through memory, so state must have its parameter's own strides; fused Adam counts its

@@ -9,21 +9,20 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 import distill
-from distill.checkpoint import CheckpointFolder, contiguous
+from distill.checkpoint import CheckpointFolder
 from distill.config import fingerprint
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.evaluate import Hits, count_hits, measure_network
 from distill.export import StudentCard, save_student
-from distill.files import read_json, write_bytes, write_json
+from distill.files import read_json, write_json
 from distill.finetune import FitOptions, Team, distillation_loss, fit
+from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
 from distill.job.materials import Blocks, architecture_of
-from distill.job.students import empty_student, load_network
 from distill.ledger import Ledger
 from distill.report import result_table, write_report
 from distill.transport import wire_backend
@@ -38,7 +37,7 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
     options = context.config.finetune
     if options.epochs == 0 or context.completed("finetune") is not None:
         return
-    student = load_network(context, "recalibrated", empty_student(teacher, blocks))
+    student = load_student_state(context, "recalibrated", teacher, blocks)
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     course: list[dict[str, float]] = []
 
@@ -65,7 +64,7 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         report=report,
     )
     if context.leads:
-        write_bytes(context.run.path / "finetuned.safetensors", save(contiguous(student.state_dict())))
+        save_network(context, "finetuned", student)
         checkpoints.remove("finetune")
         context.run.complete("finetune", {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)})
 
@@ -83,7 +82,7 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     for name in ("teacher", "assembled", "recalibrated", "finetuned"):
         if name == "finetuned" and context.config.finetune.epochs == 0:
             continue
-        network = teacher if name == "teacher" else load_network(context, name, empty_student(teacher, blocks))
+        network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
         share = dataset.test_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
         context.control.set(f"hits/{name}/{context.rank}", asdict(count_hits(network, share)))
         if context.leads:
@@ -101,11 +100,11 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         return
     run, config = context.run, context.config
     if run.result("deliver") is None:
-        student = load_network(context, final_state(context), empty_student(teacher, blocks))
+        student = load_student_state(context, final_state(context), teacher, blocks)
         card = StudentCard(
             architecture=architecture_of(config, len(dataset.classes)),
             recipe={"name": config.student.recipe.name, "options": blocks.recipe.options()},
-            replaced=[path for block in sorted(blocks.replaced) for path in blocks.replaced[block]],
+            replaced=blocks.replaced_paths,
             image_size=config.data.image_size,
             mean=config.teacher.mean or config.data.mean,
             std=config.teacher.std or config.data.std,
@@ -133,7 +132,7 @@ def _metrics(
     run, ledger = context.run, Ledger(context.run.path)
     accuracy = run.result("evaluate")
     modules = dict(teacher.named_modules())
-    replaced = [path for paths in blocks.replaced.values() for path in paths]
+    replaced = blocks.replaced_paths
     student_facts = measure_network(student, image_shape=dataset.image_shape, device=context.device) | {
         **accuracy.get("finetuned", accuracy["recalibrated"]),
         "top1_assembled": accuracy["assembled"]["top1"],

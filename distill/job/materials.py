@@ -122,6 +122,11 @@ class Blocks:
     recipe: Recipe
     replaced: dict[int, tuple[str, ...]]
 
+    @property
+    def replaced_paths(self) -> list[str]:
+        """The qualified paths of all replaced convolutions, in the network's order."""
+        return [path for block in sorted(self.replaced) for path in self.replaced[block]]
+
 
 def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: torch.device) -> Blocks:
     """Cut the teacher and choose the blocks that get students.

@@ -17,10 +17,11 @@ from distill.compose import compose
 from distill.config import Device, JobConfig, Stage, fingerprint, from_yaml, identity, to_yaml
 from distill.control import Control, StoreAddress, ranks_of
 from distill.errors import ConfigError, DistillError
+from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student
 from distill.job.materials import open_data, prepare_teacher
-from distill.job.students import assemble_student, train_blocks
+from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
 from distill.rundir import RunDirectory
 
