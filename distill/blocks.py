@@ -1,0 +1,150 @@
+"""What a network cut into blocks is: boundaries, blocks and the chain of them. Knows no way to cut one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The form of one activation: `shape` with the batch dimension first, the strides in elements, the element type."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Boundary:
+        """Return the form of `tensor`; one with holes or overlaps gets the dense strides of the same order."""
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        return cls(shape, stride if _is_dense(shape, stride) else _dense_strides(shape, stride), tensor.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory and on the wire."""
+        return self.numel * self.dtype.itemsize
+
+    def strides_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the strides of a tensor of `shape` in this form; another batch size keeps the order of dimensions."""
+        return self.stride if shape == self.shape else _dense_strides(shape, self.stride)
+
+    def conform(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` itself if it is in this form, otherwise a copy that is; the batch size is free."""
+        shape = tuple(tensor.shape)
+        strides = self.strides_for(shape)
+        if tuple(tensor.stride()) == strides:
+            return tensor
+        return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Facts about one block: its place, its name and the qualified paths of what is in it."""
+
+    index: int
+    name: str
+    convolutions: tuple[str, ...]  # every nn.Conv2d, in the order of use
+    modules: tuple[str, ...]  # every module with parameters of its own, in the order of use
+
+
+class Chain(ABC):
+    """A frozen network as a sequence of blocks: block k turns boundary k into boundary k + 1.
+
+    All tensors are shared with the network that was cut, so move that to its device first; the module tree is a copy,
+    with in-place operations switched off.
+    """
+
+    blocks: tuple[Block, ...]
+    boundaries: tuple[Boundary, ...]  # one more than blocks
+
+    @abstractmethod
+    def run(self, x: Tensor, *, last: int, keep: Collection[int]) -> dict[int, Tensor]:
+        """Return the boundaries `keep`, all <= `last`, for the network's input `x` (B, ...); runs none behind `last`.
+
+        No gradients. Each is in the recorded form of its boundary, for any batch size B, and never changes afterwards.
+        """
+
+    @abstractmethod
+    def run_block(self, index: int, x: Tensor) -> Tensor:
+        """Return the teacher's boundary index + 1 for its boundary `index`, without gradients."""
+
+    @abstractmethod
+    def block_module(self, index: int) -> nn.Module:
+        """Return a trainable copy of a block, in training mode: one tensor in, one out.
+
+        The names of its modules and weights are the teacher's own qualified names. What the network's code, as opposed
+        to a module, decides by `self.training` (stochastic depth, functional dropout) stays as in evaluation.
+        """
+
+
+def share_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree whose parameters and buffers are the very tensors of `model`."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def switch_off_in_place(root: nn.Module) -> None:
+    """Make every layer of `root` that can work in place, such as nn.ReLU, return a new tensor instead."""
+    for module in root.modules():
+        if isinstance(getattr(module, "inplace", None), bool):
+            module.inplace = False  # type: ignore[assignment]
+
+
+def agree(traced: object, original: Tensor) -> bool:
+    """Return whether a rewritten network gives the result of the original, kernels' last bits aside."""
+    if not isinstance(traced, Tensor) or traced.shape != original.shape:
+        return False
+    if original.device.type == "meta" or original.numel() == 0:
+        return True
+    # Only a misread program is looked for, so kernels that differ in the last bits may pass.
+    scale = float(original.abs().nan_to_num(0.0).max())
+    return torch.allclose(traced, original, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+
+
+def made_trainable(module: nn.Module) -> nn.Module:
+    """Return `module` itself, in training mode and with gradients for every floating-point parameter."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return module.train()
+
+
+def parameter_owners(module: nn.Module, path: str) -> list[str]:
+    """Return the paths of `module` and the modules in it that own parameters."""
+    inside = [(name, one) for name, one in module.named_modules() if any(True for _ in one.parameters(recurse=False))]
+    return [f"{path}.{name}" if name else path for name, _ in inside]
+
+
+def _outermost_first(stride: tuple[int, ...]) -> list[int]:
+    return sorted(range(len(stride)), key=lambda dim: -stride[dim])
+
+
+def _dense_strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides without holes for `shape`, its dimensions nested as those with the strides `order` are."""
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(_outermost_first(order)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """True if the elements fill a piece of memory, each place once (strides of dimensions of size one are free)."""
+    step = 1
+    for dim in sorted((dim for dim in range(len(shape)) if shape[dim] != 1), key=lambda dim: stride[dim]):
+        if stride[dim] != step:
+            return False
+        step *= shape[dim]
+    return True

@@ -1,0 +1,128 @@
+"""Cuts a network into blocks with one tensor in and one out, and runs them. Knows nothing of students or ranks.
+
+`cut` is the door. A network that torch.fx can trace becomes a TracedChain, whose blocks run one by one; any other
+becomes a HookedChain over a list of modules, which runs the whole network and listens at their edges.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from distill.blocks import Block, Boundary, Chain, made_trainable, parameter_owners
+from distill.errors import ConfigError
+from distill.grouping import Granularity, Group, check_listed, group
+from distill.hooked import HookedChain
+from distill.tracing import Trace, UntraceableError, trace
+
+__all__ = ["Block", "Boundary", "Chain", "Granularity", "HookedChain", "TracedChain", "cut"]
+
+
+def cut(model: nn.Module, sample: Tensor, *, granularity: Granularity, modules: Sequence[str] = ()) -> Chain:
+    """Return `model` as a chain of blocks; puts it in eval mode and freezes its parameters.
+
+    `sample` (B, ...) is an input on the model's device; its form fixes that of all boundaries. Raises ConfigError on
+    data.image_size, blocks.granularity or blocks.modules.
+    """
+    model.eval().requires_grad_(False)
+    output = _run_sample(model, sample)
+    try:
+        traced = trace(model, sample, output)
+    except UntraceableError as error:
+        if granularity is not Granularity.modules:
+            raise _needs_list(granularity, error) from error
+        check_listed(model, modules)
+        return HookedChain(model, sample, output, modules)
+    return TracedChain(traced, group(traced, granularity=granularity, modules=modules))
+
+
+def _needs_list(granularity: Granularity, error: UntraceableError) -> ConfigError:
+    reason = str(error).partition("\n")[0]
+    allowed = (
+        f"modules, because this network cannot be traced by torch.fx ({reason}); "
+        "name its blocks: blocks.granularity=modules blocks.modules=[...]"
+    )
+    return ConfigError("blocks.granularity", granularity.name, allowed)
+
+
+@torch.no_grad()
+def _run_sample(model: nn.Module, sample: Tensor) -> Tensor:
+    try:
+        output = model(sample)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        allowed = f"images that the network accepts; with a batch of {tuple(sample.shape)} it says: {reason}"
+        raise ConfigError("data.image_size", tuple(sample.shape[2:]), allowed) from error
+    if not isinstance(output, Tensor):
+        raise ConfigError("teacher", type(output).__name__, "a network whose output is one tensor")
+    return output
+
+
+class TracedChain(Chain):
+    """A chain of traced blocks, each a module of its own."""
+
+    def __init__(self, traced: Trace, groups: Sequence[Group]) -> None:
+        self.blocks = tuple(_facts(traced, index, one) for index, one in enumerate(groups))
+        sources = [one.segments[0].source for one in groups]
+        self.boundaries = tuple(traced.forms[node] for node in [*sources, groups[-1].segments[-1].result])
+        self._state_names = set(traced.root.state_dict())
+        self._modules = [self._named(fx.GraphModule(traced.root, _graph(one), "Block")).eval() for one in groups]
+
+    def run(self, x: Tensor, *, last: int, keep: Collection[int]) -> dict[int, Tensor]:
+        assert all(0 <= boundary <= last <= len(self.blocks) for boundary in keep), (last, keep)
+        kept = {}
+        x = self.boundaries[0].conform(x)
+        for boundary in range(last + 1):
+            if boundary > 0:
+                x = self.run_block(boundary - 1, x)
+            if boundary in keep:
+                kept[boundary] = x
+        return kept
+
+    @torch.no_grad()
+    def run_block(self, index: int, x: Tensor) -> Tensor:
+        # Also where nothing is kept: kernels depend on strides, and a relayed activation has the recorded ones.
+        x = self.boundaries[index].conform(x)
+        return self.boundaries[index + 1].conform(self._modules[index](x))
+
+    def block_module(self, index: int) -> nn.Module:
+        return made_trainable(self._named(copy.deepcopy(self._modules[index])))
+
+    def _named(self, module: nn.Module) -> nn.Module:
+        """Keep buffers out of `module`'s state_dict that are not in the network's: fx registers what it reads."""
+        for path, owner in module.named_modules():
+            for name in owner._buffers:
+                if ".".join(filter(None, (path, name))) not in self._state_names:
+                    owner._non_persistent_buffers_set.add(name)
+        return module
+
+
+def _graph(block: Group) -> fx.Graph:
+    """Return the operations of a block as a graph from one input to one output."""
+    graph = fx.Graph()
+    copies = {block.segments[0].source: graph.placeholder("x")}
+    for node in block.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+    graph.output(copies[block.segments[-1].result])
+    return graph
+
+
+def _facts(traced: Trace, index: int, block: Group) -> Block:
+    convolutions: dict[str, None] = {}  # a dict, to keep the order and drop repeats
+    owners: dict[str, None] = {}
+    for node in block.nodes:
+        path = str(node.target)
+        module = traced.module(node)
+        if isinstance(module, nn.Conv2d):
+            convolutions[path] = None
+        if module is not None:
+            owners.update(dict.fromkeys(parameter_owners(module, path)))
+        elif node.op == "get_attr" and path in dict(traced.root.named_parameters()):
+            owners[path.rpartition(".")[0]] = None
+    return Block(index, block.name, tuple(convolutions), tuple(owner for owner in owners if owner))

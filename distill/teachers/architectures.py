@@ -1,0 +1,135 @@
+"""Builds an untrained network from a source and a name. Knows nothing of weights or configuration objects."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from distill.errors import ConfigError, one_of
+from distill.teachers.cifar_resnet import UNITS_PER_STAGE, cifar_resnet
+from distill.teachers.cifar_vgg import LAYERS, cifar_vgg
+
+SOURCES = ("cifar", "torchvision", "timm", "factory")
+NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
+
+# GoogLeNet and Inception: auxiliary heads serve training from scratch only; naming init_weights silences a warning.
+_QUIET_OPTIONS: dict[str, dict[str, object]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def build_architecture(
+    *,
+    source: str,
+    name: str,
+    num_classes: int,
+    factory: str | None = None,
+    options: Mapping[str, object] = NO_OPTIONS,
+) -> nn.Module:
+    """Return a freshly initialised network with `num_classes` outputs, on the CPU and in training mode.
+
+    `options` are extra keyword arguments of the architecture. Raises ConfigError on teacher.source, teacher.name,
+    teacher.factory or teacher.options.
+    """
+    if source == "cifar":
+        return _cifar(name, num_classes, options)
+    if source == "torchvision":
+        return _torchvision(name, num_classes, options)
+    if source == "timm":
+        return _timm(name, num_classes, options)
+    if source == "factory":
+        return _factory(factory, num_classes, options)
+    raise ConfigError("teacher.source", source, one_of(SOURCES, source))
+
+
+def _cifar(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
+    if name not in {*UNITS_PER_STAGE, *LAYERS}:
+        raise ConfigError("teacher.name", name, one_of([*UNITS_PER_STAGE, *LAYERS], name))
+    build: Callable[..., nn.Module] = cifar_resnet if name in UNITS_PER_STAGE else cifar_vgg
+    return _call(build, name, num_classes=num_classes, options=options)
+
+
+def _torchvision(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError("teacher.name", name, one_of(known, name))
+    build = models.get_model_builder(name)
+    merged = {**_QUIET_OPTIONS.get(name, {}), **options}
+    return _call(build, num_classes=num_classes, options={"weights": None, **merged})
+
+
+def _timm(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
+    timm = import_timm("teacher.source")
+    if not timm.is_model(name):
+        raise ConfigError("teacher.name", name, _nearest_timm(timm, name))
+    return _call(timm.create_model, name, num_classes=num_classes, options={"pretrained": False, **options})
+
+
+def import_timm(setting: str) -> Any:
+    """Return the module timm, or raise a ConfigError on `setting` that says how to install it."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ConfigError(setting, "timm", "the package timm: pip install 'distill[timm]'") from error
+
+
+def _nearest_timm(timm: Any, name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, timm.list_models(), n=5)
+    return f"a name from timm.list_models(){': ' + ', '.join(near) if near else ''}"
+
+
+def _factory(factory: str | None, num_classes: int, options: Mapping[str, object]) -> nn.Module:
+    build = _import_factory(factory)
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except ValueError:  # a builtin without a signature
+        parameters = {}.values()
+    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    model = _call(build, num_classes=num_classes if takes_classes else None, options=options)
+    if not isinstance(model, nn.Module):
+        raise ConfigError("teacher.factory", factory, f"a function that returns a torch.nn.Module, not {type(model)}")
+    return model
+
+
+def _import_factory(factory: str | None) -> Callable[..., object]:
+    if not factory or factory.count(":") != 1:
+        raise ConfigError("teacher.factory", factory, '"package.module:function", with one colon')
+    module_name, function_name = factory.split(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError("teacher.factory", factory, f"a module that can be imported ({error})") from error
+    for attribute in function_name.split("."):
+        if not hasattr(target, attribute):
+            public = [choice for choice in dir(target) if not choice.startswith("_")]
+            raise ConfigError("teacher.factory", factory, f"an attribute of {module_name}: {one_of(public, attribute)}")
+        target = getattr(target, attribute)
+    if not callable(target):
+        raise ConfigError("teacher.factory", factory, f"something that can be called, not {type(target)}")
+    return target  # type: ignore[no-any-return]
+
+
+def _call(
+    build: Callable[..., Any], *args: object, num_classes: int | None, options: Mapping[str, object]
+) -> nn.Module:
+    """Call `build`; arguments it does not accept become a ConfigError, errors inside it stay what they are."""
+    keywords: dict[str, object] = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
+    try:
+        inspect.signature(build).bind(*args, **keywords)
+    except TypeError as error:
+        raise ConfigError(
+            "teacher.options", dict(options), f"arguments that the architecture takes ({error})"
+        ) from error
+    except ValueError:  # a builtin without a signature: let the call itself tell
+        pass
+    return build(*args, **keywords)  # type: ignore[no-any-return]
