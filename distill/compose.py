@@ -37,5 +37,5 @@ def compose(overrides: Sequence[str]) -> JobConfig:
         with initialize_config_dir(config_dir(), version_base=VERSION_BASE):
             cfg = hydra_compose("job", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+        raise explain(error, overrides) from error
     return load(cfg)

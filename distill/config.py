@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -122,7 +124,7 @@ def setting(default: Any, explanation: str) -> Any:
 def _at_least(section: str, owner: object, **minimums: float) -> None:
     for name, minimum in minimums.items():
         value = getattr(owner, name)
-        if value is not None and value < minimum:
+        if value is not None and not minimum <= value < math.inf:  # also refuses nan, which compares as False
             raise ConfigError(f"{section}.{name}", value, f"a number >= {minimum}")
 
 
@@ -161,6 +163,8 @@ class TeacherConfig:
             values = getattr(self, name)
             if values is not None and len(values) != 3:
                 raise ConfigError(f"teacher.{name}", values, "three numbers, one a channel")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError("teacher.std", self.std, "numbers > 0: images are divided by them")
 
     @property
     def fit_epochs(self) -> int:
@@ -197,6 +201,8 @@ class DataConfig:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise ConfigError(f"data.{name}", getattr(self, name), "three numbers, one a channel")
+        if min(self.std) <= 0:
+            raise ConfigError("data.std", self.std, "numbers > 0: images are divided by them")
 
 
 @dataclass(kw_only=True)
@@ -251,9 +257,9 @@ class DistillConfig:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
         _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
         _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1)
-        if self.epochs is not None and self.epochs <= 0:
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError("distill.epochs", self.epochs, "a number > 0")
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError("distill.clip_norm", self.clip_norm, "a number > 0, or null")
 
 
@@ -288,7 +294,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
         _between("finetune", self, 0.0, 1.0, "soft_weight")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
 
 
@@ -415,8 +421,19 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
 
 
-def explain(error: BaseException) -> ConfigError:
-    """Return the ConfigError for an error of OmegaConf or Hydra, with the nearest setting where one was misspelt."""
+_WORDS = {
+    "int": "an integer", "int | None": "an integer, or null", "float": "a number", "float | None": "a number, or null",
+    "str": "a text", "str | None": "a text, or null", "bool": "true or false", "list[str]": "a list, such as [a,b]",
+    "list[float]": "a list of numbers, such as [1,2,3]",
+    "list[float] | None": "a list of numbers, such as [1,2,3], or null",
+}  # fmt: skip
+
+
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> ConfigError:
+    """Return the ConfigError for an error of OmegaConf or Hydra, with the nearest setting where one was misspelt.
+
+    `overrides` are what the user typed, from which the error quotes the value.
+    """
     while not getattr(error, "full_key", None) and error.__cause__ is not None:
         error = error.__cause__
     text = str(error)
@@ -428,14 +445,27 @@ def explain(error: BaseException) -> ConfigError:
         return ConfigError(group, given, one_of(available, given))
     found = re.search(r"Could not (?:override|append to config[^']*) '([^'=]+)", text)
     key = str(getattr(error, "full_key", None) or (found.group(1) if found else "")).lstrip("+")
+    key = re.sub(r"\[\d+\]$", "", key)  # an element of a list is not a setting of its own
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(key, "???", "a value: this setting has no default here")
+    typed = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
+    quoted = re.search(r"[Vv]alue '([^']*)'", text)
+    if not key:
+        return ConfigError("command line", text.splitlines()[0], "group=choice or setting=value; see --help")
+    return _refused(key, typed.get(key, quoted.group(1) if quoted else text.splitlines()[0]), kinds)
+
+
+def _refused(key: str, given: str, kinds: dict[str, str]) -> ConfigError:
+    """The error for a value that the setting `key` cannot take, or for a key that is no setting."""
     if key in kinds:
-        given = re.search(r"[Vv]alue '([^']*)'|Invalid value '([^']*)'", text)
-        return ConfigError(key, next(filter(None, given.groups()), "") if given else text.splitlines()[0], kinds[key])
-    if key:
-        return ConfigError(key, "a setting that does not exist", one_of(_neighbours(key, list(kinds)), key))
-    return ConfigError("command line", text.splitlines()[0], "group=choice or setting=value; see --help")
+        choices = kinds[key].split(" or ")
+        return ConfigError(key, given, one_of(choices, given) if choices[1:] else _WORDS.get(kinds[key], kinds[key]))
+    if key.rpartition(".")[0] in kinds:
+        return ConfigError(key, given, f"+{key}={given}: what is not in the schema is added with a plus sign")
+    within = [path for path in kinds if path.startswith(f"{key}.")]
+    if within:
+        return ConfigError(key, given, f"its settings one by one: {', '.join(within)}")
+    return ConfigError(key, "a setting that does not exist", one_of(_neighbours(key, list(kinds)), key))
 
 
 def _neighbours(key: str, paths: list[str]) -> list[str]:

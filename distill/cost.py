@@ -89,11 +89,22 @@ def _per_block(
     chain: Chain, make_trainer: MakeTrainer, sample: Tensor, price: Callable[[Callable[[], object]], float]
 ) -> BlockCosts:
     teacher, student = [], []
-    inputs = sample
     for index in range(len(chain.blocks)):
-        teacher.append(price(partial(chain.run_block, index, inputs)))
-        targets = chain.run_block(index, inputs)
+        ends = chain.run(sample, last=index + 1, keep=(index, index + 1))
+        inputs, targets = ends[index], ends[index + 1]
+        teacher.append(_teacher_price(chain, index, sample, inputs, price))
         trainer = make_trainer(index)
         student.append(price(partial(trainer.update, inputs, targets)) if trainer else 0.0)
-        inputs = targets
     return BlockCosts(tuple(teacher), tuple(student))
+
+
+def _teacher_price(
+    chain: Chain, index: int, sample: Tensor, inputs: Tensor, price: Callable[[Callable[[], object]], float]
+) -> float:
+    """Price a block alone, or, where a network that is only hooked cannot run it alone, as the difference it makes."""
+    try:
+        chain.run_block(index, inputs)
+    except NotImplementedError:
+        with_it = price(partial(chain.run, sample, last=index + 1, keep=()))
+        return max(0.0, with_it - (price(partial(chain.run, sample, last=index, keep=())) if index else 0.0))
+    return price(partial(chain.run_block, index, inputs))

@@ -105,18 +105,20 @@ def teacher_seconds(costs: Costs, spans: Iterable[Span]) -> float:
 
 def rank_seconds(placement: Mapping[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> list[float]:
     """Busy seconds of every rank: its students, rank 0's teacher, and what the wire costs both ends."""
-    loads = [0.0] * world_size
-    loads[0] = teacher_seconds(costs, spans)
-    owned: list[list[Span]] = [[] for _ in range(world_size)]
-    for span in spans:
-        owned[placement[span.block]].append(span)
-        loads[placement[span.block]] += costs.student_s[span.block] * span.steps
-    for rank in range(1, world_size):
-        steps = max((span.steps for span in owned[rank]), default=0)
-        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned[rank]))
-        loads[rank] += steps * size * costs.wire_s_per_byte
-        loads[0] += steps * size * costs.wire_s_per_byte
-    return loads
+    shares = [_share(costs, [s for s in spans if placement[s.block] == rank]) for rank in range(world_size)]
+    return _loads(teacher_seconds(costs, spans), shares)
+
+
+def _share(costs: Costs, owned: Sequence[Span]) -> tuple[float, float]:
+    """Seconds that one rank's students take, and seconds that their boundaries cost either end of the wire."""
+    size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
+    wire = max((span.steps for span in owned), default=0) * size * costs.wire_s_per_byte
+    return sum(costs.student_s[span.block] * span.steps for span in owned), wire
+
+
+def _loads(teacher_s: float, shares: Sequence[tuple[float, float]]) -> list[float]:
+    (own, _), *others = shares  # rank 0's own boundaries do not travel
+    return [teacher_s + own + sum(wire for _, wire in others), *(students + wire for students, wire in others)]
 
 
 def _largest_first(costs: Costs, ordered: Sequence[Span], world_size: int) -> dict[int, int]:
@@ -130,24 +132,29 @@ def _largest_first(costs: Costs, ordered: Sequence[Span], world_size: int) -> di
     return placement
 
 
-def _score(placement: Mapping[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> tuple[float, float]:
-    loads = rank_seconds(placement, costs, spans, world_size)
+def _score(teacher_s: float, shares: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    loads = _loads(teacher_s, shares)
     return max(loads), sum(loads)  # among equal makespans the one with less traffic
 
 
 def _improve(placement: dict[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> dict[int, int]:
-    """Apply the best move of one block or swap of two until none helps."""
-    best = _score(placement, costs, spans, world_size)
+    """Apply moves of one block and swaps of two that help until none does. Only the ranks that a change touches are
+    counted anew: with a hundred blocks everything else takes minutes."""
+    teacher_s = teacher_seconds(costs, spans)
+    shares = [_share(costs, [s for s in spans if placement[s.block] == rank]) for rank in range(world_size)]
+    best = _score(teacher_s, shares)
     improved = True
     while improved:
         improved = False
         moves = [{block: rank} for block in placement for rank in range(world_size) if placement[block] != rank]
         swaps = [{a: placement[b], b: placement[a]} for a in placement for b in placement if a < b]
         for change in moves + swaps:
-            candidate = placement | change
-            score = _score(candidate, costs, spans, world_size)
+            candidate, changed = placement | change, list(shares)
+            for rank in {*change.values(), *(placement[block] for block in change)}:
+                changed[rank] = _share(costs, [s for s in spans if candidate[s.block] == rank])
+            score = _score(teacher_s, changed)
             if score < best:
-                placement, best, improved = candidate, score, True
+                placement, shares, best, improved = candidate, changed, score, True
     return placement
 
 
@@ -155,10 +162,15 @@ def _branch_and_bound(
     incumbent: dict[int, int], costs: Costs, ordered: Sequence[Span], world_size: int
 ) -> dict[int, int]:
     """Return the optimal placement, or the best one found within SEARCH_NODES."""
-    best, best_score, nodes = incumbent, _score(incumbent, costs, ordered, world_size), 0
+    teacher_s = teacher_seconds(costs, ordered)
+
+    def score_of(placement: Mapping[int, int]) -> tuple[float, float]:
+        owned = [[span for span in ordered if placement[span.block] == rank] for rank in range(world_size)]
+        return _score(teacher_s, [_share(costs, spans) for spans in owned])
+
+    best, best_score, nodes = incumbent, score_of(incumbent), 0
     work = [costs.student_s[span.block] * span.steps for span in ordered]
-    loads = [0.0] * world_size
-    loads[0] = teacher_seconds(costs, ordered)
+    loads = [teacher_s] + [0.0] * (world_size - 1)
 
     def descend(depth: int, placement: dict[int, int]) -> None:
         nonlocal best, best_score, nodes
@@ -166,7 +178,8 @@ def _branch_and_bound(
         if nodes > SEARCH_NODES or max(loads) > best_score[0]:
             return
         if depth == len(ordered):
-            score = _score(placement, costs, ordered, world_size)
+            nodes += len(ordered)  # a full count costs about as much as that many nodes
+            score = score_of(placement)
             if score < best_score:
                 best, best_score = dict(placement), score
             return

@@ -117,8 +117,7 @@ class Schedule:
         """
         open_feeds = {rank: feed.cursor for rank, feed in self.feeds.items() if feed.cursor is not None}
         ready = set(ready) & open_feeds.keys()
-        front = max(open_feeds.values(), default=None)
-        self._behind = {rank for rank in self._behind & open_feeds.keys() if open_feeds[rank] != front}
+        self._behind &= open_feeds.keys()
         lowest = min((a for rank, a in open_feeds.items() if rank in ready or rank not in self._behind), default=None)
         if lowest is None:
             return None
@@ -135,8 +134,11 @@ class Schedule:
         """Note that `service` has been carried out at time `now`."""
         for rank in service.ranks:
             self.feeds[rank].advance()
+        cursors = {rank: feed.cursor for rank, feed in self.feeds.items() if feed.cursor is not None}
+        front = max(cursors.values(), default=None)
+        self._behind -= {rank for rank in service.ranks if cursors.get(rank) == front}  # it has caught up
         if self._served_at is not None:
-            took = now - self._served_at
+            took = (self._waiting_since or now) - self._served_at  # waiting for a slower destination is no work
             self._step_s = took if self._step_s is None else 0.8 * self._step_s + 0.2 * min(took, 3 * self._step_s)
         self._served_at, self._waiting_since = now, None
 

@@ -83,7 +83,9 @@ class Session:
 
         blocks = {span.block for span in self.plan.spans}
         collector = Collector(self.control, ledger, blocks=blocks, wake=wake, on_recorded=recorded)
-        senders = {rank: self._sender(rank, wake) for rank in range(1, self.plan.world_size) if self.plan.owners[rank]}
+        senders = {
+            rank: self._sender(rank, wake) for rank in range(1, self.plan.world_size) if self.plan.spans_of(rank)
+        }
         feeds = [Feed(rank, self.plan.spans_of(rank), self.checks) for rank in (0, *senders)]
         stream = TeacherStream(
             chain=self.chain,

@@ -20,7 +20,7 @@ from distill.errors import DistillError
 from distill.protocol import Schedule
 from distill.transport import BoundaryReceiver, BoundarySender, Delivery
 
-WAKE_S = 0.05
+WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
 
 
 class Stream(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +23,8 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.recipes import RECIPES, Recipe
 from distill.teachers import build_architecture, load_backbone, load_teacher_weights
+
+log = logging.getLogger(__name__)
 
 
 def open_data(config: JobConfig, device: torch.device) -> Dataset:
@@ -62,29 +65,32 @@ def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
     }
 
 
-def prepare_teacher(context: Context, dataset: Dataset) -> nn.Module:
-    """Return the trained teacher in eval mode, frozen, on the device, in channels_last; train it first where asked.
+def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> nn.Module:
+    """Return the teacher with its weights as far as they are given, frozen, on the device, in channels_last."""
+    teacher = config.teacher
+    torch.manual_seed(derive_seed(config.seed, "teacher"))
+    network = build_architecture(**architecture_of(config, len(dataset.classes)))
+    if teacher.weights is not None and teacher.fit_epochs > 0:
+        kept = load_backbone(network, teacher.source.name, teacher.name, teacher.weights)
+        log.info("teacher: all weights from %s but those of %s", teacher.weights, ", ".join(kept) or "nothing")
+    elif teacher.weights is not None:
+        load_teacher_weights(network, teacher.source.name, teacher.name, teacher.weights)
+    elif teacher.fit_epochs == 0:
+        raise ConfigError("teacher.weights", None, "a weights file, or teacher.fit.epochs > 0 to train one on the data")
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False)
+
+
+def train_teacher(context: Context, dataset: Dataset, teacher: nn.Module) -> None:
+    """Train the teacher in place where the configuration asks for it; every rank ends with the same weights.
 
     Rank 0 trains alone: sums over several ranks' gradients would make the teacher, and with it every student block,
-    depend on the number of ranks.
+    depend on the number of ranks. Blocks cut before share the teacher's tensors and so follow.
     """
-    config = context.config.teacher
-    torch.manual_seed(derive_seed(context.config.seed, "teacher") % 2**63)
-    network = build_architecture(**architecture_of(context.config, len(dataset.classes)))
-    if config.fit_epochs > 0:
-        if config.weights is not None:
-            left_out = load_backbone(network, config.source.name, config.name, config.weights)
-            context.say(
-                f"teacher: new weights for {', '.join(left_out) or 'nothing'}, all others from {config.weights}"
-            )
-        context.lead("teacher", lambda: _fit_teacher(context, dataset, network))
-        network.load_state_dict(load_file(context.run.path / "teacher.safetensors"))
-    elif config.weights is not None:
-        load_teacher_weights(network, config.source.name, config.name, config.weights)
-    else:
-        raise ConfigError("teacher.weights", None, "a weights file, or teacher.fit.epochs > 0 to train one on the data")
-    network.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval().requires_grad_(False)
+    if context.config.teacher.fit_epochs > 0:
+        context.lead("teacher", lambda: _fit_teacher(context, dataset, teacher))
+        teacher.load_state_dict(load_file(context.run.path / "teacher.safetensors"))
+    teacher.eval().requires_grad_(False)
 
 
 def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
 
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     fit(
-        network,
+        network.requires_grad_(True),
         dataset,
         label_loss,
         options=FitOptions(epochs=epochs, lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=1.0),

@@ -20,7 +20,7 @@ from distill.errors import ConfigError, DistillError
 from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student
-from distill.job.materials import open_data, prepare_teacher
+from distill.job.materials import build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
 from distill.rundir import RunDirectory
@@ -64,7 +64,8 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
 
 def _tell(error: DistillError, control: Control) -> None:
     """Log an error, and print it once: the same mistake usually stops every rank."""
-    log.error("%s", error)
+    if logging.getLogger("distill").handlers:
+        log.error("%s", error)
     if control.rank == 0:
         sys.stderr.write(f"distill: {error}\n")
         if control.world_size > 1:
@@ -82,12 +83,16 @@ def _run(config: JobConfig, control: Control) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
     with open_data(config, device) as dataset:
-        context = _claim(config, control, device)
-        teacher = prepare_teacher(context, dataset)
+        teacher = build_teacher(config, dataset, device)
         if config.stage is Stage.teacher:
+            context = _claim(config, control, device)
+            train_teacher(context, dataset, teacher)
             context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
             return
-        blocks = train_blocks(context, dataset, teacher)
+        blocks = cut_blocks(config, dataset, teacher, device)
+        context = _claim(config, control, device)  # only now is anything written: the job can run
+        train_teacher(context, dataset, teacher)
+        train_blocks(context, dataset, blocks)
         if config.stage is Stage.plan:
             return
         assemble_student(context, dataset, teacher, blocks)

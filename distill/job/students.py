@@ -10,14 +10,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
 
 from distill.checkpoint import CheckpointFolder
 from distill.config import Stage, Stop
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.job.context import Context
-from distill.job.materials import Blocks, cut_blocks
+from distill.job.materials import Blocks
 from distill.job.planning import Trainers, make_plan, step_budget, wire_dtype
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan
@@ -28,18 +27,17 @@ from distill.trainer import Reading
 from distill.transport import wire_backend
 
 
-def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module) -> Blocks:
+def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
     """Run the distill stage to its end (or up to the printed plan); blocks in the ledger are not trained again."""
     config = context.config
-    blocks = cut_blocks(config, dataset, teacher, context.device)
     if context.completed("distill") is not None:
-        return blocks
+        return
     budget = step_budget(config, dataset)
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     makers = Trainers(context, blocks, checkpoints, budget=budget)
     plan = make_plan(context, dataset, blocks, makers)
     if config.stage is Stage.plan:
-        return blocks
+        return
     plateau = config.distill.stop is Stop.plateau
     with closing(_Readings(context)) as readings:
         session = Session(
@@ -63,7 +61,6 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module) -> Bloc
             _lead(context, session, blocks, Ledger(context.run.path), trainers)
         else:
             session.follow(trainers)
-    return blocks
 
 
 def _lead(context: Context, session: Session, blocks: Blocks, ledger: Ledger, trainers: list[Any]) -> None:
