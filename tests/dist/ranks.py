@@ -1,0 +1,235 @@
+"""Starts real ranks on gloo and runs toy distill stages on them, with injected faults."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from distill.blocks import Chain
+from distill.chain import Granularity, cut
+from distill.checkpoint import CheckpointFolder, block_name
+from distill.control import Control, StoreAddress
+from distill.data import Augment, open_dataset
+from distill.ledger import Entry, Ledger
+from distill.plan import Plan, Span
+from distill.protocol import Checks
+from distill.recipes import Separable, replace_convolutions
+from distill.session import Session, SessionReport
+from distill.trainer import BlockTrainer, Reading, TrainerOptions
+
+TIMEOUT_S = 30.0
+CHANNELS = (3, 8, 8, 12, 8)  # four convolution blocks, each with a batch norm and a ReLU
+
+
+def run_ranks(
+    function: Callable[..., None], world_size: int, *arguments: Any, join: bool = True
+) -> mp.ProcessContext | None:
+    """Call function(rank, world_size, environment, *arguments) in fresh processes that share a store.
+
+    With join=False the processes are returned running. A rank's exception is raised here with its traceback.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    # One server process imports everything once; every rank is a fork of it, in a fraction of a second.
+    multiprocessing.set_forkserver_preload(["distill.session", "tests.dist.ranks", "sklearn.datasets"])
+    context = mp.start_processes(
+        _rank_main,
+        args=(function, world_size, environment, arguments),
+        nprocs=world_size,
+        join=False,
+        start_method="forkserver",
+    )
+    context.test_store = store  # keeps the server alive as long as the ranks
+    if not join:
+        return context
+    while not context.join():
+        pass
+    return None
+
+
+def _rank_main(
+    rank: int,
+    function: Callable[..., None],
+    world_size: int,
+    environment: Mapping[str, str],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    function(rank, world_size, environment, *arguments)
+
+
+def connect(rank: int, world_size: int, environment: Mapping[str, str], *, generation: int = 1) -> Control:
+    """Return this rank's control plane."""
+    address = StoreAddress(rank=rank, world_size=world_size, environment=environment, timeout_s=TIMEOUT_S)
+    control = Control(address, rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
+    control.generation = generation
+    return control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """A toy distill stage: four small blocks of a random teacher on 8-pixel digits.
+
+    `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `fail_at` (rank, step) makes
+    that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
+    (block, step) poisons that block's input.
+    """
+
+    run_dir: str
+    owners: tuple[tuple[int, ...], ...]
+    budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
+    window: int = 2
+    wire_dtype: torch.dtype = torch.float32
+    optimizer: str = "adam"
+    checks: Checks = field(default_factory=Checks)
+    patience: int = 0
+    checkpoint_every: int = 1000
+    generation: int = 1
+    slow: Mapping[int, float] = field(default_factory=dict)
+    fail_at: tuple[int, int] | None = None
+    kill_at: tuple[int, int] | None = None
+    nan_at: tuple[int, int] | None = None
+
+
+class InjectedError(RuntimeError):
+    """The fault that a test asked for."""
+
+
+def run_toy(toy: Toy) -> dict[int, Entry]:
+    """Run a toy stage on len(toy.owners) ranks and return the ledger."""
+    run_ranks(toy_rank, len(toy.owners), toy)
+    return Ledger(Path(toy.run_dir)).entries
+
+
+def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    """One rank of a toy stage; rank 0 writes report.json, every rank logs its readings' count."""
+    control = connect(rank, world_size, environment, generation=toy.generation)
+    run_dir = Path(toy.run_dir)
+    with open_dataset(
+        name="digits",
+        root=None,
+        image_size=8,
+        augment=Augment.crop,
+        batch_size=16,
+        seed=0,
+        validation_fraction=0.1,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=torch.device("cpu"),
+    ) as dataset:
+        chain = toy_chain(dataset.train_batch(0).images)
+        checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
+        plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
+        trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.spans_of(rank)]
+        readings: list[Reading] = []
+        session = Session(
+            control=control,
+            chain=chain,
+            dataset=dataset,
+            plan=plan,
+            budget=max(toy.budgets.values()),
+            checks=toy.checks,
+            wire_dtype=toy.wire_dtype,
+            wire_backend="gloo",
+            device=torch.device("cpu"),
+            window=toy.window,
+            timeout_s=TIMEOUT_S,
+            checkpoints=checkpoints,
+            checkpoint_every=toy.checkpoint_every,
+            report=readings.append,
+        )
+        if rank == 0:
+            recorded: list[int] = []
+            report = session.lead(trainers, Ledger(run_dir), on_recorded=lambda entry: recorded.append(entry.block))
+            _write_report(run_dir, report, recorded)
+        else:
+            session.follow(trainers)
+    control.leave()
+
+
+def toy_chain(sample: Tensor) -> Chain:
+    """Return the toy teacher, cut into one block a convolution; its weights are a function of a fixed seed."""
+    torch.manual_seed(3)
+    layers: list[nn.Module] = []
+    for channels, out in pairwise(CHANNELS):
+        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    return cut(network, sample, granularity=Granularity.conv)
+
+
+def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger | None, control: Control) -> Plan:
+    if ledger is not None:
+        spans = []
+        for block, budget in toy.budgets.items():
+            checkpoint = checkpoints.load(block_name(block))
+            if block not in ledger.entries:
+                spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
+        plan = Plan("broadcast", toy.owners, tuple(spans), 1.0, (1.0,) * len(toy.owners))
+        control.set("plan", plan.to_json())
+    return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
+
+
+def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> BlockTrainer:
+    module = chain.block_module(span.block)
+    generator = torch.Generator().manual_seed(span.block)
+    replace_convolutions(module, chain.blocks[span.block].convolutions, Separable(rank=2, init="random"), generator)
+    module.to(memory_format=torch.channels_last)
+    options = TrainerOptions(optimizer=toy.optimizer, log_every=3, patience=toy.patience, lr=0.01)
+    trainer = FaultyTrainer(
+        span.block,
+        chain.blocks[span.block].name,
+        module,
+        budget=span.budget,
+        device=torch.device("cpu"),
+        options=options,
+    )
+    trainer.toy, trainer.rank = toy, rank
+    checkpoint = checkpoints.load(block_name(span.block))
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return trainer
+
+
+class FaultyTrainer(BlockTrainer):
+    """A trainer that is slow, raises, vanishes or sees NaN where the toy says so."""
+
+    toy: Toy
+    rank: int
+
+    def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
+        if self.toy.fail_at == (self.rank, self.step):
+            raise InjectedError(f"injected on rank {self.rank} at step {self.step}")
+        if self.toy.kill_at == (self.rank, self.step):
+            os._exit(9)
+        if self.toy.nan_at == (self.block, self.step):
+            inputs = inputs * float("nan")
+        time.sleep(self.toy.slow.get(self.block, 0.0))
+        return super().update(inputs, targets)
+
+
+def _write_report(run_dir: Path, report: SessionReport, recorded: list[int]) -> None:
+    facts = {
+        "makespan_s": report.makespan_s,
+        "teacher_passes": report.teacher_passes,
+        "bytes_sent": report.bytes_sent,
+        "recorded": recorded,
+        "idle_share": [report.idle_share(rank) for rank in sorted(report.ranks)],
+    }
+    (run_dir / "report.json").write_text(json.dumps(facts))

@@ -1,0 +1,133 @@
+"""What one rank's trouble does to the others, and what they say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
+
+from distill.blocks import Boundary
+from distill.control import PeerLostError
+from distill.protocol import Address
+from distill.transport import BoundaryReceiver, BoundarySender, Edge, TransportError, Wire
+from tests.dist.ranks import Toy, connect, run_ranks, run_toy, toy_rank
+
+
+def test_a_block_whose_loss_is_nan_stops_alone_and_keeps_its_last_finite_weights(tmp_path: Path) -> None:
+    toy = Toy(
+        run_dir=str(tmp_path),
+        owners=((0,), (1, 2, 3)),
+        budgets=dict.fromkeys(range(4), 9),
+        checkpoint_every=2,
+        nan_at=(2, 5),
+    )
+    entries = run_toy(toy)
+    assert (entries[2].status, entries[2].diverged_at, entries[2].steps) == ("diverged", 5, 4)
+    assert [entries[block].steps for block in (0, 1, 3)] == [9, 9, 9]
+    clean = run_toy(Toy(run_dir=str(tmp_path / "clean"), owners=toy.owners, budgets=toy.budgets))
+    assert [entries[block].sha256 for block in (0, 1, 3)] == [clean[block].sha256 for block in (0, 1, 3)]
+
+
+def follower_dies(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy, out: str) -> None:
+    start = time.monotonic()
+    try:
+        toy_rank(rank, world_size, environment, toy)
+    except TransportError as error:
+        Path(out).write_text(f"{time.monotonic() - start:.1f} {error}")
+        raise
+
+
+def test_a_killed_rank_is_named_with_its_log(tmp_path: Path) -> None:
+    out = tmp_path / "error.txt"
+    toy = Toy(
+        run_dir=str(tmp_path / "run"),
+        owners=((0,), (1, 2, 3)),
+        budgets=dict.fromkeys(range(4), 500),
+        kill_at=(1, 3),
+        slow={0: 0.01},
+    )
+    context = run_ranks(follower_dies, 2, toy, str(out), join=False)
+    assert context is not None
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        _join(context)
+    deadline = time.monotonic() + 20
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "rank 0: sending step" in out.read_text()
+    assert "rank 1 failed" in out.read_text()
+    assert "read logs/rank1.log" in out.read_text()
+
+
+def _join(context: ProcessContext) -> None:
+    while not context.join(grace_period=20):
+        pass
+
+
+BOUNDARY = {0: Boundary((4, 3), (3, 1), torch.float32)}
+CPU_WIRE = {"dtype": torch.float32, "device": torch.device("cpu"), "backend": "gloo"}
+
+
+def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
+    """Rank 0 sends as generation 1 over a connection that rank 1 takes for generation 2."""
+    store = connect(rank, world_size, environment).address.connect()
+    if rank == 0:
+        sender = BoundarySender(
+            OldEdge(0, 1, 1, 10.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None
+        )
+        sender.send(Address(0), {0: torch.zeros(4, 3)})
+        time.sleep(2.0)
+        return
+    receiver = BoundaryReceiver(Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1)
+    with pytest.raises(TransportError, match="generation 1 from rank 0 came to generation 2"):
+        receiver.next()
+
+
+class OldEdge(Edge):
+    """An edge whose process believes to be generation 1, connected where generation 2 meets."""
+
+    def connect(self, store: dist.Store, rank: int, *, backend: str = "gloo") -> object:
+        return Edge(0, 1, 2, 10.0).connect(store, rank, backend=backend)
+
+
+def test_a_message_of_an_older_generation_is_refused() -> None:
+    run_ranks(old_generation, 2)
+
+
+def silent_peer(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
+    control = connect(rank, world_size, environment)
+    control.timeout_s = 2.0
+    if rank == 1:
+        control._stop.set()  # alive, but its heart has stopped
+        time.sleep(8.0)
+        return
+    start = time.monotonic()
+    with pytest.raises(PeerLostError, match=r"rank 0: no plan from rank 1.*logs/rank1.log"):
+        control.wait("plan", peer=1, purpose="plan")
+    assert time.monotonic() - start < 8.0
+
+
+def test_a_wait_ends_when_the_peer_stops_beating() -> None:
+    run_ranks(silent_peer, 2)
+
+
+def never_connects(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
+    store = connect(rank, world_size, environment).address.connect()
+    if rank == 1:
+        time.sleep(4.0)
+        return
+    sender = BoundarySender(
+        Edge(0, 1, 1, 2.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None
+    )
+    sender.send(Address(0), {0: torch.zeros(4, 3)})
+    time.sleep(3.5)
+    with pytest.raises(TransportError, match="rank 0: could not connect to rank 1"):
+        _ = sender.ready
+
+
+def test_an_edge_to_a_rank_that_never_comes_has_a_deadline() -> None:
+    run_ranks(never_connects, 2)

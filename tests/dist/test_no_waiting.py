@@ -1,0 +1,72 @@
+"""Invariant 2: a block that finishes, or a rank that has nothing left, waits for no one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
+
+COLLECTIVES = ("barrier", "all_reduce", "all_gather", "broadcast", "reduce", "gather", "scatter", "monitored_barrier")
+
+
+def test_a_ten_times_slower_block_does_not_hold_the_others(tmp_path: Path) -> None:
+    usual, slow = 0.01, 0.10
+    toy = Toy(
+        run_dir=str(tmp_path),
+        owners=((0,), (1, 2), (3,)),
+        budgets=dict.fromkeys(range(4), 40),
+        slow={0: usual, 1: usual / 2, 2: usual / 2, 3: slow},
+    )
+    entries = run_toy(toy)
+    last_of_the_others = max(entries[block].finished_at_s for block in (0, 1, 2))
+    assert last_of_the_others < 0.5 * entries[3].finished_at_s
+    assert {entry.steps for entry in entries.values()} == {40}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_blocks_finish_in_every_order(tmp_path: Path, order: tuple[int, ...]) -> None:
+    budgets = {block: 2 + 3 * place for place, block in enumerate(order)}
+    toy = Toy(run_dir=str(tmp_path), owners=((0,), (1, 2)), budgets=budgets)
+    entries = run_toy(toy)
+    assert {block: entry.steps for block, entry in entries.items()} == budgets
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert sorted(report["recorded"]) == [0, 1, 2]
+
+
+def test_a_finished_block_is_not_sent_anything_more(tmp_path: Path) -> None:
+    budgets = {0: 3, 3: 6}
+    run_toy(Toy(run_dir=str(tmp_path), owners=((), (0, 3)), budgets=budgets))
+    report = json.loads((tmp_path / "report.json").read_text())
+    pixels, batch, fp32 = 8 * 8, 16, 4
+    first, last = (3 + 8) * pixels * batch * fp32, (12 + 8) * pixels * batch * fp32  # input and target of each block
+    assert report["bytes_sent"] == 3 * first + 6 * last
+    assert report["teacher_passes"] == 6
+
+
+def without_collectives(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a collective in the distill stage")
+
+    for name in COLLECTIVES:
+        setattr(dist, name, forbidden)
+        for group in (dist.ProcessGroupGloo, dist.ProcessGroup):
+            if hasattr(group, name):
+                setattr(group, name, forbidden)
+    toy_rank(rank, world_size, environment, toy)
+
+
+def test_the_distill_stage_uses_no_collective(tmp_path: Path) -> None:
+    toy = Toy(run_dir=str(tmp_path), owners=((0,), (1, 2), (3,)))
+    run_ranks(without_collectives, 3, toy)
+    assert (tmp_path / "report.json").exists()
+
+
+def test_spare_ranks_without_blocks_leave_the_others_alone(tmp_path: Path) -> None:
+    entries = run_toy(Toy(run_dir=str(tmp_path), owners=((0,), (1,), (), ()), budgets={0: 3, 1: 3}))
+    assert sorted(entries) == [0, 1]

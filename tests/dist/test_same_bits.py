@@ -1,0 +1,75 @@
+"""Invariant 1: the weights of every student block do not depend on the layout, nor on a crash in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing import ProcessRaisedException
+
+from distill.ledger import Entry
+from distill.protocol import Checks
+from tests.dist.ranks import Toy, run_toy
+
+ALONE = ((0, 1, 2, 3),)
+LAYOUTS = [
+    (((0, 3), (1, 2)), 2),
+    (((), (0, 1, 2, 3)), 5),
+    (((1,), (3, 0), (2,)), 3),
+]
+
+
+def bits(entries: dict[int, Entry]) -> dict[int, str]:
+    return {block: entry.sha256 for block, entry in entries.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    run_dir = str(tmp_path_factory.mktemp("alone"))
+    found = bits(run_toy(Toy(run_dir=run_dir, owners=ALONE)))
+    assert len(set(found.values())) == 4
+    return found
+
+
+@pytest.mark.parametrize(("owners", "window"), LAYOUTS)
+def test_any_placement_and_window_gives_the_bits_of_one_rank(
+    tmp_path: Path, alone: dict[int, str], owners: tuple[tuple[int, ...], ...], window: int
+) -> None:
+    assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, window=window))) == alone
+
+
+def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path, alone: dict[int, str]) -> None:
+    here = bits(run_toy(Toy(run_dir=str(tmp_path / "a"), owners=ALONE, wire_dtype=torch.bfloat16)))
+    there = bits(run_toy(Toy(run_dir=str(tmp_path / "b"), owners=((0,), (1, 2, 3)), wire_dtype=torch.bfloat16)))
+    assert here == there
+    assert not set(here.values()) & set(alone.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
+def test_a_crash_and_a_restart_on_another_world_size_leave_no_trace(tmp_path: Path, optimizer: str) -> None:
+    plain = Toy(run_dir=str(tmp_path / "plain"), owners=ALONE, optimizer=optimizer)
+    expected = bits(run_toy(plain))
+    broken = Toy(
+        run_dir=str(tmp_path / "broken"),
+        owners=((0, 1), (2, 3)),
+        optimizer=optimizer,
+        checkpoint_every=2,
+        fail_at=(1, 5),
+    )
+    with pytest.raises(ProcessRaisedException, match="injected on rank 1 at step 5"):
+        run_toy(broken)
+    assert list((tmp_path / "broken" / "checkpoints").glob("*.safetensors"))
+    again = Toy(
+        run_dir=broken.run_dir, owners=((3,), (0,), (1, 2)), optimizer=optimizer, checkpoint_every=2, generation=2
+    )
+    assert bits(run_toy(again)) == expected
+
+
+def test_the_plateau_rule_stops_blocks_at_the_same_step_on_any_layout(tmp_path: Path) -> None:
+    rule = {"checks": Checks(every=2, batches=2), "patience": 1, "budgets": dict.fromkeys(range(4), 40)}
+    here = run_toy(Toy(run_dir=str(tmp_path / "a"), owners=ALONE, **rule))
+    there = run_toy(Toy(run_dir=str(tmp_path / "b"), owners=((2,), (0, 1, 3)), **rule))
+    assert bits(here) == bits(there)
+    assert any(entry.steps < 40 for entry in here.values()), "the rule stopped nobody: the test shows nothing"
+    assert all(entry.rel_error_held_out is not None for entry in here.values())

@@ -1,0 +1,156 @@
+"""User mistakes: the message names the setting, what was given and what is allowed; nothing is left half-written."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.job import run_rank
+from tests.e2e.command import SMALL, environment
+
+FROM_ARGUMENTS = "import sys; from distill.job import run_rank; sys.exit(run_rank(sys.argv[1:]))"
+
+
+@pytest.fixture(autouse=True)
+def _undo_what_a_rank_does_to_its_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+    close_logs()
+
+
+def close_logs() -> None:
+    """Detach the log files that a rank attached to this process."""
+    logger = logging.getLogger("distill")
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    logger.propagate = True
+
+
+def told(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """Run one rank in this process; return what it says on standard error."""
+    assert run_rank([*SMALL, "run.dir=run", *overrides]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("distill: ")
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("distil.steps=3",), ("distil", "does not exist", "'distill' (the nearest)")),
+        (("+distill.stepz=3",), ("distill.stepz", "does not exist", "'distill.steps' (the nearest)")),
+        (("distill.steps=0",), ("distill.steps", "0", ">= 1")),
+        (("plan.strategy=fastest",), ("plan.strategy", "fastest", "broadcast")),
+        (("teacher.weights=nowhere.pt",), ("teacher.weights", "nowhere.pt", "exists")),
+        (("data=imagefolder", "data.root=nowhere"), ("data.root", "nowhere", "folder")),
+        (("data=hf", "data.root=nowhere.parquet"), ("data.root", "nowhere.parquet")),
+        (("teacher.fit.epochs=0",), ("teacher.weights", "None", "teacher.fit.epochs > 0")),
+    ],
+)
+def test_wrong_settings_are_told_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    error = told(capsys, *overrides)
+    assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("distill.steps=0",), ("data=imagefolder", "data.root=nowhere"), ("device=cuda",), ("blocks.include=[nothing]",)],
+)
+def test_a_refused_job_leaves_no_run_directory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    if overrides == ("device=cuda",) and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    told(capsys, *overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_cuda_where_it_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert "device: got 'cuda'; expected cpu or auto" in told(capsys, "device=cuda")
+
+
+def test_block_patterns_and_lists_that_name_nothing_or_overlap(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "layer1.0" in told(capsys, "blocks.include=[layer1.00]")
+    assert "blocks.exclude" in told(capsys, "blocks.exclude=[layer9*]")
+    listed = told(capsys, "blocks.granularity=modules", "blocks.modules=[layer1.0,layer7]")
+    assert "blocks.modules" in listed
+    assert "layer7" in listed
+    assert "layer1.0" in told(capsys, "blocks.granularity=modules", "blocks.modules=[layer1,layer1.0]")
+
+
+def test_a_network_without_anything_to_replace(capsys: pytest.CaptureFixture[str]) -> None:
+    error = told(
+        capsys,
+        "teacher=torchvision",
+        "teacher.name=vit_b_16",
+        "teacher.weights=null",
+        "+teacher.options.image_size=32",
+        "data.image_size=32",
+    )
+    assert "student.recipe: got 'separable'" in error
+    assert "vit_b_16 has none" in error
+
+
+def test_a_teacher_whose_input_size_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    error = told(capsys, "teacher=cifar_vgg16_bn", "data.image_size=8")
+    assert "data.image_size" in error
+
+
+def test_a_run_directory_of_another_configuration_is_left_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    quick = ("stage=plan", "plan.cost=flops")
+    assert run_rank([*SMALL, "run.dir=run", *quick]) == 0
+    close_logs()
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    error = told(capsys, *quick, "distill.lr=0.5")
+    assert "run.dir" in error
+    assert "distill.lr=0.003 there, 0.5 here" in error
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_foreign_folder_is_not_taken_for_a_run_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("important")
+    assert "run.dir" in told(capsys)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_is_told_and_nothing_is_left_half_written(tmp_path: Path) -> None:
+    def limit_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # less than the teacher's weights
+
+    result = subprocess.run(
+        [sys.executable, "-c", FROM_ARGUMENTS, *SMALL, "run.dir=run"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit_files,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr
+    assert "free some space or set run.dir" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("*.safetensors*"))

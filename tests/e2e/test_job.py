@@ -1,0 +1,174 @@
+"""The main job by its real command: delivered, repeated, interrupted and resumed, started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill as package
+from distill.data import Augment, open_dataset
+from distill.evaluate import count_hits
+from tests.e2e.command import SMALL, bits, distill, environment, metrics, torchrun
+
+FILES = (
+    "resolved.yaml",
+    "plan.json",
+    "costs.json",
+    "ledger.jsonl",
+    "teacher.safetensors",
+    "student.safetensors",
+    "student.json",
+    "metrics.json",
+    "report.html",
+    "logs/rank0.log",
+    "logs/rank1.log",
+    "metrics/rank0.jsonl",
+    "metrics/rank1.jsonl",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run on two ranks in the default run directory, and what it printed."""
+    cwd = tmp_path_factory.mktemp("finished")
+    result = distill(cwd=cwd, ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = list((cwd / "outputs").glob("*/*"))
+    assert len(found) == 1, "all ranks of a run share one run directory"
+    return found[0], result.stdout
+
+
+def test_a_run_leaves_every_promised_file(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    assert [name for name in FILES if not (run_dir / name).is_file()] == []
+    assert not list((run_dir / "checkpoints").glob("*")), "checkpoints of finished work are removed"
+
+
+def test_the_output_tells_plan_result_and_where_things_are(finished: tuple[Path, str]) -> None:
+    run_dir, printed = finished
+    for words in ("plan: broadcast on 2 ranks", "predicted makespan", "teacher against student", "top-1"):
+        assert words in printed
+    assert f"student: {run_dir}/student.safetensors" in printed
+    assert f"report:  {run_dir}/report.html" in printed
+
+
+def test_metrics_have_the_names_that_others_rely_on(finished: tuple[Path, str]) -> None:
+    found = metrics(finished[0])
+    for section, names in {
+        "teacher": ("top1", "top5", "params", "flops", "bytes", "latency_ms_batch1", "latency_ms_batch64"),
+        "student": ("top1", "top5", "top1_assembled", "top1_recalibrated", "params", "flops", "bytes"),
+        "distill": ("seconds", "makespan_predicted_s", "images_per_second", "world_size", "strategy", "idle_share"),
+    }.items():
+        assert [name for name in names if name not in found[section]] == []
+    assert found["distill"]["world_size"] == 2
+    assert len(found["distill"]["idle_share"]) == 2
+    assert len(found["blocks"]) == 9
+    for block in found["blocks"]:
+        assert block.keys() >= {"name", "rank", "steps", "rel_error_first", "rel_error_last", "sha256", "seconds"}
+        assert block["steps"] == 4
+    assert {block["rank"] for block in found["blocks"]} == {0, 1}
+    assert found["student"]["params"] < 0.3 * found["teacher"]["params"]
+
+
+def test_the_student_loads_in_two_lines_and_scores_as_reported(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    student = package.load_student(run_dir / "student.safetensors")
+    with open_dataset(
+        name="digits",
+        root=None,
+        image_size=8,
+        augment=Augment.crop,
+        batch_size=64,
+        seed=0,
+        validation_fraction=0.1,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=torch.device("cpu"),
+    ) as dataset:
+        hits = count_hits(student, dataset.test_batches(100))
+    assert hits.images == dataset.num_test
+    assert abs(hits.percent()["top1"] - metrics(run_dir)["student"]["top1"]) < 100 / hits.images
+
+
+def test_the_same_command_again_trains_nothing_and_prints_the_result_again(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    before = {name: (run_dir / name).stat().st_mtime_ns for name in ("student.safetensors", "ledger.jsonl")}
+    again = distill(cwd=run_dir.parents[2], ranks=1)
+    assert again.returncode == 0, again.stderr
+    assert "teacher against student" in again.stdout
+    assert "epoch" not in again.stdout
+    assert {name: (run_dir / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_an_interrupted_run_goes_on_with_another_world_size_to_the_same_bits(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    job = (
+        f"teacher.weights={finished[0] / 'teacher.safetensors'}",
+        "teacher.fit.epochs=0",
+        "distill.steps=150",
+        "finetune.epochs=0",
+        "checkpoint.every=10",
+        "plan.cost=flops",
+    )
+    whole = distill(*job, "run.dir=whole", cwd=tmp_path, ranks=1)
+    assert whole.returncode == 0, whole.stderr
+    _interrupt_after_first_checkpoint(job, tmp_path)
+    resumed = distill(*job, "run.dir=broken", cwd=tmp_path, ranks=1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(tmp_path / "broken")["distill"]["resumed"]
+    assert bits(tmp_path / "broken") == bits(tmp_path / "whole")
+
+
+def _interrupt_after_first_checkpoint(job: tuple[str, ...], cwd: Path) -> None:
+    """Start the job on two ranks and press Ctrl-C once a block has been checkpointed."""
+    command = [sys.executable, "-m", "distill", *SMALL, *job, "run.dir=broken", "launch.nproc_per_node=2"]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((cwd / "broken" / "checkpoints").glob("[0-9]*.safetensors")):
+        assert process.poll() is None, "the job ended before it wrote a checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on where this run was" in errors
+    assert "Traceback" not in errors
+
+
+def test_torchrun_starts_the_same_job_in_one_run_directory_whatever_the_clock(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    weights = f"teacher.weights={finished[0] / 'teacher.safetensors'}"
+    result = torchrun(
+        weights, "teacher.fit.epochs=0", "finetune.epochs=0", "run.dir=runs/${now:%H-%M-%S-%f}", cwd=tmp_path, ranks=2
+    )
+    assert result.returncode == 0, result.stderr
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 1
+    assert bits(runs[0]) == bits(finished[0]), "torchrun and python -m distill train the same blocks"
+
+
+def test_more_ranks_than_blocks_is_a_warning(finished: tuple[Path, str], tmp_path: Path) -> None:
+    weights = f"teacher.weights={finished[0] / 'teacher.safetensors'}"
+    result = distill(
+        weights,
+        "teacher.fit.epochs=0",
+        "finetune.epochs=0",
+        "blocks.include=[layer3.2]",
+        "run.dir=run",
+        cwd=tmp_path,
+        ranks=3,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "more ranks than blocks to train" in result.stdout
+    assert [block["name"] for block in metrics(tmp_path / "run")["blocks"]] == ["layer3.2"]
