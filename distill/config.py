@@ -27,6 +27,7 @@ class Stage(Enum):
     all = "all"
     teacher = "teacher"
     plan = "plan"
+    distill = "distill"
 
 
 class Device(Enum):
@@ -331,7 +332,9 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class JobConfig:
-    stage: Stage = setting(Stage.all, "all stages, only the teacher's training, or up to the printed plan")
+    stage: Stage = setting(
+        Stage.all, "how far to go: to the trained teacher, the printed plan, the distilled blocks, or all"
+    )
     seed: int = setting(0, "seed of everything random")
     device: Device = setting(Device.auto, "auto takes CUDA where there is one")
     teacher: TeacherConfig = MISSING

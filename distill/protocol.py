@@ -132,18 +132,33 @@ class Schedule:
 
     def served(self, service: Service, now: float) -> None:
         """Note that `service` has been carried out at time `now`."""
+        catching_up = self._behind.issuperset(service.ranks)
         for rank in service.ranks:
             self.feeds[rank].advance()
         cursors = {rank: feed.cursor for rank, feed in self.feeds.items() if feed.cursor is not None}
         front = max(cursors.values(), default=None)
         self._behind -= {rank for rank in service.ranks if cursors.get(rank) == front}  # it has caught up
+        if not catching_up:
+            self._note_step(now)
+
+    def _note_step(self, now: float) -> None:
+        """Learn from the time since the last step how long one usually takes; waiting for a slower rank is no work.
+
+        Ranks that are held back are always ready, so a step with a wait in it may only raise the estimate.
+        """
         if self._served_at is not None:
-            took = (self._waiting_since or now) - self._served_at  # waiting for a slower destination is no work
-            self._step_s = took if self._step_s is None else 0.8 * self._step_s + 0.2 * min(took, 3 * self._step_s)
+            took = (self._waiting_since or now) - self._served_at
+            if self._step_s is None or took > self._step_s:
+                self._step_s = took
+            elif self._waiting_since is None:
+                self._step_s += 0.2 * (took - self._step_s)
         self._served_at, self._waiting_since = now, None
 
     def _out_of_patience(self, now: float) -> bool:
         """Whether a ready destination has waited for a slower one for longer than `patience` usual steps."""
         if self._waiting_since is None:
             self._waiting_since = now
-        return self._step_s is not None and now - self._waiting_since > self._patience * self._step_s
+        if self._step_s is None or self._served_at is None:
+            return False
+        usual = max(self._step_s, self._waiting_since - self._served_at)
+        return now - self._waiting_since > self._patience * usual

@@ -93,7 +93,7 @@ def _run(config: JobConfig, control: Control) -> None:
         context = _claim(config, control, device)  # only now is anything written: the job can run
         train_teacher(context, dataset, teacher)
         train_blocks(context, dataset, blocks)
-        if config.stage is Stage.plan:
+        if config.stage is not Stage.all:
             return
         assemble_student(context, dataset, teacher, blocks)
         finetune_student(context, dataset, teacher, blocks)

@@ -34,7 +34,7 @@ CHANNELS = (3, 8, 8, 12, 8)  # four convolution blocks, each with a batch norm a
 
 
 def run_ranks(
-    function: Callable[..., None], world_size: int, *arguments: Any, join: bool = True
+    function: Callable[..., None], world_size: int, *arguments: Any, join: bool = True, start_method: str = "forkserver"
 ) -> mp.ProcessContext | None:
     """Call function(rank, world_size, environment, *arguments) in fresh processes that share a store.
 
@@ -54,7 +54,7 @@ def run_ranks(
         args=(function, world_size, environment, arguments),
         nprocs=world_size,
         join=False,
-        start_method="forkserver",
+        start_method=start_method,
     )
     context.test_store = store  # keeps the server alive as long as the ranks
     if not join:

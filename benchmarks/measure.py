@@ -1,0 +1,90 @@
+"""What all benchmarks share: running the real command, facts about the machine, and result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def start(*overrides: str, run_dir: Path) -> subprocess.Popen[bytes]:
+    """Start `python -m distill` with these overrides; its output goes to run_dir.log."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "distill", *overrides, f"run.dir={run_dir}"]
+    with Path(f"{run_dir}.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Wait for a started run; a failure stops the benchmark with the run's own words."""
+    if process.wait() != 0:
+        raise SystemExit(f"a run failed:\n{Path(f'{run_dir}.log').read_text()[-3000:]}")
+
+
+def run(*overrides: str, run_dir: Path) -> float:
+    """Run to the end and return the wall seconds of the whole command."""
+    begin = time.monotonic()
+    finish(start(*overrides, run_dir=run_dir), run_dir)
+    return time.monotonic() - begin
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def block_bits(run_dir: Path) -> dict[str, str]:
+    """Checksum of every trained block."""
+    entries = map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())
+    return {entry["name"]: entry["sha256"] for entry in entries}
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median and spread of repeated measurements, with the values themselves."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": list(values)}
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and commit."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
+        flags = {flag for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for flag in line.split()}
+        model += " with " + ", ".join(sorted(flags & {"avx2", "avx512f", "amx_bf16"}))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "distill", "conf"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "torchvision": version("torchvision"),
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"machine": machine(), **result}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(text)

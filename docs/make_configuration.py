@@ -1,0 +1,40 @@
+"""Writes docs/configuration.md from the schema in distill/config.py.
+
+python docs/make_configuration.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.compose import config_dir
+from distill.config import settings
+
+HEAD = """# Configuration
+
+Generated from `distill/config.py` by `python docs/make_configuration.py`; a test keeps it true.
+
+A job is composed by Hydra from `conf/job.yaml`, the groups below and your overrides: `group=choice` picks a file,
+`setting=value` changes one value, `+teacher.options.NAME=VALUE` adds an argument of the architecture.
+
+"""
+
+
+def page() -> str:
+    """Return the text of docs/configuration.md."""
+    lines = ["| group | choices |", "| --- | --- |"]
+    for folder in sorted(path for path in Path(config_dir()).iterdir() if path.is_dir()):
+        choices = ", ".join(f"`{file.stem}`" for file in sorted(folder.glob("*.yaml")))
+        lines.append(f"| `{folder.name}` | {choices} |")
+    section = None
+    for path, kind, default, explanation in settings():
+        head = path.split(".")[0] if "." in path else "job"
+        if head != section:
+            section = head
+            lines += ["", f"## {section}", "", "| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines.append(f"| `{path}` | {kind.replace('|', 'or')} | `{default}` | {explanation} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "configuration.md").write_text(page())

@@ -1,0 +1,357 @@
+"""The schema, its one door, the command line in front of it, and the words of the errors a user can cause."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill import config as schema
+from distill.compose import compose, config_dir
+from distill.config import JobConfig, fingerprint, from_yaml, identity, settings, to_yaml
+from distill.errors import ConfigError
+
+CONF = Path(config_dir())
+GROUPS = ("teacher", "data", "student", "experiment")
+# What a choice needs besides its own file: the settings that only the user knows.
+NEEDED = {
+    "teacher/torchvision": ["teacher.name=resnet18"],
+    "teacher/timm": ["teacher.name=resnet26"],
+    "teacher/custom": ["teacher.factory=package.module:function"],
+    "data/imagefolder": ["data.root=/images"],
+    "data/hf": ["data.root=/images"],
+    "experiment/cifar10_resnet20": ["data.root=/images"],
+}
+
+
+def choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+ALL_CHOICES = [(group, choice) for group in GROUPS for choice in choices(group)]
+
+
+@pytest.fixture(scope="module")
+def default() -> JobConfig:
+    return compose([])
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    return str(caught.value)
+
+
+def edited(config: JobConfig, path: str, value: object) -> JobConfig:
+    """A copy of the configuration with one setting replaced."""
+    changed = copy.deepcopy(config)
+    *sections, name = path.split(".")
+    owner: Any = changed
+    for section in sections:
+        owner = getattr(owner, section)
+    assert hasattr(owner, name)
+    setattr(owner, name, value)
+    return changed
+
+
+class TestChoices:
+    def test_there_are_choices_of_every_group_and_no_group_is_forgotten_here(self) -> None:
+        assert {file.parent.name for file in CONF.rglob("*.yaml")} == {*GROUPS, CONF.name}
+        for group in GROUPS:
+            assert len(choices(group)) > 0
+        assert set(NEEDED) <= {f"{group}/{choice}" for group, choice in ALL_CHOICES}
+
+    @pytest.mark.parametrize(("group", "choice"), ALL_CHOICES)
+    def test_every_choice_composes_and_loads(self, group: str, choice: str) -> None:
+        config = compose([f"{group}={choice}", *NEEDED.get(f"{group}/{choice}", [])])
+        assert isinstance(config, JobConfig)
+        assert config.run.name
+
+    @pytest.mark.parametrize("needy", sorted(NEEDED))
+    def test_a_choice_that_needs_a_value_says_which(self, needy: str) -> None:
+        group, choice = needy.split("/")
+        setting = NEEDED[needy][0].partition("=")[0]
+        assert refusal(f"{group}={choice}").startswith(f"{setting}: got ")
+
+    def test_a_choice_file_sets_only_settings_of_its_own_section(self) -> None:
+        known = {path for path, *_ in settings()}
+        for group in ("teacher", "data", "student"):
+            for choice in choices(group):
+                keys = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+                assert {f"{group}.{key}" for key in keys} <= known
+
+
+class TestMisspelling:
+    @pytest.mark.parametrize(
+        ("typed", "named", "nearest"),
+        [
+            ("sed", "sed", "seed"),
+            ("+sed", "sed", "seed"),
+            ("distil.lr", "distil", "distill"),
+            ("distill.lrr", "distill.lrr", "distill.lr"),
+            ("+distill.lrr", "distill.lrr", "distill.lr"),
+            ("++teacher.fit.lrr", "teacher.fit.lrr", "teacher.fit.lr"),
+        ],
+    )
+    def test_misspelt_setting_is_refused_and_the_nearest_named(self, typed: str, named: str, nearest: str) -> None:
+        message = refusal(f"{typed}=1")
+        assert message.startswith(f"{named}: got 'a setting that does not exist'; expected {nearest!r} (the nearest)")
+
+    def test_settings_of_the_same_section_are_listed(self) -> None:
+        message = refusal("student.renk=3")
+        assert all(path in message for path, *_ in settings() if path.startswith("student."))
+        assert "distill.lr" not in message
+
+    def test_unknown_setting_in_a_file_is_refused(self, default: JobConfig) -> None:
+        with pytest.raises(ConfigError, match=r"distill\.lrr: got .*'distill\.lr' \(the nearest\)"):
+            from_yaml(to_yaml(default).replace("  lr: 0.003", "  lrr: 0.003"))
+
+    @pytest.mark.parametrize(
+        ("typed", "nearest"),
+        [("teacher=resnet51", "resnet50"), ("data=cifar11", "cifar10"), ("student=separabel", "separable")],
+    )
+    def test_unknown_choice_of_a_group_is_refused_and_all_are_listed(self, typed: str, nearest: str) -> None:
+        group, _, given = typed.partition("=")
+        message = refusal(typed)
+        assert message.startswith(f"{group}: got {given!r}; expected {nearest!r} (the nearest)")
+        assert all(choice in message for choice in choices(group))
+
+    def test_unknown_experiment_is_refused_and_all_are_listed(self) -> None:
+        message = refusal("experiment=nope")
+        assert message.startswith("experiment: got 'nope'")
+        assert all(choice in message for choice in choices("experiment"))
+
+    def test_a_section_given_one_value_names_its_settings(self) -> None:
+        message = refusal("plan=relay")
+        assert message.startswith("plan: got 'relay'; expected its settings one by one: plan.strategy, plan.cost")
+
+    def test_a_word_that_is_no_override_is_quoted(self) -> None:
+        assert refusal("foo") == (
+            "command line: got \"Error parsing override 'foo'\"; expected group=choice or setting=value; see --help"
+        )
+
+    def test_new_keyword_of_the_architecture_needs_a_plus_sign(self) -> None:
+        assert "expected +teacher.options.width=2" in refusal("teacher.options.width=2")
+        assert compose(["+teacher.options.width=2"]).teacher.options == {"width": 2}
+
+
+class TestWrongType:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("seed=abc", "seed: got 'abc'; expected an integer"),
+            ("distill.steps=1.5", "distill.steps: got '1.5'; expected an integer, or null"),
+            ("distill.lr=null", "distill.lr: got 'null'; expected a number"),
+            ("data.download=maybe", "data.download: got 'maybe'; expected true or false"),
+            ("data.mean=grey", "data.mean: got 'grey'; expected a list of numbers, such as [1,2,3]"),
+            (
+                "teacher.mean=[a,b,c]",
+                "teacher.mean: got '[a,b,c]'; expected a list of numbers, such as [1,2,3], or null",
+            ),
+            ("blocks.include=layer1", "blocks.include: got 'layer1'; expected a list, such as [a,b]"),
+        ],
+    )
+    def test_value_of_the_wrong_type_is_quoted(self, override: str, message: str) -> None:
+        assert refusal(override) == message
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("distill.optimizer=adm", "expected 'adam' (the nearest), or one of adam, sgd, rmsprop"),
+            ("distill.amp=fp16", "expected 'bf16' (the nearest), or one of off, bf16"),
+            ("plan.strategy=relay", "expected broadcast"),
+        ],
+    )
+    def test_unknown_enum_member_lists_the_members(self, override: str, message: str) -> None:
+        setting, _, given = override.partition("=")
+        assert refusal(override) == f"{setting}: got {given!r}; {message}"
+
+
+def digits(**changes: Any) -> schema.DataConfig:
+    return schema.DataConfig(name=schema.DataName.digits, image_size=16, **changes)
+
+
+def images(name: str) -> schema.DataConfig:
+    return schema.DataConfig(name=schema.DataName[name], image_size=32)
+
+
+def named_teacher(**changes: Any) -> schema.TeacherConfig:
+    return schema.TeacherConfig(source=schema.TeacherSource.cifar, name="cifar_resnet20", **changes)
+
+
+def student(recipe: str = "separable", **changes: Any) -> schema.StudentConfig:
+    return schema.StudentConfig(recipe=schema.RecipeName[recipe], **changes)
+
+
+class TestImpossibleValues:
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: schema.DistillConfig(steps=0), "distill.steps: got 0; expected a number >= 1"),
+            (
+                lambda: schema.DistillConfig(steps=None),
+                "distill.steps: got None; expected a number of steps, or distill.epochs",
+            ),
+            (lambda: schema.DistillConfig(epochs=0.0), "distill.epochs: got 0.0; expected a number > 0"),
+            (lambda: schema.DistillConfig(epochs=float("nan")), "distill.epochs: got nan; expected a number > 0"),
+            (lambda: schema.DistillConfig(lr=-1.0), "distill.lr: got -1.0; expected a number >= 0"),
+            (lambda: schema.DistillConfig(lr=float("nan")), "distill.lr: got nan; expected a number >= 0"),
+            (lambda: schema.DistillConfig(clip_norm=0.0), "distill.clip_norm: got 0.0; expected a number > 0, or null"),
+            (lambda: schema.DistillConfig(patience=0), "distill.patience: got 0; expected a number >= 1"),
+            (lambda: schema.DistillConfig(min_delta=-1.0), "distill.min_delta: got -1.0; expected a number >= 0"),
+            (lambda: schema.DistillConfig(log_every=0), "distill.log_every: got 0; expected a number >= 1"),
+            (lambda: schema.FitConfig(lr=-1.0), "teacher.fit.lr: got -1.0; expected a number >= 0"),
+            (lambda: digits(batch_size=0), "data.batch_size: got 0; expected a number >= 1"),
+            (
+                lambda: digits(validation_fraction=1.0),
+                "data.validation_fraction: got 1.0; expected a number from 0.0 to 0.9",
+            ),
+            (lambda: digits(mean=[1.0, 2.0]), "data.mean: got [1.0, 2.0]; expected three numbers, one a channel"),
+            (
+                lambda: digits(std=[1.0, 0.0, 1.0]),
+                "data.std: got [1.0, 0.0, 1.0]; expected numbers > 0: images are divided by them",
+            ),
+            (lambda: named_teacher(std=[1.0]), "teacher.std: got [1.0]; expected three numbers, one a channel"),
+            (lambda: schema.PlanConfig(window=1), "plan.window: got 1; expected a number >= 2"),
+            (lambda: schema.PlanConfig(timeout_s=float("inf")), "plan.timeout_s: got inf; expected a number >= 1"),
+            (lambda: student(rank=0), "student.rank: got 0; expected a number >= 1"),
+            (
+                lambda: student("separable_x2"),
+                "student.init: got 'teacher'; expected random: separable_x2 has no initialisation from the teacher",
+            ),
+            (lambda: schema.CheckpointConfig(every=0), "checkpoint.every: got 0; expected a number >= 1"),
+            (lambda: schema.FinetuneConfig(temperature=0.0), "finetune.temperature: got 0.0; expected a number > 0"),
+            (
+                lambda: schema.FinetuneConfig(soft_weight=2.0),
+                "finetune.soft_weight: got 2.0; expected a number from 0.0 to 1.0",
+            ),
+            (lambda: schema.LaunchConfig(nproc_per_node=0), "launch.nproc_per_node: got 0; expected a number >= 1"),
+            (
+                lambda: schema.LaunchConfig(nnodes=2),
+                "launch.rdzv_endpoint: got None; expected host:port of the first node",
+            ),
+            (
+                lambda: schema.BlocksConfig(modules=["a"]),
+                "blocks.modules: got ['a']; expected an empty list unless blocks.granularity=modules",
+            ),
+            (
+                lambda: schema.BlocksConfig(granularity=schema.GranularityName.modules),
+                "blocks.modules: got []; expected module paths",
+            ),
+            (lambda: images("cifar10"), "data.root: got None; expected the place of the images for data=cifar10"),
+            (
+                lambda: images("imagefolder"),
+                "data.root: got None; expected the place of the images for data=imagefolder",
+            ),
+            (lambda: images("hf"), "data.root: got None; expected the place of the images for data=hf"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_impossible_value_is_refused(self, build: Callable[[], object], message: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            build()
+        assert str(caught.value) == message
+        assert caught.value.setting == message.partition(":")[0]
+
+    def test_impossible_value_on_the_command_line_is_refused(self) -> None:
+        assert refusal("plan.window=1") == "plan.window: got 1; expected a number >= 2"
+
+    def test_settings_that_contradict_each_other_on_the_command_line_are_refused(self) -> None:
+        message = refusal("student=separable_x2", "student.init=teacher")
+        assert message.startswith("student.init: got 'teacher'; expected random")
+
+    def test_the_smallest_possible_values_are_allowed(self) -> None:
+        config = compose(["distill.steps=1", "distill.lr=0", "data.batch_size=1", "plan.window=2", "student.rank=1"])
+        assert (config.distill.steps, config.distill.lr, config.plan.window) == (1, 0.0, 2)
+
+    def test_module_paths_are_allowed_with_their_granularity(self) -> None:
+        modules = schema.BlocksConfig(granularity=schema.GranularityName.modules, modules=["a", "b"]).modules
+        assert modules == ["a", "b"]
+
+    def test_a_set_that_is_embedded_needs_no_root(self) -> None:
+        assert digits().root is None
+
+
+class TestYaml:
+    OVERRIDES = (
+        "teacher=resnet50",
+        "+teacher.options.zero_init_residual=true",
+        "distill.amp=off",
+        "distill.epochs=0.5",
+    )
+
+    def test_what_is_written_reads_back_equal(self) -> None:
+        config = compose(self.OVERRIDES)
+        assert config.distill.amp is schema.Amp.off  # a precision, and not YAML's truth value
+        read = from_yaml(to_yaml(config))
+        assert read == config
+        assert fingerprint(read) == fingerprint(config)
+
+    def test_a_missing_section_is_named(self) -> None:
+        with pytest.raises(ConfigError, match=r"^teacher"):
+            from_yaml("seed: 1\n")
+
+    def test_written_yaml_holds_every_setting(self, default: JobConfig) -> None:
+        def leaves(prefix: str, value: object) -> set[str]:
+            if isinstance(value, dict) and prefix != "teacher.options":
+                return {leaf for key, item in value.items() for leaf in leaves(f"{prefix}.{key}".lstrip("."), item)}
+            return {prefix}
+
+        assert leaves("", yaml.safe_load(to_yaml(default))) == {path for path, *_ in settings()}
+
+
+class TestFingerprint:
+    UNCHANGED = (
+        ("launch.nproc_per_node", 4), ("launch.max_restarts", 3), ("launch.threads_per_rank", 2), ("run.name", "other"),
+        ("run.dir", "/elsewhere"), ("plan.window", 9), ("plan.cost", schema.Cost.flops), ("plan.timeout_s", 9.0),
+        ("device", schema.Device.cpu), ("stage", schema.Stage.plan), ("checkpoint.every", 7),
+        ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3),
+    )  # fmt: skip
+    CHANGED = (
+        ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", schema.Amp.bf16), ("student.rank", 3),
+        ("plan.wire_dtype", schema.WireDtype.bf16), ("data.batch_size", 3), ("teacher.weights", "file.pt"),
+        ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
+        ("assemble.batchnorm_batches", 1),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("path", "value"), UNCHANGED)
+    def test_unchanged_by_where_and_how_fast(self, default: JobConfig, path: str, value: object) -> None:
+        changed = edited(default, path, value)
+        assert changed != default
+        assert fingerprint(changed) == fingerprint(default)
+
+    @pytest.mark.parametrize(("path", "value"), CHANGED)
+    def test_changed_by_what_is_computed(self, default: JobConfig, path: str, value: object) -> None:
+        assert fingerprint(edited(default, path, value)) != fingerprint(default)
+
+    def test_is_sixteen_hexadecimal_digits(self, default: JobConfig) -> None:
+        assert len(fingerprint(default)) == 16
+        assert int(fingerprint(default), 16) >= 0
+
+    def test_identity_leaves_out_nothing_but_the_listed_settings(self, default: JobConfig) -> None:
+        left_out = {path for path, *_ in settings()} - identity(default).keys()
+        assert left_out
+        for path in left_out:
+            assert {path, path.split(".")[0]} & schema._NOT_IN_FINGERPRINT, path
+
+    def test_every_entry_left_out_of_the_fingerprint_is_a_setting_or_a_section(self) -> None:
+        paths = {path for path, *_ in settings()}
+        sections = {path.rpartition(".")[0] for path in paths}
+        assert paths | sections >= schema._NOT_IN_FINGERPRINT
+
+
+class TestReference:
+    def test_every_setting_has_an_explanation(self) -> None:
+        rows = settings()
+        assert len(rows) > 50
+        assert all(explanation.strip() for _, _, _, explanation in rows)
+
+    def test_defaults_shown_are_the_defaults(self, default: JobConfig) -> None:
+        rows = {path: shown for path, _, shown, _ in settings()}
+        assert rows["distill.lr"] == "0.003"
+        assert rows["distill.optimizer"] == "adam"
+        assert rows["distill.epochs"] == "null"
+        assert rows["teacher.name"] == "from its group"
+        assert default.distill.lr == 0.003

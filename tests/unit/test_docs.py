@@ -1,0 +1,30 @@
+"""Documents that are generated, and commands that documents show."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_configuration_reference_is_what_the_schema_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["page"]
+    assert (ROOT / "docs" / "configuration.md").read_text() == page(), "run python docs/make_configuration.py"
+
+
+def test_every_file_that_the_documents_name_exists() -> None:
+    missing = []
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for name in re.findall(r"`((?:launch|benchmarks|docs|conf|slurm|tests)/[\w./-]+\.\w+)`", document.read_text()):
+            if not (ROOT / name).exists():
+                missing.append(f"{document.name}: {name}")
+    assert missing == []
+
+
+def test_the_architecture_map_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = [path.name for path in (ROOT / "distill").glob("*.py") if path.name not in ("__init__.py", "errors.py")]
+    assert len(files) > 20
+    assert [name for name in files if name not in text] == []

@@ -1,0 +1,80 @@
+"""Block losses against their definitions, and the soft-target loss against a computation by hand."""
+
+import math
+
+import pytest
+import torch
+
+from distill.losses import BLOCK_LOSSES, mean_squared_error, relative_error, soft_target_loss
+
+TEACHER = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2
+
+
+class TestRelativeError:
+    def test_of_equal_activations_is_zero(self) -> None:
+        assert relative_error(TEACHER.clone(), TEACHER).item() == 0.0
+
+    def test_of_the_mean_is_one(self) -> None:
+        assert relative_error(TEACHER.mean().expand_as(TEACHER), TEACHER).item() == pytest.approx(1.0, rel=1e-5)
+
+    def test_does_not_depend_on_scale_and_offset(self) -> None:
+        student = TEACHER + 0.1 * torch.sin(TEACHER)
+        one, other = relative_error(student, TEACHER), relative_error(100 * student - 7, 100 * TEACHER - 7)
+        assert one.item() == pytest.approx(other.item(), rel=1e-4)
+
+    def test_of_a_constant_teacher_is_finite_where_the_student_is_right(self) -> None:
+        assert relative_error(torch.ones(2, 3), torch.ones(2, 3)).item() == 0.0
+
+    def test_is_computed_in_float32_whatever_the_student_s_precision(self) -> None:
+        error = relative_error(TEACHER.bfloat16(), TEACHER)
+        assert error.dtype == torch.float32
+        assert 0.0 < error.item() < 1e-4  # bfloat16 keeps 8 bits: (2^-9)^2 is 4e-6
+
+
+class TestMeanSquaredError:
+    def test_is_the_mean_of_the_squares(self) -> None:
+        assert mean_squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]])).item() == 12.5
+
+    def test_relative_error_is_it_over_the_variance(self) -> None:
+        student = TEACHER * 0.9
+        expected = mean_squared_error(student, TEACHER) / TEACHER.var(correction=0)
+        assert relative_error(student, TEACHER).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_block_losses_have_the_names_of_the_configuration() -> None:
+    assert {"normalized_mse": relative_error, "mse": mean_squared_error} == BLOCK_LOSSES
+
+
+class TestSoftTargetLoss:
+    def test_is_t_squared_times_the_divergence(self) -> None:
+        # By hand: teacher softmax(0, ln 3) = (1/4, 3/4), student (1/2, 1/2), so KL = ln 2 - H = ln 2 + sum p ln p.
+        temperature = 2.0
+        teacher = torch.tensor([[0.0, temperature * math.log(3)]])
+        expected = temperature**2 * (0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5))
+        assert soft_target_loss(torch.zeros(1, 2), teacher, temperature=temperature).item() == pytest.approx(expected)
+
+    def test_is_a_mean_over_the_batch(self) -> None:
+        student, teacher = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 4.0]])
+        one = soft_target_loss(student, teacher, temperature=3.0)
+        four = soft_target_loss(student.repeat(4, 1), teacher.repeat(4, 1), temperature=3.0)
+        assert four.item() == pytest.approx(one.item())
+
+    def test_of_equal_logits_up_to_a_constant_is_zero(self) -> None:
+        logits = torch.tensor([[1.0, -2.0, 5.0]])
+        assert soft_target_loss(logits + 10, logits, temperature=4.0).item() == pytest.approx(0.0, abs=1e-5)
+
+    @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+    def test_gradient_is_t_times_the_gap_of_the_softened_predictions(self, temperature: float) -> None:
+        # Hinton et al. 2015, equation 2 times T^2: T (softmax(z / T) - softmax(v / T)) for a batch of one.
+        student = torch.tensor([[0.5, -1.0, 2.0]], requires_grad=True)
+        teacher = torch.tensor([[1.0, 0.0, -1.0]])
+        soft_target_loss(student, teacher, temperature=temperature).backward()
+        gap = (student / temperature).softmax(1) - (teacher / temperature).softmax(1)
+        torch.testing.assert_close(student.grad, temperature * gap.detach())
+
+    def test_gradient_at_high_temperature_no_longer_depends_on_it(self) -> None:
+        # Equation 4 there: for zero-meaned logits it tends to (z - v) / N.
+        student = torch.tensor([[1.0, -1.0, 0.0]], requires_grad=True)
+        teacher = torch.tensor([[-0.5, 0.0, 0.5]])
+        soft_target_loss(student, teacher, temperature=1000.0).backward()
+        torch.testing.assert_close(student.grad, (student.detach() - teacher) / 3, rtol=0.0, atol=2e-3)
