@@ -49,12 +49,12 @@ def distill(
                     report(reading)
             else:
                 trainer.look(inputs, targets, last=address.check == checks.batches - 1)
+            if not trainer.finished and trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
+                _save(trainer, checkpoints)  # reads the losses, and so may find that the block has diverged
             if trainer.finished:
                 stream.finish(trainer.block)
                 seconds = time.monotonic() - started
                 deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
-            elif trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
-                _save(trainer, checkpoints)
 
 
 def _due(trainers: Iterable[BlockTrainer], address: Address) -> list[BlockTrainer]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -47,7 +48,7 @@ def load_student(path: str | Path) -> nn.Module:
     """Return a delivered student in eval mode, on the CPU.
 
     `path` is a run directory, its student.safetensors or its student.json. Raises DistillError where either file is
-    missing or of another format.
+    missing, damaged or of another format.
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent
@@ -55,11 +56,15 @@ def load_student(path: str | Path) -> nn.Module:
     for file in (card_path, weights):
         if not file.exists():
             raise DistillError(f"no student at {given}: {file.name} is missing; finished runs have both files")
-    card = json.loads(card_path.read_text())
+    try:
+        card = json.loads(card_path.read_text())
+        state = load_file(weights)
+    except (ValueError, SafetensorError) as error:
+        raise DistillError(f"{card_path} or {weights.name} is damaged ({error}); copy both again") from error
     if card.get("format") != FORMAT:
         raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads format {FORMAT}")
     student = build_architecture(**card["architecture"])
     recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
     replace_convolutions(student, card["replaced"], recipe)
-    student.load_state_dict(load_file(weights))
+    student.load_state_dict(state)
     return student.eval()

@@ -44,7 +44,7 @@ class Ledger:
         self._path = run_dir / "ledger.jsonl"
         self._blocks = run_dir / "blocks"
         self.entries: dict[int, Entry] = {}
-        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
             self._believe(line)
 
     def _believe(self, line: str) -> None:
@@ -73,9 +73,10 @@ class Ledger:
         load(blob)  # never record what cannot be read back
         entry = Entry(**{**asdict(entry), "sha256": hashlib.sha256(blob).hexdigest()})
         write_bytes(self.file(entry.block), blob)
+        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # a crash left half a line
         try:
             with self._path.open("a") as stream:
-                stream.write(json.dumps(asdict(entry)) + "\n")
+                stream.write("\n" * torn + json.dumps(asdict(entry)) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:

@@ -15,6 +15,8 @@ from rich.table import Table
 from distill.files import read_json, write_text
 from distill.plan import Plan
 
+CURVE_POINTS = 400  # of one block's curve: more than its width in pixels, so that long runs keep the page small
+
 
 class PerBlock(Protocol):
     """Costs of the teacher's forward and of one student step, by block."""
@@ -89,8 +91,11 @@ def write_report(run_dir: Path) -> Path:
     metrics = read_json(run_dir / "metrics.json")
     course: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for file in sorted((run_dir / "metrics").glob("rank*.jsonl")):
-        for line in file.read_text().splitlines():
-            reading = json.loads(line)
+        for line in file.read_text(errors="replace").splitlines():
+            try:
+                reading = json.loads(line)
+            except ValueError:  # a rank was killed while it wrote: one point less
+                continue
             course[reading["block"]].append((reading["step"], reading["relative_error"]))
     costs = read_json(run_dir / "costs.json")
     path = run_dir / "report.html"
@@ -108,7 +113,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: var(--soft); }
+th:first-child, td:first-child { text-align: left; white-space: normal; } th { font-weight: 600; color: var(--soft); }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-size: .85rem; color: var(--soft); } 
 svg { width: 100%; height: auto; display: block; }
@@ -181,6 +186,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _curve(name: str, readings: Sequence[tuple[int, float]]) -> str:
     """A small line chart of relative error against step, both axes from the readings' own range."""
     points = [(step, math.log10(error)) for step, error in sorted(readings) if error > 0 and math.isfinite(error)]
+    points = [*points[:-1][:: 1 + len(points) // CURVE_POINTS], *points[-1:]]
     if len(points) < 2:
         return f"<figure><figcaption>{html.escape(name)}: no readings</figcaption></figure>"
     steps, values = [p[0] for p in points], [p[1] for p in points]

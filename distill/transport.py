@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -107,6 +108,20 @@ class Wire:
         self.backend = backend
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Run what is inside on this wire's device and side stream; nothing to do on the CPU."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def connect(self, edge: Edge, store: dist.Store, rank: int) -> tuple[PairGroup, PairGroup]:
+        """Return the edge's groups for headers (always gloo, so that reading one needs no GPU) and for boundaries."""
+        headers = edge.connect(store, rank)
+        return headers, edge.connect(store, rank, backend="nccl") if self.backend == "nccl" else headers
+
     @property
     def staged(self) -> bool:
         return self.device.type == "cuda" and self.backend == "gloo"
@@ -176,18 +191,16 @@ class BoundarySender:
     def _run(self) -> None:
         edge, doing = self._edge, "connecting to"
         try:
-            headers = edge.connect(self._store, edge.source)
-            data = headers
-            if self._wire.backend == "nccl":
-                data = edge.connect(self._store, edge.source, backend="nccl")
-            while (item := self._queue.get()) is not None:
-                doing = f"sending step {item[0].step} to"
-                self._send(headers, data, *item)
-                with self._lock:
-                    self._outstanding -= 1
-                self._on_free()
-            doing = "closing the edge to"
-            headers.send([torch.full((self._header_size,), -1, dtype=torch.int64)], 1, 0).wait()
+            with self._wire.on_stream():
+                headers, data = self._wire.connect(edge, self._store, edge.source)
+                while (item := self._queue.get()) is not None:
+                    doing = f"sending step {item[0].step} to"
+                    self._send(headers, data, *item)
+                    with self._lock:
+                        self._outstanding -= 1
+                    self._on_free()
+                doing = "closing the edge to"
+                headers.send([torch.full((self._header_size,), -1, dtype=torch.int64)], 1, 0).wait()
         except TransportError as error:
             self._error = error
         except RuntimeError as error:
@@ -207,27 +220,19 @@ class BoundarySender:
         header = torch.full((self._header_size,), -1, dtype=torch.int64)
         header[: len(fields)] = torch.tensor(fields)
         headers.send([header], 1, 0).wait()
-        if event is None:
-            works = [work for tensor in boundaries.values() for work in send_tensor(data, tensor)]
-            for work in works:
-                work.wait()
-        else:
-            self._send_from_device(data, boundaries, event)
-        self.bytes_sent += sum(tensor.nbytes for tensor in boundaries.values())
-
-    def _send_from_device(self, data: PairGroup, boundaries: dict[int, Tensor], event: torch.cuda.Event) -> None:
-        """Send CUDA tensors from a side stream, so that teacher and students go on meanwhile."""
-        assert self._wire.stream is not None
-        with torch.cuda.stream(self._wire.stream):
+        tensors = list(boundaries.values())
+        if event is not None:
+            assert self._wire.stream is not None
             self._wire.stream.wait_event(event)
-            tensors = list(boundaries.values())
             if self._wire.staged:
                 tensors = [_to_pinned(tensor) for tensor in tensors]
                 self._wire.stream.synchronize()
-            works = [work for tensor in tensors for work in send_tensor(data, tensor)]
-            for work in works:
-                work.wait()
-            self._wire.stream.synchronize()
+        works = [work for tensor in tensors for work in send_tensor(data, tensor)]
+        for work in works:
+            work.wait()
+        if self._wire.stream is not None:
+            self._wire.stream.synchronize()  # the tensors may go back to the allocator only now
+        self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
@@ -296,17 +301,14 @@ class BoundaryReceiver:
         return buffers
 
     def _run(self) -> None:
-        edge = self._edge
-        doing = "connecting to"
+        edge, doing = self._edge, "connecting to"
         try:
-            headers = edge.connect(self._store, edge.target)
-            data = headers
-            if self._wire.backend == "nccl":
-                data = edge.connect(self._store, edge.target, backend="nccl")
-            doing = "receiving the first batch from"
-            while (delivery := self._receive(headers, data)) is not None:
-                doing = f"receiving the batch after step {delivery.address.step} from"
-                self._ready.put(delivery)
+            with self._wire.on_stream():
+                headers, data = self._wire.connect(edge, self._store, edge.target)
+                doing = "receiving the first batch from"
+                while (delivery := self._receive(headers, data)) is not None:
+                    doing = f"receiving the batch after step {delivery.address.step} from"
+                    self._ready.put(delivery)
             self._ready.put(None)
         except TransportError as error:
             self._ready.put(error)
@@ -337,15 +339,14 @@ class BoundaryReceiver:
         return Delivery(Address(step, check), buffers, slot, event)
 
     def _arrived_on_device(self, slot: int, buffers: dict[int, Tensor]) -> tuple[dict[int, Tensor], torch.cuda.Event]:
-        assert self._wire.stream is not None
-        with torch.cuda.stream(self._wire.stream):
-            if self._wire.staged:
-                targets = {k: self._staging[slot][k][: buffer.shape[0]] for k, buffer in buffers.items()}
-                for k, buffer in buffers.items():
-                    targets[k].copy_(buffer, non_blocking=True)
-                buffers = targets
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+        """Copy staged buffers to the device; the event says when the batch may be read."""
+        if self._wire.staged:
+            targets = {k: self._staging[slot][k][: buffer.shape[0]] for k, buffer in buffers.items()}
+            for k, buffer in buffers.items():
+                targets[k].copy_(buffer, non_blocking=True)
+            buffers = targets
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
         if self._wire.staged:
             event.synchronize()  # the pinned buffers are free again
         return buffers, event

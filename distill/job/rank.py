@@ -138,7 +138,16 @@ def _log_to(context: Context) -> None:
     file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if context.rank == 0:
-        screen = logging.StreamHandler(sys.stdout)
-        screen.setFormatter(logging.Formatter("%(message)s"))
-        screen.addFilter(lambda record: record.levelno < logging.ERROR)  # errors are told on standard error
-        root.addHandler(screen)
+        root.addHandler(_ConsoleHandler(context.console))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the live display, where there is one; errors are told on standard error instead."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.addFilter(lambda record: record.levelno < logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)

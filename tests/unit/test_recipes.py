@@ -1,5 +1,6 @@
 """Recipes: what replaces a convolution, what its first weights are, and how replacements get into a network."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ class TestDecouple:
 
     def test_error_falls_with_the_rank(self) -> None:
         errors = [float((composed(*decouple(self.KERNEL, r), 3, r) - self.KERNEL).norm()) for r in range(1, 10)]
-        assert all(next_ < error for error, next_ in zip(errors[:7], errors[1:8], strict=True))
+        assert all(more < less for less, more in pairwise(errors[:8]))
         assert errors[7] < 1e-12  # eight outputs: rank eight is exact
 
     def test_the_same_kernel_gives_the_same_bits(self) -> None:

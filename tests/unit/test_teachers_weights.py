@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import ConfigError
-from distill.teachers import build_architecture, load_teacher_weights, load_weights, pretrained_weights
+from distill.teachers import (
+    build_architecture,
+    load_backbone,
+    load_teacher_weights,
+    load_weights,
+    pretrained_weights,
+)
 
 
 def _network(num_classes: int = 3) -> nn.Module:
@@ -148,3 +155,20 @@ def test_timm_weights_that_cannot_be_downloaded_are_the_users_error(monkeypatch:
 def test_unknown_published_weights_are_refused(source: str, which: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         pretrained_weights(source, "resnet18", which)
+
+
+def test_a_backbone_loads_without_a_head_for_other_classes(tmp_path: Path) -> None:
+    source = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
+    file = tmp_path / "ten.safetensors"
+    save_file(source.state_dict(), file)
+    other = build_architecture(source="cifar", name="cifar_resnet20", num_classes=7)
+    assert load_backbone(other, "cifar", "cifar_resnet20", str(file)) == ("linear.weight", "linear.bias")
+    assert torch.equal(other.get_parameter("layer3.2.conv2.weight"), source.get_parameter("layer3.2.conv2.weight"))
+
+
+def test_a_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "vgg.safetensors"
+    save_file(build_architecture(source="cifar", name="cifar_vgg16_bn", num_classes=10).state_dict(), file)
+    network = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
+    with pytest.raises(ConfigError, match=r"teacher.weights.*only 0 of its \d+ tensors"):
+        load_backbone(network, "cifar", "cifar_resnet20", str(file))

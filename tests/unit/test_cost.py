@@ -1,0 +1,86 @@
+"""Costs of blocks: FLOPs by hand, seconds where they are measured, and networks that can only be hooked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.blocks import Chain
+from distill.chain import Granularity, cut
+from distill.cost import BlockCosts, average, calibrated, count_flops, flop_costs, measured_costs
+from distill.trainer import BlockTrainer, TrainerOptions
+
+BATCH, SIZE = 4, 6
+SAMPLE = torch.zeros(BATCH, 3, SIZE, SIZE)
+
+
+def chain() -> Chain:
+    network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(5, 7, 1, bias=False))
+    return cut(network, SAMPLE, granularity=Granularity.conv)
+
+
+def trainer(cut_chain: Chain, block: int) -> BlockTrainer:
+    module = cut_chain.block_module(block)
+    return BlockTrainer(block, "b", module, budget=100, device=torch.device("cpu"), options=TrainerOptions())
+
+
+def test_flops_count_two_per_multiply_add_for_the_whole_batch() -> None:
+    found = flop_costs(chain(), lambda block: None, SAMPLE)
+    pixels = SIZE * SIZE * BATCH
+    assert found.teacher == (2 * 9 * 3 * 5 * pixels, 2 * 5 * 7 * pixels)
+    assert found.student == (0.0, 0.0)
+
+
+def test_a_student_step_counts_forward_and_backward() -> None:
+    cut_chain = chain()
+    found = flop_costs(cut_chain, lambda block: trainer(cut_chain, block) if block == 1 else None, SAMPLE)
+    assert found.student[0] == 0.0
+    # forward and the gradient of the weights; the input of a block needs no gradient
+    assert found.student[1] == 2 * found.teacher[1]
+
+
+def test_measured_seconds_are_positive_where_there_is_work() -> None:
+    cut_chain = chain()
+    found = measured_costs(cut_chain, lambda block: trainer(cut_chain, block) if block == 0 else None, SAMPLE)
+    assert all(seconds > 0 for seconds in found.teacher)
+    assert found.student[0] > 0
+    assert found.student[1] == 0.0
+
+
+def test_calibration_keeps_the_shares_of_the_flops() -> None:
+    flops = BlockCosts((100.0, 300.0), (200.0, 0.0))
+    found = calibrated(flops, chain(), SAMPLE)
+    assert found.teacher[1] / found.teacher[0] == pytest.approx(3.0)
+    assert found.student[0] / found.teacher[0] == pytest.approx(2.0)
+
+
+def test_the_average_over_ranks_is_taken_block_by_block() -> None:
+    assert average([BlockCosts((1.0, 2.0), (3.0, 0.0)), BlockCosts((3.0, 2.0), (5.0, 0.0))]) == BlockCosts(
+        (2.0, 2.0), (4.0, 0.0)
+    )
+
+
+class DataDependent(nn.Module):
+    """torch.fx cannot trace the branch, so this network can only be hooked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(5, 5, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() > 1e9:
+            x = x * 2
+        return self.second(x)
+
+
+def test_what_lies_between_hooked_modules_is_priced_as_the_difference_it_makes() -> None:
+    hooked = cut(DataDependent(), SAMPLE, granularity=Granularity.modules, modules=["first", "second"])
+    found = flop_costs(hooked, lambda block: None, SAMPLE)
+    pixels = SIZE * SIZE * BATCH
+    by_name = dict(zip((block.name for block in hooked.blocks), found.teacher, strict=True))
+    assert by_name["first"] == 2 * 9 * 3 * 5 * pixels
+    assert by_name["second"] == 2 * 9 * 5 * 5 * pixels
+    assert sum(found.teacher) == count_flops(lambda: hooked.run(SAMPLE, last=len(hooked.blocks), keep=()))

@@ -1,0 +1,169 @@
+"""The training loop over a made-up stream: who trains on what, what is handed over, and what is kept on the way."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from distill.checkpoint import CheckpointFolder, block_name
+from distill.engine import distill
+from distill.ledger import Entry
+from distill.protocol import Address, Checks
+from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.transport import Delivery
+
+BUDGET = 12
+NO_CHECKS = Checks()
+
+
+def batch(step: int, *, blocks: int = 2) -> dict[int, Tensor]:
+    return {k: torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * step + k)) for k in range(blocks + 1)}
+
+
+class Addresses:
+    """A stream that walks through all addresses up to the budget for as long as some block is not finished."""
+
+    waited_s = 0.0
+
+    def __init__(self, *, blocks: int, checks: Checks, bad_step: int | None = None) -> None:
+        self.finished: list[int] = []
+        self._blocks, self._checks, self._bad_step = blocks, checks, bad_step
+
+    def __iter__(self) -> Iterator[Delivery]:
+        address = Address(0)
+        while address.step < BUDGET and len(self.finished) < self._blocks:
+            boundaries = batch(address.step + 100 * (address.check + 1), blocks=self._blocks)
+            if address.step == self._bad_step:
+                boundaries[0] = boundaries[0] * math.nan
+            yield Delivery(address, boundaries)
+            address = self._checks.after(address)
+
+    def finish(self, block: int) -> None:
+        self.finished.append(block)
+
+
+def trainer(block: int, *, budget: int = BUDGET, **options: Any) -> BlockTrainer:
+    torch.manual_seed(block)
+    settings = TrainerOptions(log_every=100, **options)
+    module = nn.Linear(3, 3)
+    return BlockTrainer(block, f"layer{block}", module, budget=budget, device=torch.device("cpu"), options=settings)
+
+
+class Outcome:
+    """What the loop handed over and read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.entries: list[Entry] = []
+        self.weights: dict[int, dict[str, Tensor]] = {}
+        self.readings: list[Reading] = []
+        self.checkpoints = CheckpointFolder(folder, generation=1)
+
+    def deliver(self, entry: Entry, blob: bytes) -> None:
+        self.entries.append(entry)
+        self.weights[entry.block] = load(blob)
+
+
+def run(
+    folder: Path, trainers: list[BlockTrainer], *, checks: Checks = NO_CHECKS, every: int = 100, **stream: Any
+) -> tuple[Outcome, Addresses]:
+    outcome, addresses = Outcome(folder), Addresses(blocks=len(trainers), checks=checks, **stream)
+    distill(
+        addresses,
+        trainers,
+        rank=3,
+        generation=2,
+        checks=checks,
+        checkpoints=outcome.checkpoints,
+        checkpoint_every=every,
+        deliver=outcome.deliver,
+        report=outcome.readings.append,
+    )
+    return outcome, addresses
+
+
+def test_every_block_is_trained_to_its_budget_and_handed_over_once(tmp_path: Path) -> None:
+    trainers = [trainer(0, budget=5), trainer(1)]
+    outcome, addresses = run(tmp_path, trainers)
+    assert [(entry.block, entry.steps, entry.status) for entry in outcome.entries] == [
+        (0, 5, "finished"),
+        (1, 12, "finished"),
+    ]
+    assert addresses.finished == [0, 1]
+    assert {(entry.rank, entry.generation) for entry in outcome.entries} == {(3, 2)}
+    for one in trainers:
+        assert all(torch.equal(outcome.weights[one.block][n], t) for n, t in one.module.state_dict().items())
+
+
+def test_readings_are_reported(tmp_path: Path) -> None:
+    outcome, _ = run(tmp_path, [trainer(0)])
+    assert [(reading.block, reading.step) for reading in outcome.readings] == [(0, 1), (0, BUDGET)]
+
+
+def test_a_block_resumed_further_ahead_lets_earlier_batches_pass(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, [trainer(0), trainer(1)])
+    begun = trainer(1)
+    for step in range(7):
+        begun.update(batch(step)[1], batch(step)[2])
+    state = begun.checkpoint()
+    assert state is not None
+    resumed = trainer(1)
+    resumed.resume(state)
+    again, _ = run(tmp_path, [trainer(0), resumed])
+    for block in (0, 1):
+        assert all(torch.equal(whole.weights[block][n], t) for n, t in again.weights[block].items())
+
+
+def test_a_block_resumed_at_its_end_is_handed_over_without_a_batch(tmp_path: Path) -> None:
+    done = trainer(0)
+    done.step = BUDGET
+    outcome, _ = run(tmp_path, [done, trainer(1)])
+    assert [entry.block for entry in outcome.entries] == [0, 1]
+
+
+def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
+    class Late(Addresses):
+        def __iter__(self) -> Iterator[Delivery]:
+            yield Delivery(Address(5), batch(5))
+
+    outcome = Outcome(tmp_path)
+    with pytest.raises(AssertionError, match="a batch was missed before"):
+        distill(
+            Late(blocks=1, checks=Checks()),
+            [trainer(0)],
+            rank=0,
+            generation=0,
+            checks=Checks(),
+            checkpoints=outcome.checkpoints,
+            checkpoint_every=1,
+            deliver=outcome.deliver,
+            report=outcome.readings.append,
+        )
+
+
+def test_checkpoints_are_written_at_their_interval_and_after_the_looks_of_a_step(tmp_path: Path) -> None:
+    looks = Checks(every=4, batches=2)
+    outcome, _ = run(tmp_path, [trainer(0, patience=100)], checks=looks, every=4)
+    state = outcome.checkpoints.load(block_name(0))
+    assert state is not None
+    assert state.step == 8  # the one at 12 is the end, which is handed over instead
+    assert state.progress["rel_error_held_out"] is not None
+
+
+def test_a_block_on_its_plateau_stops_early_and_says_so_to_the_stream(tmp_path: Path) -> None:
+    looks = Checks(every=2, batches=1)
+    outcome, addresses = run(tmp_path, [trainer(0, lr=0.0, patience=1, min_delta=0.99)], checks=looks)
+    assert addresses.finished == [0]
+    assert outcome.entries[0].steps < BUDGET
+
+
+@pytest.mark.parametrize("every", [100, 4], ids=["at the end", "at a checkpoint"])
+def test_a_block_that_has_diverged_is_handed_over_wherever_it_is_noticed(tmp_path: Path, every: int) -> None:
+    outcome, addresses = run(tmp_path, [trainer(0)], every=every, bad_step=6)
+    assert addresses.finished == [0]
+    assert [(e.status, e.diverged_at, e.steps) for e in outcome.entries] == [("diverged", 6, 4 if every == 4 else 0)]
+    assert all(tensor.isfinite().all() for tensor in outcome.weights[0].values())

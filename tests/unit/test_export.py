@@ -1,0 +1,120 @@
+"""The delivered student: what is saved is what is loaded, and what cannot be loaded says why."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distill
+from distill.errors import DistillError
+from distill.export import FORMAT, StudentCard, load_student, save_student
+from distill.recipes import Separable, replace_convolutions
+from distill.teachers import build_architecture
+
+ARCHITECTURE = {"source": "cifar", "name": "cifar_resnet20", "num_classes": 10}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    network = build_architecture(**ARCHITECTURE)  # type: ignore[arg-type]
+    recipe = Separable(rank=2, init="teacher")
+    paths = [name for name, module in network.named_modules() if recipe.replaces(module)]
+    replace_convolutions(network, paths, recipe, torch.Generator().manual_seed(0))
+    network.train()
+    network(torch.randn(16, 3, 32, 32))  # batch-norm statistics that are not those of a new network
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def card(student: nn.Module) -> StudentCard:
+    paths = [name for name, module in student.named_modules() if type(module).__name__ == "SeparableConv2d"]
+    assert len(paths) == 19
+    return StudentCard(
+        architecture=ARCHITECTURE,
+        recipe={"name": "separable", "options": {"rank": 2, "init": "teacher"}},
+        replaced=paths,
+        image_size=32,
+        mean=[0.5, 0.5, 0.5],
+        std=[0.2, 0.2, 0.2],
+        classes=[str(digit) for digit in range(10)],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, student: nn.Module, card: StudentCard) -> Path:
+    save_student(tmp_path, student, card)
+    return tmp_path
+
+
+@torch.no_grad()
+def logits(network: nn.Module) -> torch.Tensor:
+    return network(IMAGES)
+
+
+@pytest.mark.parametrize("given", ["", "student.safetensors", "student.json"])
+def test_a_loaded_student_gives_bitwise_the_same_logits(folder: Path, student: nn.Module, given: str) -> None:
+    loaded = load_student(folder / given)
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(logits(loaded), logits(student))
+
+
+def test_a_student_in_channels_last_is_saved_with_the_same_values(
+    tmp_path: Path, student: nn.Module, card: StudentCard
+) -> None:
+    last = load_student(save_student(tmp_path / "plain", student, card)).to(memory_format=torch.channels_last)
+    save_student(tmp_path / "last", last, card)
+    loaded = load_student(tmp_path / "last").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_loading_does_not_touch_the_random_state_of_the_caller_s_results(folder: Path, student: nn.Module) -> None:
+    torch.manual_seed(99)  # the fresh network's weights are random: none of them may be left
+    assert torch.equal(logits(load_student(folder)), logits(student))
+
+
+def test_the_package_offers_it_by_name(folder: Path) -> None:
+    assert distill.load_student is load_student
+    with pytest.raises(AttributeError, match="no attribute 'load_teacher'"):
+        _ = distill.load_teacher
+
+
+def test_the_card_is_plain_json(folder: Path, card: StudentCard) -> None:
+    assert json.loads((folder / "student.json").read_text()) == dataclasses.asdict(card) | {"format": FORMAT}
+
+
+@pytest.mark.parametrize("missing", ["student.json", "student.safetensors"])
+def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(DistillError, match=f"^no student at {folder}: {missing} is missing"):
+        load_student(folder)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=f"no student at {tmp_path}/nowhere"):
+        load_student(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("form", [FORMAT + 1, None])
+def test_a_card_of_another_format_is_refused(folder: Path, form: int | None) -> None:
+    card = json.loads((folder / "student.json").read_text())
+    (folder / "student.json").write_text(json.dumps(card | {"format": form}))
+    with pytest.raises(DistillError, match=rf"student\.json: format {form}, but this version reads format {FORMAT}"):
+        load_student(folder)
+
+
+def test_a_card_that_is_no_json_is_refused(folder: Path) -> None:
+    (folder / "student.json").write_text('{"format": 1, "archi')
+    with pytest.raises(DistillError, match=r"student\.json"):
+        load_student(folder)
+
+
+def test_weights_cut_short_are_refused(folder: Path) -> None:
+    weights = (folder / "student.safetensors").read_bytes()
+    (folder / "student.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(DistillError, match=r"student\.safetensors"):
+        load_student(folder)

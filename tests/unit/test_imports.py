@@ -1,0 +1,156 @@
+"""Which module may import which: dependencies point one way, and what is to run on a laptop needs no torch."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "distill"
+SETTINGS = {"config", "compose", "launcher"}  # where configuration objects are seen
+
+# Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": {"export"},
+    "__main__": {"job", "launcher"},
+    "errors": set(),
+    # settings and starting
+    "config": {"errors"},
+    "compose": {"config"},
+    "launcher": {"compose", "config", "errors"},
+    # plans, no torch
+    "plan": set(),
+    "protocol": {"plan"},
+    "files": {"errors"},
+    "rundir": {"errors", "files"},
+    "report": {"files", "plan"},
+    "progress": set(),
+    # networks and data
+    "blocks": set(),
+    "tracing": {"blocks"},
+    "grouping": {"blocks", "errors", "tracing"},
+    "hooked": {"blocks", "errors"},
+    "chain": {"blocks", "errors", "grouping", "hooked", "tracing"},
+    "data": {"errors"},
+    "teachers": {"errors"},
+    "recipes": set(),
+    "losses": set(),
+    # one block
+    "checkpoint": {"files"},
+    "ledger": {"files"},
+    "trainer": {"checkpoint", "losses"},
+    "cost": {"blocks", "trainer"},
+    # between ranks
+    "control": {"errors"},
+    "transport": {"blocks", "errors", "protocol"},
+    "completion": {"control", "errors", "ledger", "transport"},
+    "stream": {"blocks", "data", "errors", "protocol", "transport"},
+    "engine": {"checkpoint", "ledger", "protocol", "stream", "trainer"},
+    "session": {
+        "blocks", "checkpoint", "completion", "control", "data", "engine", "ledger", "plan", "protocol", "stream",
+        "trainer", "transport",
+    },
+    # the whole student
+    "assemble": {"recipes"},
+    "evaluate": {"cost", "data"},
+    "export": {"checkpoint", "errors", "files", "recipes", "teachers"},
+    "finetune": {"checkpoint", "data", "losses"},
+}  # fmt: skip
+
+WITHOUT_TORCH = {"plan", "protocol", "config", "compose", "report", "errors", "files", "rundir", "progress"}
+DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
+
+
+def unit(file: Path) -> str:
+    """The name of a file's row in the table: its module, or the subpackage it is in."""
+    inside = file.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+@cache
+def imported(file: Path) -> frozenset[str]:
+    """Every dotted name that a file imports, wherever in it; `from a import b` counts as a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")  # reached through `import torch`
+    return frozenset(names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+UNITS = sorted({unit(file) for file in FILES})
+
+
+def imports_of(name: str) -> set[str]:
+    """The rows of the table that a unit imports, itself left out."""
+    found: set[str] = set()
+    for file in FILES:
+        if unit(file) == name:
+            parts = [imported_name.split(".") for imported_name in imported(file)]
+            found |= {path[1] for path in parts if path[0] == "distill" and len(path) > 1 and path[1] in UNITS}
+    return found - {name}
+
+
+def test_there_are_modules_and_each_has_a_row() -> None:
+    assert len(UNITS) > 30
+    assert set(UNITS) - {"job"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_module_imports_only_what_it_may(name: str) -> None:
+    assert imports_of(name) <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_every_allowed_arrow_is_used(name: str) -> None:
+    assert ALLOWED[name] <= imports_of(name)
+
+
+def test_arrows_form_no_circle() -> None:
+    order = list(TopologicalSorter(ALLOWED).static_order())
+    assert order.index("plan") < order.index("protocol") < order.index("transport") < order.index("engine")
+
+
+def test_configuration_objects_are_seen_by_the_job_and_the_launcher_only() -> None:
+    seeing = {name for name in UNITS if imports_of(name) & SETTINGS}
+    assert seeing <= {"job", "__main__"} | SETTINGS
+    assert "job" in seeing
+
+
+def test_only_the_entry_imports_the_job() -> None:
+    assert {name for name in UNITS if "job" in imports_of(name)} == {"__main__"}
+
+
+def test_torch_distributed_is_used_where_ranks_talk_and_nowhere_else() -> None:
+    using = {unit(file) for file in FILES if any(name.startswith("torch.distributed") for name in imported(file))}
+    assert using == DISTRIBUTED
+
+
+def test_what_runs_on_a_laptop_imports_no_torch() -> None:
+    assert set(UNITS) >= WITHOUT_TORCH
+    for file in FILES:
+        if unit(file) in WITHOUT_TORCH:
+            assert not any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(file)), file.name
+
+
+@pytest.mark.parametrize("module", ["launcher", "report"])
+def test_importing_it_does_not_import_torch(module: str) -> None:
+    program = f"import sys, distill.{module}; sys.stdout.write(str('torch' in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "False"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_file_is_ascii_and_opens_with_what_it_does(file: Path) -> None:
+    text = file.read_text(encoding="ascii")
+    assert ast.get_docstring(ast.parse(text))
