@@ -82,9 +82,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+MACHINE = machine()  # as the benchmark starts: the commit may move on while it runs
+
+
 def write(name: str, result: dict[str, Any]) -> None:
     """Write benchmarks/results/NAME.json and print it."""
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"machine": machine(), **result}, indent=1)
+    text = json.dumps({"machine": MACHINE, **result}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)
