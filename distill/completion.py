@@ -31,6 +31,8 @@ class Deliverer:
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
         """Hand over a finished block: its ledger entry and its weights as safetensors bytes."""
+        if self._error is not None:
+            raise self._error
         self._queue.put((entry, blob))
 
     def close(self) -> None:
@@ -41,22 +43,22 @@ class Deliverer:
             raise self._error
 
     def _run(self) -> None:
-        control = self._control.second()
-        edge = Edge(control.rank, 0, control.generation, control.timeout_s, "weights")
-        group = None
+        edge = Edge(self._control.rank, 0, self._control.generation, self._control.timeout_s, "weights")
         try:
+            control, group = self._control.second(), None
             while (item := self._queue.get()) is not None:
                 entry, blob = item
                 control.set(f"done/{entry.block}", {"entry": asdict(entry), "bytes": len(blob)})
                 control.count("done", 1)
                 if group is None:
-                    group = edge.connect(control.address.connect(), control.rank)
+                    group = edge.connect(control.store_for("edges"), control.rank)
                 send_blob(group, blob)
-                control.wait(f"collected/{entry.block}", peer=0, purpose=f"confirmation of block {entry.block}")
+                purpose = f"confirmation of block {entry.block}"
+                control.wait(f"collected/{entry.block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
         except DistillError as error:
             self._error = error
-        except RuntimeError as error:
-            self._error = edge.broken(control.rank, "handing a finished block to", error)
+        except Exception as error:  # whatever it is, the main thread must hear of it
+            self._error = edge.broken(self._control.rank, "handing a finished block to", error)
 
 
 class Collector:
@@ -100,18 +102,18 @@ class Collector:
         return news
 
     def wait(self) -> None:
-        """Wait until every block is in the ledger; owners that are still training are waited for while they beat."""
-        while True:
+        """Wait until every block is in the ledger, at most plan.timeout_s for the next one: all have been announced or
+        had their last batch, so only weights are still on their way."""
+        missing, since = len(self._missing) + 1, time.monotonic()
+        while self._missing:
             self.finished_elsewhere()
-            with self._lock:
-                if not self._missing:
-                    break
-            for peer in range(1, self._control.world_size):
-                if self._control.silence_s(peer) > self._control.timeout_s:
-                    raise DistillError(
-                        f"rank 0: blocks {sorted(self._missing)} are not finished and rank {peer} was last heard of "
-                        f"{self._control.timeout_s:g} s ago; read logs/rank{peer}.log"
-                    )
+            if len(self._missing) < missing:
+                missing, since = len(self._missing), time.monotonic()
+            elif time.monotonic() - since > self._control.timeout_s:
+                raise DistillError(
+                    f"rank 0: the weights of blocks {sorted(self._missing)} have not come for "
+                    f"{self._control.timeout_s:g} s; read the logs of their ranks (plan.json), or raise plan.timeout_s"
+                )
             self._wake.wait(POLL_S)
             self._wake.clear()
         self._closed.set()
@@ -119,8 +121,8 @@ class Collector:
             owner.put(None)
 
     def _watch(self) -> None:
-        control, seen = self._control.second(), 0
         try:
+            control, seen = self._control.second(), 0
             while not self._closed.is_set():
                 count = control.count("done")
                 if count > seen:
@@ -128,8 +130,8 @@ class Collector:
                     for block in sorted(self._unannounced):
                         self._announced(block, control.get(f"done/{block}"))
                 time.sleep(POLL_S)
-        except RuntimeError as error:
-            self._fail(DistillError(f"rank 0: the job's store does not answer ({error})"))
+        except Exception as error:  # whatever it is, the main thread must hear of it
+            self._fail(DistillError(f"rank 0: watching for finished blocks failed ({error!r}); read logs/rank0.log"))
 
     def _announced(self, block: int, message: dict[str, object] | None) -> None:
         if message is None:
@@ -147,25 +149,24 @@ class Collector:
         self._queues[owner].put((entry, content))
 
     def _collect(self, owner: int) -> None:
-        control = self._control.second()
-        edge = Edge(owner, 0, control.generation, control.timeout_s, "weights")
-        group = None
+        edge = Edge(owner, 0, self._control.generation, self._control.timeout_s, "weights")
         try:
+            control, group = self._control.second(), None
             while (item := self._queues[owner].get()) is not None:
                 entry, content = item
                 if isinstance(content, int):
-                    group = group or edge.connect(control.address.connect(), 0)
+                    group = group or edge.connect(control.store_for("edges"), 0)
                     content = receive_blob(group, content)
                 with self._lock:
                     entry = self._ledger.record(entry, content)
-                    self._missing.discard(entry.block)
                 self._on_recorded(entry)
                 control.set(f"collected/{entry.block}", True)
+                self._missing.discard(entry.block)
                 self._wake.set()
         except DistillError as error:
             self._fail(error)
-        except RuntimeError as error:
-            self._fail(edge.broken(0, "receiving a finished block from", error))
+        except Exception as error:  # whatever it is, the main thread must hear of it
+            self._fail(edge.broken(0, "collecting a finished block of", error))
 
     def _fail(self, error: DistillError) -> None:
         self._error = error

@@ -11,7 +11,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config import JobConfig, explain, load
+from distill.config import JobConfig, load, setting_kinds
+from distill.config_errors import explain
 
 VERSION_BASE = "1.3"
 
@@ -37,5 +38,5 @@ def compose(overrides: Sequence[str]) -> JobConfig:
         with initialize_config_dir(config_dir(), version_base=VERSION_BASE):
             cfg = hydra_compose("job", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides) from error
+        raise explain(error, setting_kinds(), overrides) from error
     return load(cfg)

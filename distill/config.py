@@ -1,6 +1,7 @@
 """The schema of a job: one dataclass a section, and load(), the only door from Hydra's config to it. Knows no torch.
 
-Every setting carries its one-line explanation; docs/configuration.md is generated from them.
+Every setting carries its one-line explanation; docs/configuration.md is generated from them. The file is long because
+it is one flat table: to find a setting, look for its section.
 """
 
 from __future__ import annotations
@@ -8,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from distill.errors import ConfigError, one_of
+from distill.config_errors import explain
+from distill.errors import ConfigError
 
 
 class Stage(Enum):
@@ -368,7 +368,7 @@ def load(cfg: DictConfig) -> JobConfig:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
         return cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
     except OmegaConfBaseException as error:
-        raise explain(error) from error
+        raise explain(error, setting_kinds()) from error
 
 
 def to_yaml(config: JobConfig) -> str:
@@ -418,60 +418,12 @@ def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str,
     return rows
 
 
+def setting_kinds() -> dict[str, str]:
+    """Return the type of every setting, in words, by its dotted path."""
+    return {path: kind for path, kind, _, _ in settings()}
+
+
 def _type_name(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(member.name for member in kind)
     return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-
-
-_WORDS = {
-    "int": "an integer", "int | None": "an integer, or null", "float": "a number", "float | None": "a number, or null",
-    "str": "a text", "str | None": "a text, or null", "bool": "true or false", "list[str]": "a list, such as [a,b]",
-    "list[float]": "a list of numbers, such as [1,2,3]",
-    "list[float] | None": "a list of numbers, such as [1,2,3], or null",
-}  # fmt: skip
-
-
-def explain(error: BaseException, overrides: Sequence[str] = ()) -> ConfigError:
-    """Return the ConfigError for an error of OmegaConf or Hydra, with the nearest setting where one was misspelt.
-
-    `overrides` are what the user typed, from which the error quotes the value.
-    """
-    while not getattr(error, "full_key", None) and error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error)
-    kinds = {path: kind for path, kind, _, _ in settings()}
-    choice = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
-    if choice:
-        group, given = choice.groups()
-        available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return ConfigError(group, given, one_of(available, given))
-    found = re.search(r"Could not (?:override|append to config[^']*) '([^'=]+)", text)
-    key = str(getattr(error, "full_key", None) or (found.group(1) if found else "")).lstrip("+")
-    key = re.sub(r"\[\d+\]$", "", key)  # an element of a list is not a setting of its own
-    if isinstance(error, MissingMandatoryValue):
-        return ConfigError(key, "???", "a value: this setting has no default here")
-    typed = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
-    quoted = re.search(r"[Vv]alue '([^']*)'", text)
-    if not key:
-        return ConfigError("command line", text.splitlines()[0], "group=choice or setting=value; see --help")
-    return _refused(key, typed.get(key, quoted.group(1) if quoted else text.splitlines()[0]), kinds)
-
-
-def _refused(key: str, given: str, kinds: dict[str, str]) -> ConfigError:
-    """The error for a value that the setting `key` cannot take, or for a key that is no setting."""
-    if key in kinds:
-        choices = kinds[key].split(" or ")
-        return ConfigError(key, given, one_of(choices, given) if choices[1:] else _WORDS.get(kinds[key], kinds[key]))
-    if key.rpartition(".")[0] in kinds:
-        return ConfigError(key, given, f"+{key}={given}: what is not in the schema is added with a plus sign")
-    within = [path for path in kinds if path.startswith(f"{key}.")]
-    if within:
-        return ConfigError(key, given, f"its settings one by one: {', '.join(within)}")
-    return ConfigError(key, "a setting that does not exist", one_of(_neighbours(key, list(kinds)), key))
-
-
-def _neighbours(key: str, paths: list[str]) -> list[str]:
-    """The settings of the section that `key` names, or all sections where it names none."""
-    section = key.rsplit(".", 1)[0] + "."
-    return [path for path in paths if path.startswith(section)] or sorted({path.split(".")[0] for path in paths})

@@ -5,9 +5,12 @@ their own. Nothing here moves tensors and nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 import torch.distributed as dist
 
 from distill.errors import DistillError
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.02
 HEARTBEAT_S = 1.0
@@ -30,9 +35,7 @@ class StoreAddress:
     def __init__(self, *, rank: int, world_size: int, environment: Mapping[str, str], timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._in_process = dist.HashStore() if world_size == 1 else None
-        self._prefix = "distill/{}/{}".format(
-            environment.get("TORCHELASTIC_RUN_ID", "none"), environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        )
+        self._prefix = f"distill/{environment.get('TORCHELASTIC_RUN_ID', 'none')}"
         if world_size == 1:
             return
         self._host, self._port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
@@ -50,8 +53,8 @@ class StoreAddress:
 
 
 class Control:
-    """This rank's view of the control plane. Keys live under the run's generation, so that a process left over from an
-    earlier attempt is neither heard nor believed."""
+    """This rank's view of the control plane. Keys live under a token that only the ranks of this attempt know, and
+    under the run's generation: a process left over from an earlier attempt is neither heard nor believed."""
 
     def __init__(self, address: StoreAddress, *, rank: int, world_size: int, timeout_s: float) -> None:
         self.address = address
@@ -60,6 +63,7 @@ class Control:
         self.timeout_s = timeout_s
         self.generation = 0
         self._store = address.connect()
+        self._attempt = _meet(self._store, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self._beats: dict[int, tuple[int, float]] = {}
         self._stop = threading.Event()
         if world_size > 1:
@@ -81,26 +85,33 @@ class Control:
         name = self._key(key)
         return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
-    def wait(self, key: str, *, peer: int, purpose: str) -> Any:
-        """Wait for `peer` to set `key`: as long as it beats, at most plan.timeout_s after its last heartbeat.
+    def wait(self, key: str, *, peer: int, purpose: str, limit_s: float = math.inf) -> Any:
+        """Wait for `peer` to set `key`: as long as it beats (at most plan.timeout_s after its last heartbeat), and at
+        most `limit_s` where the answer needs no work of the peer's.
 
         Raises PeerLostError naming who waited for whom, for what, and which log to read.
         """
         self._beats.pop(peer, None)
+        started = time.monotonic()
         while (value := self.get(key)) is None:
-            if self.silence_s(peer) > self.timeout_s:
+            silence_s, waited_s = self.silence_s(peer), time.monotonic() - started
+            if silence_s > self.timeout_s or waited_s > limit_s:
                 raise PeerLostError(
-                    f"rank {self.rank}: no {purpose} from rank {peer}, which was last heard of {self.timeout_s:g} s "
-                    f"ago; read logs/rank{peer}.log, or raise plan.timeout_s"
+                    f"rank {self.rank}: no {purpose} from rank {peer} after {waited_s:.0f} s; it was last heard of "
+                    f"{silence_s:.0f} s ago; read logs/rank{peer}.log, or raise plan.timeout_s ({self.timeout_s:g} s)"
                 )
             time.sleep(POLL_S)
         return value
+
+    def store_for(self, purpose: str) -> dist.Store:
+        """Return a new connection that sees only this attempt's keys for `purpose`."""
+        return dist.PrefixStore(f"{self._attempt}/{self.generation}/{purpose}", self.address.connect())
 
     def silence_s(self, peer: int) -> float:
         """Seconds by this rank's clock since `peer`'s heartbeat was last seen to change."""
         if peer == self.rank:
             return 0.0
-        name, now = f"beat/{peer}", time.monotonic()
+        name, now = f"{self._attempt}/beat/{peer}", time.monotonic()
         count = int(self._store.get(name)) if self._store.check([name]) else -1
         seen, since = self._beats.get(peer, (-2, now))
         if count != seen:
@@ -122,16 +133,49 @@ class Control:
         self._stop.set()
 
     def _key(self, key: str) -> str:
-        return f"{self.generation}/{key}"
+        return f"{self._attempt}/{self.generation}/{key}"
 
     def _beat(self) -> None:
-        store, count = self.address.connect(), 0
-        while not self._stop.wait(HEARTBEAT_S if count else 0.0):
-            count += 1
-            try:
-                store.set(f"beat/{self.rank}", str(count))
-            except RuntimeError:  # the store has gone: whoever waits will say so
-                return
+        try:
+            store, count = self.address.connect(), 0
+            while not self._stop.wait(HEARTBEAT_S if count else 0.0):
+                count += 1
+                store.set(f"{self._attempt}/beat/{self.rank}", str(count))
+        except RuntimeError as error:
+            log.warning("rank %d: its heartbeat has stopped, the job's store is gone (%s)", self.rank, error)
+
+
+def _meet(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> str:
+    """Return a token that exactly the ranks of this attempt share, made by rank 0.
+
+    torchrun may give a restarted job the same store, and restart counts that differ from node to node, so nothing left
+    there can be trusted. Every rank announces a fresh nonce; rank 0 calls the roll under a nonce of its own; a rank
+    answers only a roll with its own nonce in it, and rank 0 goes on when all have answered its roll.
+    """
+    mine = uuid.uuid4().hex
+    if world_size == 1:
+        return mine
+    deadline = time.monotonic() + timeout_s
+    if rank != 0:
+        store.set(f"join/{rank}", mine)
+        while time.monotonic() < deadline:
+            roll = json.loads(store.get("roll")) if store.check(["roll"]) else {"nonces": {}}
+            if roll["nonces"].get(str(rank)) == mine:
+                store.set(f"present/{roll['attempt']}/{mine}", "1")
+                return str(roll["attempt"])
+            time.sleep(POLL_S)
+        raise PeerLostError(f"rank {rank}: rank 0 has not called it within {timeout_s:g} s; did that rank start?")
+    called: dict[str, str] = {}
+    while time.monotonic() < deadline:
+        joined = {str(r): store.get(f"join/{r}").decode() for r in range(1, world_size) if store.check([f"join/{r}"])}
+        if joined != called:
+            called = joined
+            store.set("roll", json.dumps({"attempt": mine, "nonces": called}))
+        if len(called) == world_size - 1 and store.check([f"present/{mine}/{nonce}" for nonce in called.values()]):
+            return mine
+        time.sleep(POLL_S)
+    absent = [r for r in range(1, world_size) if not store.check([f"present/{mine}/{called.get(str(r))}"])]
+    raise PeerLostError(f"rank 0: ranks {absent} have not come within {timeout_s:g} s; read their logs or output")
 
 
 def ranks_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int]:

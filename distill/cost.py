@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.blocks import Chain
 from distill.trainer import BlockTrainer
 
-BUDGET_S = 0.4  # measuring one block stops after this long, but not before three repetitions
+REPEAT_S = 0.4  # timing one call stops after this long, but not before three repetitions
+BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds
+MIN_ROUNDS = 3
 WIRE_S_PER_BYTE = 0.4e-9  # CPU seconds per byte and end, gloo in 512 KiB chunks over loopback, 2 cores, 2026-11-21
 
 MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
@@ -41,18 +43,10 @@ def count_flops(call: Callable[[], object]) -> int:
 
 def measure_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median seconds of a call after one warm-up call, waiting for the device."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    times = [once()]
-    while len(times) < 3 or sum(times) < BUDGET_S:
-        times.append(once())
+    call()
+    times = [_seconds(call, device)]
+    while len(times) < 3 or sum(times) < REPEAT_S:
+        times.append(_seconds(call, device))
     return statistics.median(times)
 
 
@@ -63,9 +57,35 @@ def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> Block
 
 
 def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
-    """Return median seconds per block at the sample's batch size, warm."""
-    device = sample.device
-    return _per_block(chain, make_trainer, sample, lambda call: measure_seconds(call, device))
+    """Return median seconds per block at the sample's batch size, warm.
+
+    Every round measures every block once, so that a slow moment of the machine falls on all of them alike: placement
+    needs the blocks' proportions more than their seconds.
+    """
+    rounds: list[BlockCosts] = []
+    started = time.perf_counter()
+    while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < BUDGET_S:
+        rounds.append(_per_block(chain, make_trainer, sample, lambda call: _time_once(call, sample.device)))
+    return BlockCosts(
+        teacher=tuple(statistics.median(values) for values in zip(*(r.teacher for r in rounds), strict=True)),
+        student=tuple(statistics.median(values) for values in zip(*(r.student for r in rounds), strict=True)),
+    )
+
+
+def _time_once(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the second of two calls: the first one warms up."""
+    call()
+    return _seconds(call, device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def calibrated(flops: BlockCosts, chain: Chain, sample: Tensor) -> BlockCosts:

@@ -114,7 +114,7 @@ class Session:
         if not trainers:
             return
         started, cpu_started = time.monotonic(), time.process_time()
-        rank, store = self.control.rank, self.control.address.connect()
+        rank, store = self.control.rank, self.control.store_for("edges")
         receiver = BoundaryReceiver(
             self._edge(rank),
             store,
@@ -146,7 +146,7 @@ class Session:
     def _sender(self, rank: int, wake: threading.Event) -> BoundarySender:
         return BoundarySender(
             self._edge(rank),
-            self.control.address.connect(),
+            self.control.store_for("edges"),
             self._wire(),
             num_boundaries=len(self.chain.boundaries),
             window=self.window,

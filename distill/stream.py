@@ -35,7 +35,7 @@ class Stream(Protocol):
 
 
 class TrainingBatches:
-    """Teacher inputs by step; consecutive steps come from the prefetching iterator, others by random access."""
+    """Teacher inputs by step; going forward they come from a prefetching iterator, going back by random access."""
 
     def __init__(self, dataset: Dataset, *, stop: int) -> None:
         self._dataset = dataset
@@ -44,10 +44,10 @@ class TrainingBatches:
         self._iterator: Iterator[Tensor] = iter(())
 
     def images(self, step: int) -> Tensor:
-        if self._next == -1:
+        if step > self._next:
             self._next = step
             self._iterator = (batch.images for batch in self._dataset.train_batches(step, self._stop))
-        if step != self._next:
+        if step < self._next:
             return self._dataset.train_batch(step).images
         self._next += 1
         return next(self._iterator)
@@ -102,8 +102,10 @@ class TeacherStream:
             if 0 in wanted:
                 yield Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]})
             waiting_since = time.monotonic()
+        start = time.perf_counter()
         for sender in self._senders.values():
             sender.join()
+        self.waited_s += time.perf_counter() - start
 
     def finish(self, block: int) -> None:
         self._schedule.finish(block)

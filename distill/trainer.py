@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from distill.checkpoint import Checkpoint, block_name, contiguous
 from distill.losses import BLOCK_LOSSES, relative_error
@@ -134,7 +135,8 @@ class BlockTrainer:
     ) -> None:
         self.block = block
         self.name = name
-        self.module = module.train()
+        self.module = module
+        self._training_mode()
         self.budget = budget
         self.device = device
         self.step = 0
@@ -201,7 +203,7 @@ class BlockTrainer:
         self.module.eval()
         with torch.no_grad(), self._autocast():
             self._held_out.append(relative_error(self.module(inputs), targets))
-        self.module.train()
+        self._training_mode()
         if not last:
             return
         error = torch.stack(self._held_out).mean().item()
@@ -269,6 +271,14 @@ class BlockTrainer:
             optimizer={name: tensor.clone() for name, tensor in contiguous(optimizer).items()},
             progress=asdict(self.progress),
         )
+
+    def _training_mode(self) -> None:
+        """Batch norms in training mode, dropout off: the targets are those of a teacher without dropout, and its random
+        numbers would depend on what else this process has drawn."""
+        self.module.train()
+        for part in self.module.modules():
+            if isinstance(part, (nn.modules.dropout._DropoutNd, StochasticDepth)):
+                part.eval()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._options.amp == "bf16")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,6 +131,9 @@ class Wire:
         return torch.device("cpu") if self.staged else self.device
 
 
+_Outgoing: TypeAlias = tuple[Address, dict[int, Tensor], "torch.cuda.Event | None"]  # the event: tensors are computed
+
+
 class BoundarySender:
     """Rank 0's end of a data edge: at most `window` batches wait here for the receiver."""
 
@@ -148,8 +151,7 @@ class BoundarySender:
         self._header_size = HEADER_FIELDS + num_boundaries
         self._window = window
         self._on_free = on_free
-        self._queue: queue.SimpleQueue[tuple[Address, dict[int, Tensor], torch.cuda.Event | None] | None]
-        self._queue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._outstanding = 0
         self._closed = False
         self._lock = threading.Lock()
@@ -187,13 +189,15 @@ class BoundarySender:
         self._thread.join(self._edge.timeout_s)
         if self._error is not None:
             raise self._error
+        if self._thread.is_alive():
+            raise self._edge.broken(self._edge.source, "waiting for the last batch to be taken by", TimeoutError())
 
     def _run(self) -> None:
         edge, doing = self._edge, "connecting to"
         try:
             with self._wire.on_stream():
                 headers, data = self._wire.connect(edge, self._store, edge.source)
-                while (item := self._queue.get()) is not None:
+                while (item := self._next(headers)) is not None:
                     doing = f"sending step {item[0].step} to"
                     self._send(headers, data, *item)
                     with self._lock:
@@ -203,9 +207,24 @@ class BoundarySender:
                 headers.send([torch.full((self._header_size,), -1, dtype=torch.int64)], 1, 0).wait()
         except TransportError as error:
             self._error = error
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, the main thread must hear of it
             self._error = edge.broken(edge.source, doing, error)
         self._on_free()
+
+    def _next(self, headers: PairGroup) -> _Outgoing | None:
+        """Wait for the next batch; in long pauses tell the receiver that this end is alive."""
+        while True:
+            try:
+                return self._queue.get(timeout=self._edge.timeout_s / 4)
+            except queue.Empty:
+                headers.send([self._header(Address(0), 0, ())], 1, 0).wait()
+
+    def _header(self, address: Address, rows: int, boundaries: Iterable[int]) -> Tensor:
+        keys = tuple(boundaries)
+        fields = [self._edge.generation, address.step, address.check, rows, len(keys), *keys]
+        header = torch.full((self._header_size,), -1, dtype=torch.int64)
+        header[: len(fields)] = torch.tensor(fields)
+        return header
 
     def _send(
         self,
@@ -216,10 +235,7 @@ class BoundarySender:
         event: torch.cuda.Event | None,
     ) -> None:
         rows = next(iter(boundaries.values())).shape[0]
-        fields = [self._edge.generation, address.step, address.check, rows, len(boundaries), *boundaries]
-        header = torch.full((self._header_size,), -1, dtype=torch.int64)
-        header[: len(fields)] = torch.tensor(fields)
-        headers.send([header], 1, 0).wait()
+        headers.send([self._header(address, rows, boundaries)], 1, 0).wait()
         tensors = list(boundaries.values())
         if event is not None:
             assert self._wire.stream is not None
@@ -272,12 +288,16 @@ class BoundaryReceiver:
     def next(self) -> Delivery | None:
         """Wait for the next batch and release the one before it; None when the sender has closed the edge."""
         self._release()
-        try:
-            delivery = self._ready.get(timeout=self._edge.timeout_s)
-        except queue.Empty as error:
-            raise self._edge.broken(self._edge.target, "waiting for a batch from", error) from error
-        if isinstance(delivery, TransportError):
-            raise delivery
+        while True:
+            try:
+                delivery = self._ready.get(timeout=self._edge.timeout_s)
+            except queue.Empty:
+                raise self._edge.broken(self._edge.target, "waiting for a batch from", TimeoutError()) from None
+            if isinstance(delivery, TransportError):
+                raise delivery
+            if delivery is None or delivery.boundaries:
+                break
+            self._free.put((delivery.slot, None))  # only a sign of life
         if delivery is not None:
             self._in_use = delivery.slot
             if delivery.ready is not None:
@@ -312,7 +332,7 @@ class BoundaryReceiver:
             self._ready.put(None)
         except TransportError as error:
             self._ready.put(error)
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, the main thread must hear of it
             self._ready.put(edge.broken(edge.target, doing, error))
 
     def _receive(self, headers: PairGroup, data: PairGroup) -> Delivery | None:

@@ -54,7 +54,7 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         team=Team(
             rank=context.rank,
             world_size=context.world_size,
-            store=context.control.address.connect() if context.world_size > 1 else None,
+            store=context.control.store_for("finetune") if context.world_size > 1 else None,
             backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
             timeout_s=context.config.plan.timeout_s,
         ),

@@ -30,6 +30,7 @@ class SeparableX2(Recipe):
             dilation=conv.dilation,  # type: ignore[arg-type]
             groups=channels,
             bias=False,
+            padding_mode=conv.padding_mode,
         )
         second = nn.Conv2d(out, out * self.rank, conv.kernel_size, padding=same, groups=out, bias=False)  # type: ignore[arg-type]
         return nn.Sequential(

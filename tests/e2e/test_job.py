@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 import distill as package
 from distill.data import Augment, open_dataset
 from distill.evaluate import count_hits
-from tests.e2e.command import SMALL, bits, distill, environment, metrics, torchrun
+from tests.e2e.command import LIMIT_S, SMALL, bits, distill, environment, metrics, torchrun
 
 FILES = (
     "resolved.yaml",
@@ -156,6 +157,28 @@ def test_torchrun_starts_the_same_job_in_one_run_directory_whatever_the_clock(
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 1
     assert bits(runs[0]) == bits(finished[0]), "torchrun and python -m distill train the same blocks"
+
+
+def test_two_launchers_meet_as_two_nodes_in_one_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    job = (
+        f"teacher.weights={finished[0] / 'teacher.safetensors'}",
+        "teacher.fit.epochs=0",
+        "run.dir=run",
+        "launch.nnodes=2",
+        f"launch.rdzv_endpoint={endpoint}",
+    )
+    command = [sys.executable, "-m", "distill", *SMALL, *job]
+    nodes = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=LIMIT_S)
+        assert node.returncode == 0, errors
+    assert metrics(tmp_path / "run")["distill"]["world_size"] == 2
+    assert bits(tmp_path / "run") == bits(finished[0])
 
 
 def test_more_ranks_than_blocks_is_a_warning(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"job", "launcher"},
     "errors": set(),
     # settings and starting
-    "config": {"errors"},
-    "compose": {"config"},
+    "config_errors": {"errors"},
+    "config": {"config_errors", "errors"},
+    "compose": {"config", "config_errors"},
     "launcher": {"compose", "config", "errors"},
     # plans, no torch
     "plan": set(),
@@ -60,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "finetune": {"checkpoint", "data", "losses"},
 }  # fmt: skip
 
-WITHOUT_TORCH = {"plan", "protocol", "config", "compose", "report", "errors", "files", "rundir", "progress"}
+WITHOUT_TORCH = {"plan", "protocol", "config", "config_errors", "compose", "report", "errors", "files", "rundir", "progress"}
 DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
 
 

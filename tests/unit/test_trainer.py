@@ -364,3 +364,17 @@ def test_a_checkpoint_names_its_block_and_step() -> None:
     state = one.checkpoint()
     assert isinstance(state, Checkpoint)
     assert (state.name, state.step) == ("07", 3)
+
+
+def test_dropout_in_a_block_draws_nothing_so_bits_do_not_depend_on_other_random_numbers() -> None:
+    def weights(noise: int) -> dict[str, Tensor]:
+        block = nn.Sequential(module(), nn.Dropout(0.5))
+        one = BlockTrainer(0, "layer", block, budget=4, device=CPU, options=TrainerOptions())
+        for step in range(4):
+            torch.randn(noise)
+            one.update(*batch(step))
+        one.look(*batch(9), last=True)
+        return one.final().weights
+
+    quiet, noisy = weights(0), weights(17)
+    assert all(torch.equal(quiet[name], noisy[name]) for name in quiet)
