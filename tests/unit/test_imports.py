@@ -61,7 +61,16 @@ ALLOWED: dict[str, set[str]] = {
     "finetune": {"checkpoint", "data", "losses"},
 }  # fmt: skip
 
-WITHOUT_TORCH = {"plan", "protocol", "config", "config_errors", "compose", "report", "errors", "files", "rundir", "progress"}
+WITHOUT_TORCH = SETTINGS - {"launcher"} | {
+    "config_errors",
+    "plan",
+    "protocol",
+    "report",
+    "errors",
+    "files",
+    "rundir",
+    "progress",
+}
 DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
 
 
