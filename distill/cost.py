@@ -57,25 +57,21 @@ def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> Block
 
 
 def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
-    """Return median seconds per block at the sample's batch size, warm.
+    """Return median seconds per block at the sample's batch size.
 
-    Every round measures every block once, so that a slow moment of the machine falls on all of them alike: placement
-    needs the blocks' proportions more than their seconds.
+    Every round goes once through all blocks, as training does: caches are as cold as they will be, and a slow moment of
+    the machine falls on all blocks alike (placement needs their proportions). The first round warms up.
     """
+    trainers = [make_trainer(index) for index in range(len(chain.blocks))]
     rounds: list[BlockCosts] = []
     started = time.perf_counter()
-    while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < BUDGET_S:
-        rounds.append(_per_block(chain, make_trainer, sample, lambda call: _time_once(call, sample.device)))
+    while len(rounds) <= MIN_ROUNDS or time.perf_counter() - started < BUDGET_S:
+        rounds.append(_per_block(chain, trainers.__getitem__, sample, partial(_seconds, device=sample.device)))
+    warm = rounds[1:]
     return BlockCosts(
-        teacher=tuple(statistics.median(values) for values in zip(*(r.teacher for r in rounds), strict=True)),
-        student=tuple(statistics.median(values) for values in zip(*(r.student for r in rounds), strict=True)),
+        teacher=tuple(statistics.median(values) for values in zip(*(r.teacher for r in warm), strict=True)),
+        student=tuple(statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)),
     )
-
-
-def _time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the second of two calls: the first one warms up."""
-    call()
-    return _seconds(call, device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -109,22 +105,25 @@ def _per_block(
     chain: Chain, make_trainer: MakeTrainer, sample: Tensor, price: Callable[[Callable[[], object]], float]
 ) -> BlockCosts:
     teacher, student = [], []
+    inputs = sample
     for index in range(len(chain.blocks)):
-        ends = chain.run(sample, last=index + 1, keep=(index, index + 1))
-        inputs, targets = ends[index], ends[index + 1]
-        teacher.append(_teacher_price(chain, index, sample, inputs, price))
+        price_of_teacher, targets = _teach(chain, index, sample, inputs, price)
+        teacher.append(price_of_teacher)
         trainer = make_trainer(index)
         student.append(price(partial(trainer.update, inputs, targets)) if trainer else 0.0)
+        inputs = targets
     return BlockCosts(tuple(teacher), tuple(student))
 
 
-def _teacher_price(
+def _teach(
     chain: Chain, index: int, sample: Tensor, inputs: Tensor, price: Callable[[Callable[[], object]], float]
-) -> float:
-    """Price a block alone, or, where a network that is only hooked cannot run it alone, as the difference it makes."""
+) -> tuple[float, Tensor]:
+    """Return a teacher block's price and its output; in a network that is only hooked, where what lies between the
+    listed modules cannot run alone, the difference that it makes to the whole."""
     try:
-        chain.run_block(index, inputs)
+        targets = chain.run_block(index, inputs)
     except NotImplementedError:
         with_it = price(partial(chain.run, sample, last=index + 1, keep=()))
-        return max(0.0, with_it - (price(partial(chain.run, sample, last=index, keep=())) if index else 0.0))
-    return price(partial(chain.run_block, index, inputs))
+        without = price(partial(chain.run, sample, last=index, keep=())) if index else 0.0
+        return max(0.0, with_it - without), chain.run(sample, last=index + 1, keep=(index + 1,))[index + 1]
+    return price(partial(chain.run_block, index, inputs)), targets
