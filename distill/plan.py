@@ -18,7 +18,7 @@ SEARCH_NODES = 100_000  # branch and bound gives up its proof after this many no
 class Costs:
     """Per-batch costs. `teacher_s[k]` and `student_s[k]` in seconds, `boundary_bytes` has one entry more than blocks.
 
-    A byte on the wire costs `wire_s_per_byte` seconds on the sending and on the receiving rank.
+    A byte on the wire costs the sending rank `wire_s_per_byte` seconds; a receiver takes it beside its training.
     """
 
     teacher_s: tuple[float, ...]
@@ -104,13 +104,13 @@ def teacher_seconds(costs: Costs, spans: Iterable[Span]) -> float:
 
 
 def rank_seconds(placement: Mapping[int, int], costs: Costs, spans: Sequence[Span], world_size: int) -> list[float]:
-    """Busy seconds of every rank: its students, rank 0's teacher, and what the wire costs both ends."""
+    """Busy seconds of every rank: its students, and rank 0's teacher and sends."""
     shares = [_share(costs, [s for s in spans if placement[s.block] == rank]) for rank in range(world_size)]
     return _loads(teacher_seconds(costs, spans), shares)
 
 
 def _share(costs: Costs, owned: Sequence[Span]) -> tuple[float, float]:
-    """Seconds that one rank's students take, and seconds that their boundaries cost either end of the wire."""
+    """Seconds that one rank's students take, and seconds that sending their boundaries costs rank 0."""
     size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
     wire = max((span.steps for span in owned), default=0) * size * costs.wire_s_per_byte
     return sum(costs.student_s[span.block] * span.steps for span in owned), wire
@@ -118,7 +118,7 @@ def _share(costs: Costs, owned: Sequence[Span]) -> tuple[float, float]:
 
 def _loads(teacher_s: float, shares: Sequence[tuple[float, float]]) -> list[float]:
     (own, _), *others = shares  # rank 0's own boundaries do not travel
-    return [teacher_s + own + sum(wire for _, wire in others), *(students + wire for students, wire in others)]
+    return [teacher_s + own + sum(wire for _, wire in others), *(students for students, _ in others)]
 
 
 def _largest_first(costs: Costs, ordered: Sequence[Span], world_size: int) -> dict[int, int]:

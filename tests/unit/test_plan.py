@@ -166,10 +166,10 @@ class TestTeacherSeconds:
 
 
 class TestRankSeconds:
-    def test_the_wire_costs_both_ends_and_a_shared_boundary_travels_once(self) -> None:
+    def test_the_wire_costs_the_sender_and_a_shared_boundary_travels_once(self) -> None:
         price = Costs((0.0,) * 3, (0.0,) * 3, (1, 10, 100, 1000), 1.0)
         spans = whole(2, 3)
-        assert rank_seconds({0: 0, 1: 1, 2: 1}, price, spans, 2) == [2 * 1110.0, 2 * 1110.0]
+        assert rank_seconds({0: 0, 1: 1, 2: 1}, price, spans, 2) == [2 * 1110.0, 0.0]
 
     def test_steps_already_done_are_not_counted(self) -> None:
         price = costs([1.0, 1.0], [3.0, 5.0])
