@@ -21,10 +21,9 @@ from distill.trainer import BlockTrainer
 REPEAT_S = 0.4  # timing one call stops after this long, but not before three repetitions
 BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds
 MIN_ROUNDS = 3
-# By how much sending slows rank 0 down, gloo over loopback with both cores training: 0.9 to 1.5 ns a byte (ResNet-20,
-# 2 cores, 2026-11-21). The copying alone takes 0.4 ns on either end, and the kernel wakes the receiver on the sender's
-# core.
-WIRE_S_PER_BYTE = 1.2e-9
+# By how much sending slows rank 0 down, gloo over loopback with both cores training (ResNet-20, 2 cores, 2026-11-21):
+# with 0.4 ns a byte rank 1 idled 4 to 19 % of the stage, with 1.2 ns rank 0 idled 10 to 14 %.
+WIRE_S_PER_BYTE = 0.8e-9
 
 MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
 
