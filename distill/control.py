@@ -10,7 +10,6 @@ import math
 import os
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -35,6 +34,7 @@ class StoreAddress:
     def __init__(self, *, rank: int, world_size: int, environment: Mapping[str, str], timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._in_process = dist.HashStore() if world_size == 1 else None
+        self.attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"distill/{environment.get('TORCHELASTIC_RUN_ID', 'none')}"
         if world_size == 1:
             return
@@ -53,8 +53,8 @@ class StoreAddress:
 
 
 class Control:
-    """This rank's view of the control plane. Keys live under a token that only the ranks of this attempt know, and
-    under the run's generation: a process left over from an earlier attempt is neither heard nor believed."""
+    """This rank's view of the control plane. Keys live under torchrun's restart count and the run's
+    generation, so that a process left over from an earlier attempt is neither heard nor believed."""
 
     def __init__(self, address: StoreAddress, *, rank: int, world_size: int, timeout_s: float) -> None:
         self.address = address
@@ -63,7 +63,7 @@ class Control:
         self.timeout_s = timeout_s
         self.generation = 0
         self._store = address.connect()
-        self._attempt = _meet(self._store, rank=rank, world_size=world_size, timeout_s=timeout_s)
+        self._attempt = address.attempt
         self._beats: dict[int, tuple[int, float]] = {}
         self._stop = threading.Event()
         if world_size > 1:
@@ -143,39 +143,6 @@ class Control:
                 store.set(f"{self._attempt}/beat/{self.rank}", str(count))
         except RuntimeError as error:
             log.warning("rank %d: its heartbeat has stopped, the job's store is gone (%s)", self.rank, error)
-
-
-def _meet(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return a token that exactly the ranks of this attempt share, made by rank 0.
-
-    torchrun may give a restarted job the same store, and restart counts that differ from node to node, so nothing left
-    there can be trusted. Every rank announces a fresh nonce; rank 0 calls the roll under a nonce of its own; a rank
-    answers only a roll with its own nonce in it, and rank 0 goes on when all have answered its roll.
-    """
-    mine = uuid.uuid4().hex
-    if world_size == 1:
-        return mine
-    deadline = time.monotonic() + timeout_s
-    if rank != 0:
-        store.set(f"join/{rank}", mine)
-        while time.monotonic() < deadline:
-            roll = json.loads(store.get("roll")) if store.check(["roll"]) else {"nonces": {}}
-            if roll["nonces"].get(str(rank)) == mine:
-                store.set(f"present/{roll['attempt']}/{mine}", "1")
-                return str(roll["attempt"])
-            time.sleep(POLL_S)
-        raise PeerLostError(f"rank {rank}: rank 0 has not called it within {timeout_s:g} s; did that rank start?")
-    called: dict[str, str] = {}
-    while time.monotonic() < deadline:
-        joined = {str(r): store.get(f"join/{r}").decode() for r in range(1, world_size) if store.check([f"join/{r}"])}
-        if joined != called:
-            called = joined
-            store.set("roll", json.dumps({"attempt": mine, "nonces": called}))
-        if len(called) == world_size - 1 and store.check([f"present/{mine}/{nonce}" for nonce in called.values()]):
-            return mine
-        time.sleep(POLL_S)
-    absent = [r for r in range(1, world_size) if not store.check([f"present/{mine}/{called.get(str(r))}"])]
-    raise PeerLostError(f"rank 0: ranks {absent} have not come within {timeout_s:g} s; read their logs or output")
 
 
 def ranks_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int]:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
 
 from distill.blocks import Boundary
-from distill.control import Control, PeerLostError, StoreAddress
+from distill.control import PeerLostError
 from distill.protocol import Address
 from distill.transport import BoundaryReceiver, BoundarySender, Edge, TransportError, Wire
-from tests.dist.ranks import TIMEOUT_S, Toy, connect, run_ranks, run_toy, toy_rank
+from tests.dist.ranks import Toy, connect, run_ranks, run_toy, toy_rank
 
 
 def test_a_block_whose_loss_is_nan_stops_alone_and_keeps_its_last_finite_weights(tmp_path: Path) -> None:
@@ -113,34 +113,6 @@ def silent_peer(rank: int, world_size: int, environment: Mapping[str, str]) -> N
 
 def test_a_wait_ends_when_the_peer_stops_beating() -> None:
     run_ranks(silent_peer, 2)
-
-
-def second_attempt(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
-    """Two attempts over one store, as torchrun restarts ranks: what the first left behind must not be believed."""
-    first = connect(rank, world_size, environment)
-    first.set(f"plan-of-rank-{rank}", "old")
-    second = connect(rank, world_size, environment)
-    other = f"plan-of-rank-{1 - rank}"
-    second.set(f"ready/{rank}", True)
-    second.wait(f"ready/{1 - rank}", peer=1 - rank, purpose="start")
-    assert first.wait(other, peer=1 - rank, purpose="plan") == "old"
-    assert second.get(other) is None
-
-
-def test_a_restarted_attempt_on_the_same_store_believes_nothing_of_the_first() -> None:
-    run_ranks(second_attempt, 2)
-
-
-def comes_alone(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
-    if rank == 1:
-        return
-    address = StoreAddress(rank=0, world_size=2, environment=environment, timeout_s=TIMEOUT_S)
-    with pytest.raises(PeerLostError, match=r"ranks \[1\] have not come within 2 s"):
-        Control(address, rank=0, world_size=2, timeout_s=2.0)
-
-
-def test_rank_0_names_the_ranks_that_never_came() -> None:
-    run_ranks(comes_alone, 2)
 
 
 def long_pause(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
