@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,14 @@ log = logging.getLogger("distill")
 
 @dataclass(frozen=True)
 class Context:
-    """This rank's place in the job. `console` is used by rank 0 only."""
+    """This rank's place in the job. `console` is used by rank 0 only; `watchers` accompany every stage by its name."""
 
     config: JobConfig
     control: Control
     run: RunDirectory
     device: torch.device
     console: Console
+    watchers: Sequence[Callable[[str], AbstractContextManager[None]]] = ()
 
     @property
     def rank(self) -> int:
@@ -39,6 +41,14 @@ class Context:
     def leads(self) -> bool:
         """Whether this is rank 0, which writes the run directory and speaks to the user."""
         return self.rank == 0
+
+    @contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Let the watchers see what is inside as the work of a stage."""
+        with ExitStack() as stack:
+            for watch in self.watchers:
+                stack.enter_context(watch(stage))
+            yield
 
     def say(self, text: str) -> None:
         """Tell the user something, once."""

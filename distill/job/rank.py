@@ -86,19 +86,25 @@ def _run(config: JobConfig, control: Control) -> None:
         teacher = build_teacher(config, dataset, device)
         if config.stage is Stage.teacher:
             context = _claim(config, control, device)
-            train_teacher(context, dataset, teacher)
+            with context.during("teacher"):
+                train_teacher(context, dataset, teacher)
             context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
             return
         blocks = cut_blocks(config, dataset, teacher, device)
         context = _claim(config, control, device)  # only now is anything written: the job can run
-        train_teacher(context, dataset, teacher)
+        with context.during("teacher"):
+            train_teacher(context, dataset, teacher)
         train_blocks(context, dataset, blocks)
         if config.stage is not Stage.all:
             return
-        assemble_student(context, dataset, teacher, blocks)
-        finetune_student(context, dataset, teacher, blocks)
-        evaluate(context, dataset, teacher, blocks)
-        deliver(context, dataset, teacher, blocks)
+        with context.during("assemble"):
+            assemble_student(context, dataset, teacher, blocks)
+        with context.during("finetune"):
+            finetune_student(context, dataset, teacher, blocks)
+        with context.during("evaluate"):
+            evaluate(context, dataset, teacher, blocks)
+        with context.during("deliver"):
+            deliver(context, dataset, teacher, blocks)
 
 
 def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:

@@ -35,11 +35,12 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
     budget = step_budget(config, dataset)
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     makers = Trainers(context, blocks, checkpoints, budget=budget)
-    plan = make_plan(context, dataset, blocks, makers)
+    with context.during("plan"):
+        plan = make_plan(context, dataset, blocks, makers)
     if config.stage is Stage.plan:
         return
     plateau = config.distill.stop is Stop.plateau
-    with closing(_Readings(context)) as readings:
+    with closing(_Readings(context)) as readings, context.during("distill"):
         session = Session(
             control=context.control,
             chain=blocks.chain,
