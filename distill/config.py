@@ -102,7 +102,12 @@ class Stop(Enum):
 
 
 class Strategy(Enum):
+    auto = "auto"
     broadcast = "broadcast"
+    relay = "relay"
+    replicate = "replicate"
+    layerwise = "layerwise"
+    serial = "serial"
 
 
 class Cost(Enum):

@@ -93,9 +93,9 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
         "seconds": report.makespan_s,
         "makespan_predicted_s": plan.predicted_makespan_s,
         "images_per_second": images / report.makespan_s,
-        "teacher_passes": report.teacher_passes,
-        "teacher_seconds": report.teacher_s,
-        "bytes_sent": report.bytes_sent,
+        "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
+        "teacher_seconds": sum(rank.teacher_s for rank in report.ranks.values()),
+        "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "idle_share": [report.idle_share(rank) for rank in range(plan.world_size)],
         "cpu_seconds": sum(rank.cpu_s for rank in report.ranks.values()),
     }

@@ -24,6 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": {"compose", "config", "errors"},
     # plans, no torch
     "plan": set(),
+    "placement": {"plan"},
+    "strategies": {"placement", "plan"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -52,10 +54,13 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {"blocks", "errors", "protocol", "trace"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
+    "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
+    "routes": {
+        "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+    },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
-        "blocks", "checkpoint", "completion", "control", "data", "engine", "ledger", "plan", "protocol", "stream",
-        "trace", "trainer", "transport",
+        "checkpoint", "completion", "engine", "ledger", "routes", "trainer",
     },
     # the whole student
     "assemble": {"recipes"},
@@ -67,6 +72,8 @@ ALLOWED: dict[str, set[str]] = {
 WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "config_errors",
     "plan",
+    "placement",
+    "strategies",
     "protocol",
     "report",
     "errors",

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from distill.plan import Costs, Span, plan_broadcast
+from distill.plan import Costs, Span
 from distill.report import plan_table, result_table, write_report
+from distill.strategies import plan_broadcast
 
 EVIL = "<script>alert('x')</script> & \"co\""
 
