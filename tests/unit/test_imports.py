@@ -29,6 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "rundir": {"errors", "files"},
     "report": {"files", "plan"},
     "progress": set(),
+    # energy, no torch
+    "counters": {"errors"},
+    "meter": {"counters"},
+    "energy": set(),
     # networks and data
     "blocks": set(),
     "tracing": {"blocks"},
@@ -70,6 +74,9 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "files",
     "rundir",
     "progress",
+    "counters",
+    "meter",
+    "energy",
 }
 DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
 
@@ -151,7 +158,7 @@ def test_what_runs_on_a_laptop_imports_no_torch() -> None:
             assert not any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(file)), file.name
 
 
-@pytest.mark.parametrize("module", ["launcher", "report"])
+@pytest.mark.parametrize("module", ["launcher", "report", "energy"])
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, distill.{module}; sys.stdout.write(str('torch' in sys.modules))"
     done = subprocess.run(
