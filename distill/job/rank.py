@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student
 from distill.job.materials import build_teacher, cut_blocks, open_data, train_teacher
+from distill.job.metering import metering
 from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
 from distill.rundir import RunDirectory
@@ -82,16 +85,16 @@ def _tell(error: DistillError, control: Control) -> None:
 def _run(config: JobConfig, control: Control) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
-    with open_data(config, device) as dataset:
+    with open_data(config, device) as dataset, ExitStack() as watching:
         teacher = build_teacher(config, dataset, device)
         if config.stage is Stage.teacher:
-            context = _claim(config, control, device)
+            context = _claim(config, control, device, watching)
             with context.during("teacher"):
                 train_teacher(context, dataset, teacher)
             context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
             return
         blocks = cut_blocks(config, dataset, teacher, device)
-        context = _claim(config, control, device)  # only now is anything written: the job can run
+        context = _claim(config, control, device, watching)  # only now is anything written: the job can run
         with context.during("teacher"):
             train_teacher(context, dataset, teacher)
         train_blocks(context, dataset, blocks)
@@ -107,8 +110,9 @@ def _run(config: JobConfig, control: Control) -> None:
             deliver(context, dataset, teacher, blocks)
 
 
-def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
-    """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
+def _claim(config: JobConfig, control: Control, device: torch.device, watching: ExitStack) -> Context:
+    """Rank 0 takes the run directory; everybody learns its place and this attempt's generation. What accompanies the
+    stages ends with `watching`."""
     if control.rank == 0:
         path = Path(config.run.dir or Path("outputs") / config.run.name / fingerprint(config)).absolute()
         generation = RunDirectory(path).claim(identity(config), to_yaml(config))
@@ -117,6 +121,8 @@ def _claim(config: JobConfig, control: Control, device: torch.device) -> Context
     control.generation = run["generation"]
     context = Context(config, control, RunDirectory(Path(run["dir"])), device, Console())
     _log_to(context)
+    watchers = watching.enter_context(metering(control, context.run.path, device))
+    context = replace(context, watchers=watchers)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
     return context
 
