@@ -10,7 +10,8 @@ import pytest
 
 @dataclass
 class Board:
-    """One GPU. `error` is the NVML code that reading its counter ends in; `broken` that of asking for its handle."""
+    """One GPU. Every reading finds `pace` millijoules more. `error` is the NVML code that reading its counter ends in,
+    `broken` that of asking for its handle."""
 
     uuid: str
     millijoules: int = 1_000_000
@@ -19,6 +20,7 @@ class Board:
     mig: bool = False
     knows_mig: bool = True
     reads: int = 0
+    pace: int = 0
 
 
 @dataclass
@@ -68,6 +70,7 @@ class FakeNvml:
     def get_totalenergyconsumption(self, board: Board) -> int:
         self._check(board.error)
         board.reads += 1
+        board.millijoules += board.pace
         return board.millijoules
 
     def _check(self, code: int | None = None) -> None:

@@ -18,9 +18,9 @@ from tests.nvml import Board, FakeNvml
 
 
 def rank(rank: int, world_size: int, environment: Mapping[str, str], run_dir: str, hosts: tuple[str, ...]) -> None:
-    """One rank of a job of two stages on `hosts[rank]`, each host with one GPU whose counter always advances."""
+    """One rank of a job of two stages on `hosts[rank]`, each host with one GPU whose counter advances by 1 J a reading."""
     with pytest.MonkeyPatch.context() as patch:
-        driver = FakeNvml([Board(hosts[rank])]).install(patch)
+        FakeNvml([Board(hosts[rank], pace=1_000)]).install(patch)
         patch.setattr(socket, "gethostname", lambda: hosts[rank])
         patch.setattr(metering, "BOOT_ID", Path(run_dir) / "none")
         control = connect(rank, world_size, environment)
@@ -29,19 +29,16 @@ def rank(rank: int, world_size: int, environment: Mapping[str, str], run_dir: st
             for stage in ("teacher", "distill"):
                 if rank == 0:
                     with watchers[0](stage):
-                        _until_all_know(Path(run_dir), set(hosts), stage, driver)
+                        _until_all_know(Path(run_dir), set(hosts), stage)
                     control.set(f"over/{stage}", True)
                 else:
-                    while control.get(f"over/{stage}") is None:
-                        driver.boards[0].millijoules += 1_000
-                        time.sleep(0.01)
+                    control.wait(f"over/{stage}", peer=0, purpose="end of the stage")
         control.leave()
 
 
-def _until_all_know(run_dir: Path, hosts: set[str], stage: str, driver: FakeNvml) -> None:
+def _until_all_know(run_dir: Path, hosts: set[str], stage: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        driver.boards[0].millijoules += 1_000
         files = [run_dir / "metrics" / f"energy-{host}.jsonl" for host in hosts]
         begun = [
             record.get("stage") == stage
@@ -62,6 +59,6 @@ def test_every_host_is_read_once_and_counts_for_rank_0s_stages(tmp_path: Path) -
     found = summarize(tmp_path)
     assert [*found["stages"]] == ["teacher", "distill"]
     assert [device["host"] for device in found["devices"]] == ["a", "b"]
-    assert all(device["joules"].keys() == {"teacher", "distill"} for device in found["devices"])
+    assert [device["joules"] for device in found["devices"]] == [{"teacher": 1.0, "distill": 1.0}] * 2
     assert all(stage["gpu_joules"] is None for stage in found["stages"].values()), "the ranks compute on the CPU"
-    assert all(stage["idle_devices_joules"] > 0 for stage in found["stages"].values())
+    assert [stage["idle_devices_joules"] for stage in found["stages"].values()] == [2.0, 2.0]
