@@ -16,6 +16,7 @@ from distill.checkpoint import CheckpointFolder
 from distill.config import fingerprint
 from distill.control import ranks_of
 from distill.data import Dataset
+from distill.energy import joules_per_image, summarize
 from distill.evaluate import Hits, count_hits, measure_network
 from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
@@ -165,9 +166,17 @@ def _metrics(
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
             "cores": os.cpu_count(),
         },
+        "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.config),
         "seed": context.config.seed,
     }
+
+
+def _energy(context: Context, ledger: Ledger, *, batch_size: int) -> dict[str, Any]:
+    """What all attempts have spent up to the deliver stage, which is still running."""
+    energy = summarize(context.run.path)
+    images = batch_size * max((entry.steps for entry in ledger.entries.values()), default=0)
+    return energy | {"images": images, "joules_per_image": joules_per_image(energy, images)}
 
 
 def _count(module: nn.Module, paths: list[str] | None = None) -> int:

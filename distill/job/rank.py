@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
+from distill.job.metering import metering
 from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
 from distill.rundir import RunDirectory
@@ -91,7 +93,8 @@ def _run(config: JobConfig, control: Control) -> None:
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset, teacher, device) if config.stage is not Stage.teacher else None
         context = _claim(config, control, device)  # only now is anything written: the job can run
-        with context.recording():
+        with context.recording(), metering(control, context.run.path, device) as meters:
+            context = replace(context, watchers=(context.trace.stage, *meters))
             train_teacher(context, dataset, teacher)
             if blocks is None:
                 context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
@@ -126,7 +129,7 @@ def _claim(config: JobConfig, control: Control, device: torch.device) -> Context
     trace = Trace(control.rank, control.generation, device_clock=clock)
     directory = RunDirectory(Path(run["dir"]))
     scalars = Scalars(directory.path / "tensorboard" / f"rank{control.rank}")
-    context = Context(config, control, directory, device, Console(), trace, scalars, watchers=(trace.stage,))
+    context = Context(config, control, directory, device, Console(), trace, scalars)
     _log_to(context)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
     return context

@@ -14,6 +14,7 @@ import torch
 
 import distill as package
 from distill.data import Augment, open_dataset
+from distill.energy import describe, summarize
 from distill.evaluate import count_hits
 from tests.e2e.command import LIMIT_S, SMALL, bits, distill, environment, metrics, torchrun
 
@@ -49,6 +50,20 @@ def test_the_output_tells_plan_result_and_where_things_are(finished: tuple[Path,
         assert words in printed
     assert f"student: {run_dir}/student.safetensors" in printed
     assert f"report:  {run_dir}/report.html" in printed
+
+
+def test_energy_is_measured_or_the_reason_is_told_and_nothing_is_zero(finished: tuple[Path, str]) -> None:
+    run_dir, printed = finished
+    energy = metrics(run_dir)["energy"]
+    assert [*energy["stages"]] == ["teacher", "plan", "distill", "assemble", "finetune", "evaluate"]
+    assert [*summarize(run_dir)["stages"]][-1] == "deliver", "the files go on after metrics.json is written"
+    assert energy["images"] == 4 * 64
+    measured = [stage["joules"] for stage in energy["stages"].values()]
+    assert all(joules is None or joules > 0 for joules in measured)
+    assert energy["not_measured"] or None not in measured
+    last = printed.splitlines()[-1]
+    assert last == describe(summarize(run_dir))
+    assert last.startswith("energy: not measured (") == (set(measured) == {None})
 
 
 def test_metrics_have_the_names_that_others_rely_on(finished: tuple[Path, str]) -> None:

@@ -34,6 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "trace": {"files"},
     "scalars": set(),
     "device_clock": set(),
+    # energy, no torch
+    "counters": {"errors"},
+    "meter": {"counters"},
+    "energy": set(),
     # networks and data
     "blocks": set(),
     "tracing": {"blocks"},
@@ -81,6 +85,9 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "rundir",
     "progress",
     "trace",
+    "counters",
+    "meter",
+    "energy",
 }
 DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
 
@@ -162,7 +169,7 @@ def test_what_runs_on_a_laptop_imports_no_torch() -> None:
             assert not any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(file)), file.name
 
 
-@pytest.mark.parametrize("module", ["launcher", "report"])
+@pytest.mark.parametrize("module", ["launcher", "report", "energy"])
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, distill.{module}; sys.stdout.write(str('torch' in sys.modules))"
     done = subprocess.run(
