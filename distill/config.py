@@ -108,6 +108,7 @@ class Strategy(Enum):
     replicate = "replicate"
     layerwise = "layerwise"
     serial = "serial"
+    ddp = "ddp"
 
 
 class Cost(Enum):

@@ -24,6 +24,7 @@ class Costs:
     student_s: tuple[float, ...]
     boundary_bytes: tuple[int, ...]
     wire_s_per_byte: float = 0.0
+    student_bytes: tuple[int, ...] = ()  # of the student's parameters, by block
     slowness: tuple[float, ...] = ()
 
     def slowness_of(self, rank: int) -> float:
@@ -69,11 +70,20 @@ class Plan:
     @property
     def one_by_one(self) -> bool:
         """Whether a rank trains its blocks one after another, each with a teacher pass of its own."""
-        return self.strategy in ("serial", "layerwise")
+        return self.strategy in ("serial", "layerwise", "ddp")
+
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks train every block together, each on its rows of the batch; rank 0 owns the results."""
+        return self.strategy == "ddp"
+
+    def trained_by(self, rank: int) -> tuple[Span, ...]:
+        """The spans of the blocks that `rank` trains, in block order."""
+        return self.spans if self.shared else self.spans_of(rank)
 
     def has_work(self, rank: int) -> bool:
-        """Whether a rank takes part: it has blocks, or runs the teacher for others."""
-        return bool(self.spans_of(rank)) or (rank == 0 and self.strategy == "broadcast")
+        """Whether a rank takes part: it has blocks to train, or runs the teacher for others."""
+        return bool(self.trained_by(rank)) or (rank == 0 and self.strategy == "broadcast")
 
     def rank_before(self, rank: int) -> int | None:
         """The rank that passes activations on to `rank` in a relay; None where it begins with the images."""

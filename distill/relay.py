@@ -36,9 +36,11 @@ class Next:
 class OwnBatches:
     """Images for the addresses that this rank, or one after it, still needs."""
 
-    def __init__(self, dataset: Dataset, *, budget: int, feeds: tuple[Feed, ...]) -> None:
+    def __init__(
+        self, dataset: Dataset, *, budget: int, feeds: tuple[Feed, ...], part: int = 0, num_parts: int = 1
+    ) -> None:
         self._dataset, self._feeds = dataset, feeds
-        self._batches = TrainingBatches(dataset, stop=budget)
+        self._batches = TrainingBatches(dataset, stop=budget, part=part, num_parts=num_parts)
 
     def __call__(self) -> tuple[Address, Tensor] | None:
         address = min((feed.cursor for feed in self._feeds if feed.cursor is not None), default=None)

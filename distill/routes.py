@@ -18,7 +18,7 @@ from distill.protocol import Checks, Feed, Schedule
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, BoundarySender, Edge, Wire
+from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
 
 
 class News:
@@ -91,6 +91,17 @@ class Streams:
             else RemoteStream(self._receiver(0, boundaries_of(blocks)), self._setting.trace)
         )
 
+    def averager(self) -> Averager:
+        """Return what averages gradients over all ranks, who must all ask for it."""
+        setting = self._setting
+        return Averager(
+            setting.control.store_for("average"),
+            rank=self._rank,
+            world_size=setting.plan.world_size,
+            timeout_s=setting.timeout_s,
+            backend=setting.wire_backend,
+        )
+
     def _broadcast(self) -> TeacherStream:
         """Rank 0 of a broadcast: the whole teacher, for everybody."""
         setting, plan = self._setting, self._setting.plan
@@ -118,7 +129,7 @@ class Streams:
         setting, plan, rank = self._setting, self._setting.plan, self._rank
         before, after = plan.rank_before(rank), plan.rank_after(rank)
         first = plan.starts[rank] if before is not None else 0
-        own = Feed(rank, [span for span in plan.spans_of(rank) if span.block in blocks], setting.checks)
+        own = Feed(rank, [span for span in plan.trained_by(rank) if span.block in blocks], setting.checks)
         following = None
         if after is not None:
             behind = plan.blocks_behind(rank)
@@ -129,7 +140,10 @@ class Streams:
             )
         feeds = (own,) if following is None else (own, following.feed)
         if before is None:
-            origin: OwnBatches | PassedOn = OwnBatches(setting.dataset, budget=setting.budget, feeds=feeds)
+            part, num_parts = (rank, plan.world_size) if plan.shared else (0, 1)
+            origin: OwnBatches | PassedOn = OwnBatches(
+                setting.dataset, budget=setting.budget, feeds=feeds, part=part, num_parts=num_parts
+            )
         else:
             origin = PassedOn(self._receiver(before, {first}), first, setting.trace)
         stream = RelayStream(

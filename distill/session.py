@@ -77,7 +77,7 @@ class Session(Setting):
         collector.wait()
         makespan_s = time.monotonic() - started
         for rank in ranks:
-            if self.plan.spans_of(rank):
+            if self.plan.has_work(rank):
                 reports[rank] = RankReport(**self.control.wait(f"rank/{rank}", peer=rank, purpose="report"))
         return SessionReport(makespan_s, reports)
 
@@ -86,11 +86,14 @@ class Session(Setting):
         returns at once."""
         if not trainers:
             return
-        deliverer = Deliverer(self.control, self.trace)
-        news = News(self.control, self.plan)
-        report = self._work(trainers, deliverer.deliver, news.finished_elsewhere, threading.Event())
-        deliverer.close()
-        news.close()
+        wake = threading.Event()
+        if self.plan.shared:
+            report = self._work(trainers, lambda *_: None, list, wake)  # rank 0 delivers
+        else:
+            deliverer, news = Deliverer(self.control, self.trace), News(self.control, self.plan)
+            report = self._work(trainers, deliverer.deliver, news.finished_elsewhere, wake)
+            deliverer.close()
+            news.close()
         self.control.set(f"rank/{self.control.rank}", asdict(report))
 
     def _work(
@@ -103,6 +106,11 @@ class Session(Setting):
         """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
         started, cpu_started = time.monotonic(), time.process_time()
         streams = Streams(self, finished_elsewhere, wake)
+        speaks = self.control.rank == 0 or not self.plan.shared
+        if self.plan.shared and self.control.world_size > 1:
+            average = streams.averager()
+            for trainer in trainers:
+                trainer.share(average)
         groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
         if not self.plan.one_by_one:
             groups = [trainers] if self.plan.has_work(self.control.rank) else []
@@ -113,10 +121,10 @@ class Session(Setting):
                 rank=self.control.rank,
                 generation=self.control.generation,
                 checks=self.checks,
-                checkpoints=self.checkpoints,
+                save=self.checkpoints.save if speaks else lambda _: None,
                 checkpoint_every=self.checkpoint_every,
                 deliver=deliver,
-                report=self.report,
+                report=self.report if speaks else lambda _: None,
                 trace=self.trace,
             )
         return RankReport(

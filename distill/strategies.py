@@ -44,6 +44,21 @@ def plan_serial(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     )  # fmt: skip
 
 
+def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
+    anew; gradients are averaged. The prediction takes a share of a batch to cost that share, and every gradient byte to
+    cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
+    alone = plan_layerwise(costs, spans, 1)
+    share = 1 / world_size
+    slowest = max(costs.slowness_of(rank) for rank in range(world_size))
+    wire_s = (
+        sum(costs.student_bytes[span.block] * span.steps for span in spans) * 2 * (1 - share) * costs.wire_s_per_byte
+    )
+    seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
+    owners = alone.owners + ((),) * (world_size - 1)
+    return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size)
+
+
 def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """Every rank owns a contiguous range of blocks: it receives its first boundary from the rank before, runs the
     teacher over its range, passes the last boundary on and trains its students. Exact, by dynamic programming over
@@ -184,6 +199,7 @@ PLANNERS: Mapping[str, Planner] = {
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
     "serial": plan_serial,
+    "ddp": plan_ddp,
 }
 
 

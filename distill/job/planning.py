@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -79,6 +79,11 @@ class Trainers:
             trainer.resume(checkpoint)
         return trainer
 
+    def student_bytes(self, block: int) -> int:
+        """Return the bytes of a student's parameters, 0 where the block has none."""
+        trainer = self.fresh(block)
+        return sum(parameter.nbytes for parameter in trainer.module.parameters()) if trainer else 0
+
     def span(self, block: int) -> Span:
         """Return the steps a block has still to do."""
         checkpoint = self._checkpoints.load(block_name(block))
@@ -98,8 +103,11 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
         ledger = Ledger(context.run.path)
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
+        names = _candidates(context, blocks)
         costs = _planning_costs(context, blocks, seconds, speeds)
-        plans = rank_plans(_candidates(context, blocks), costs, spans, context.world_size)
+        if "ddp" in names:
+            costs = replace(costs, student_bytes=tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks)))))
+        plans = rank_plans(names, costs, spans, context.world_size)
         plan = plans[0]
         _show_ranking(context, plans)
         _show(context, blocks, plan, seconds, flops)
@@ -114,6 +122,10 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
     if wanted is Strategy.relay and not divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
+        )
+    if wanted is Strategy.ddp and context.config.distill.stop is Stop.plateau:
+        raise ConfigError(
+            "plan.strategy", "ddp", "another strategy with distill.stop=plateau: its ranks could disagree"
         )
     if wanted is not Strategy.auto:
         return [wanted.name]
@@ -146,7 +158,7 @@ def _planning_costs(context: Context, blocks: Blocks, seconds: BlockCosts, speed
     scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
     sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
     wire = WIRE_S_PER_BYTE if context.device.type == "cpu" else 0.0
-    return Costs(seconds.teacher, seconds.student, sizes, wire, speeds)
+    return Costs(seconds.teacher, seconds.student, sizes, wire, slowness=speeds)
 
 
 def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flops: BlockCosts) -> None:
@@ -161,7 +173,7 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
         role = "teacher and students" if teaches and plan.has_work(rank) else "students"
         context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
     context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
-    idle = [str(rank) for rank, owned in enumerate(plan.owners) if not owned and rank > 0]
+    idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
 

@@ -58,7 +58,7 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             report=readings.add,
             trace=context.trace,
         )
-        trainers = [makers.resumed(span.block) for span in plan.spans_of(context.rank)]
+        trainers = [makers.resumed(span.block) for span in plan.trained_by(context.rank)]
         if context.leads:
             _lead(context, session, blocks, Ledger(context.run.path), trainers)
         else:

@@ -139,7 +139,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         chain = toy_chain(dataset.train_batch(0).images)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
-        trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.spans_of(rank)]
+        trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.trained_by(rank)]
         readings: list[Reading] = []
         session = Session(
             control=control,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from distill.ledger import Entry
+from distill.ledger import Entry, Ledger
 from distill.protocol import Checks
 from tests.dist.ranks import Toy, run_toy
 
@@ -54,6 +54,21 @@ def test_any_strategy_gives_the_bits_of_one_rank(
     tmp_path: Path, alone: dict[int, str], strategy: str, owners: tuple[tuple[int, ...], ...]
 ) -> None:
     assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, strategy=strategy))) == alone
+
+
+def test_ranks_that_share_every_block_come_close_to_one_rank(tmp_path: Path, alone: dict[int, str]) -> None:
+    alike = Toy(run_dir=str(tmp_path / "one"), owners=ALONE, strategy="ddp")
+    assert bits(run_toy(alike)) == alone
+    run_toy(Toy(run_dir=str(tmp_path / "two"), owners=(*ALONE, ()), strategy="ddp"))
+    one, two = Ledger(tmp_path / "one"), Ledger(tmp_path / "two")
+    assert set(two.entries) == set(one.entries)
+    for block in one.entries:
+        assert two.entries[block].rel_error_last == pytest.approx(one.entries[block].rel_error_last, rel=0.2)
+        for name, expected in one.weights(block).items():
+            if expected.is_floating_point() and "running" not in name:
+                moved = (two.weights(block)[name] - expected).abs().max()
+                assert 0 <= moved < 0.1, name
+    assert bits(two.entries) != alone, "each rank has trained on everything"
 
 
 def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path, alone: dict[int, str]) -> None:

@@ -149,3 +149,12 @@ def test_teacher_of_a_replica_is_only_as_deep_as_its_own_blocks() -> None:
     assert plan.owners in (((0, 1), (2,)), ((2,), (0, 1)))
     assert sorted(plan.predicted_rank_s) == [40.0, 110.0]
     assert teacher_seconds(costs, spans[:2]) == 20.0
+
+
+def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
+    costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, wire_s_per_byte=0.01, student_bytes=(100, 50))
+    spans = [Span(0, 0, 10), Span(1, 0, 10)]
+    plan = PLANNERS["ddp"](costs, spans, 2)
+    assert plan.owners == ((0, 1), ())
+    assert plan.trained_by(1) == plan.trained_by(0) == tuple(spans)
+    assert plan.predicted_makespan_s == pytest.approx(10 * (1 + 2 + 2 + 2) / 2 + 0.01 * 150 * 10)
