@@ -29,6 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "rundir": {"errors", "files"},
     "report": {"files", "plan"},
     "progress": set(),
+    "trace": {"files"},
+    "scalars": set(),
+    "device_clock": set(),
     # networks and data
     "blocks": set(),
     "tracing": {"blocks"},
@@ -46,13 +49,13 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"blocks", "trainer"},
     # between ranks
     "control": {"errors"},
-    "transport": {"blocks", "errors", "protocol"},
-    "completion": {"control", "errors", "ledger", "transport"},
-    "stream": {"blocks", "data", "errors", "protocol", "transport"},
-    "engine": {"checkpoint", "ledger", "protocol", "stream", "trainer"},
+    "transport": {"blocks", "errors", "protocol", "trace"},
+    "completion": {"control", "errors", "ledger", "trace", "transport"},
+    "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
+    "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
         "blocks", "checkpoint", "completion", "control", "data", "engine", "ledger", "plan", "protocol", "stream",
-        "trainer", "transport",
+        "trace", "trainer", "transport",
     },
     # the whole student
     "assemble": {"recipes"},
@@ -71,6 +74,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "files",
     "rundir",
     "progress",
+    "trace",
 }
 DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
 
