@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     # settings and starting
     "config_errors": {"errors"},
     "config": {"config_errors", "errors"},
-    "compose": {"config", "config_errors"},
+    "compose": {"config", "config_errors", "errors"},
     "launcher": {"compose", "config", "errors"},
     # plans, no torch
     "plan": set(),
@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "assemble": {"recipes"},
     "evaluate": {"cost", "data"},
     "export": {"checkpoint", "errors", "files", "recipes", "teachers"},
+    "programs": {"errors", "export", "files"},
     "finetune": {"checkpoint", "data", "losses"},
 }  # fmt: skip
 
