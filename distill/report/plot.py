@@ -49,7 +49,7 @@ class Axis:
             return _log_ticks(self.low, self.high, most)
         step = max(_nice_step((self.high - self.low) / max(1, most - 1) * 0.999), 1.0 if self.whole else 0.0)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [step * tick for tick in range(first, last + 1)]
+        return [step * tick for tick in range(first, last + 1)] if last > first else [self.low, self.high]
 
 
 def _nice_step(least: float) -> float:
