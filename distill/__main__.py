@@ -12,9 +12,14 @@ def main() -> int:
         from distill.job import run_rank
 
         return run_rank(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["jobs"]:
+        from distill.sweep import list_jobs
+
+        return list_jobs(arguments[1:])
     from distill.launcher import main as launch
 
-    return launch(sys.argv[1:])
+    return launch(arguments)
 
 
 if __name__ == "__main__":

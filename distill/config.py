@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -327,7 +329,12 @@ class LaunchConfig:
 @dataclass(kw_only=True)
 class RunConfig:
     name: str = setting(MISSING, "folder of this experiment under outputs/")
-    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>")
+    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>, then -<run.tag> if given")
+    tag: str | None = setting(None, "keeps runs apart that differ only in how they run; a sweep sets it where needed")
+
+    def __post_init__(self) -> None:
+        if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9_.,+=-]+", self.tag):
+            raise ConfigError("run.tag", self.tag, "letters, digits and _.,+=- only: it is part of a folder's name")
 
 
 @dataclass(kw_only=True)
@@ -401,6 +408,18 @@ def fingerprint(config: JobConfig) -> str:
     """Return 16 hexadecimal digits that are equal for configurations that compute the same students."""
     canonical = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def in_fingerprint(key: str) -> bool:
+    """Whether a setting or a group of them (a dotted path) takes part in what the fingerprint tells apart."""
+    parts = key.split(".")
+    return not any(".".join(parts[:length]) in _NOT_IN_FINGERPRINT for length in range(1, len(parts) + 1))
+
+
+def run_directory(config: JobConfig) -> Path:
+    """Return where the results of this configuration go, as an absolute path."""
+    name = fingerprint(config) + (f"-{config.run.tag}" if config.run.tag else "")
+    return Path(config.run.dir or Path("outputs") / config.run.name / name).absolute()
 
 
 def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:

@@ -30,6 +30,9 @@ def explain(error: BaseException, kinds: Mapping[str, str], overrides: Sequence[
         group, given = choice.groups()
         available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
         return ConfigError(group, given, one_of(available, given))
+    several = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text)
+    if several:
+        return ConfigError(several[1], several[2], "one value; several make a sweep with --multirun, [a,b] is a list")
     found = re.search(r"Could not (?:override|append to config[^']*) '([^'=]+)", text)
     key = str(getattr(error, "full_key", None) or (found.group(1) if found else "")).lstrip("+")
     key = re.sub(r"\[\d+\]$", "", key)  # an element of a list is not a setting of its own

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from distill.compose import compose
-from distill.config import Device, JobConfig, Stage, fingerprint, from_yaml, identity, to_yaml
+from distill.config import Device, JobConfig, Stage, from_yaml, identity, run_directory, to_yaml
 from distill.control import Control, StoreAddress, ranks_of
 from distill.errors import ConfigError, DistillError
 from distill.job.assembly import assemble_student
@@ -110,7 +110,7 @@ def _run(config: JobConfig, control: Control) -> None:
 def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
     """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
     if control.rank == 0:
-        path = Path(config.run.dir or Path("outputs") / config.run.name / fingerprint(config)).absolute()
+        path = run_directory(config)
         generation = RunDirectory(path).claim(identity(config), to_yaml(config))
         control.set("run", {"dir": str(path), "generation": generation})
     run = control.wait("run", peer=0, purpose="run directory")
