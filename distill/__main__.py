@@ -17,6 +17,10 @@ def main() -> int:
         from distill.sweep import list_jobs
 
         return list_jobs(arguments[1:])
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments) and not {"-h", "--help"} & set(arguments):
+        from distill.multirun import multirun
+
+        return multirun(arguments)
     from distill.launcher import main as launch
 
     return launch(arguments)

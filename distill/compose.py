@@ -9,6 +9,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.config import JobConfig, load, setting_kinds
@@ -24,8 +25,14 @@ def config_dir() -> str:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra as `job_schema`, which conf/job.yaml starts from."""
+    """Make the schema known to Hydra as `job_schema`, which conf/job.yaml starts from, and what YAML files call."""
     ConfigStore.instance().store(name="job_schema", node=JobConfig)
+    OmegaConf.register_new_resolver("port_for", _port_for, replace=True)
+
+
+def _port_for(job: int, restart: int) -> int:
+    """A port below those that systems hand out by themselves: another one for most jobs of a node, and each restart."""
+    return 10_000 + (job * 31 + restart) % 20_000
 
 
 def compose(overrides: Sequence[str]) -> JobConfig:

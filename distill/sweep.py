@@ -38,13 +38,13 @@ LONGEST_TAG = 120  # file names end at 255 bytes, and the fingerprint comes befo
 class Sweep:
     """The jobs of a sweep, in the order of Hydra's product.
 
-    `master` is the configuration of what all jobs share, with Hydra's own part; `jobs` are the overrides of each job
-    without those of Hydra; `swept` those of them that are not the same in all jobs.
+    `jobs` are the overrides of each job without those of Hydra; `swept` those of them that several values were given
+    for. `launching` are the overrides of Hydra: how jobs are launched, not what they are.
     """
 
-    master: DictConfig
     jobs: list[list[str]]
     swept: list[list[str]]
+    launching: list[str]
 
     @property
     def key(self) -> str:
@@ -69,10 +69,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     Raises ConfigError where the overrides cannot be read or what all jobs share cannot be composed.
     """
     with hydra_ready() as ready:
-        assert ready.hydra is not None
-        master = ready.hydra.compose_config(
-            "job", list(arguments), run_mode=RunMode.MULTIRUN, with_log_configuration=False
-        )
+        master = compose_master(ready, arguments)
         listed = cast(dict[str, Any], OmegaConf.to_container(master.hydra.sweeper.get("params") or OmegaConf.create()))
         parser = OverridesParser.create(config_loader=ready.config_loader())
         overrides = parser.parse_overrides([f"{key}={values}" for key, values in listed.items()] + list(arguments))
@@ -83,7 +80,13 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     named = {override.key_or_group for override in own}
     if not named & {"run", "run.tag", "run.dir"}:
         jobs = [job + _tag(override for override in chosen) for job, chosen in zip(jobs, swept, strict=True)]
-    return Sweep(master, jobs, swept)
+    return Sweep(jobs, swept, [str(override.input_line) for override in overrides if _is_hydras(override)])
+
+
+def compose_master(ready: GlobalHydra, arguments: Sequence[str]) -> DictConfig:
+    """Return the configuration of what all jobs share, with Hydra's own part; what is swept is left out."""
+    assert ready.hydra is not None
+    return ready.hydra.compose_config("job", list(arguments), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
 
 
 def _is_hydras(override: Override) -> bool:

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from distill.compose import compose
 from distill.config import Device, JobConfig, Stage, from_yaml, identity, run_directory, to_yaml
 from distill.control import Control, StoreAddress, ranks_of
 from distill.errors import ConfigError, DistillError
+from distill.files import DiskError, write_json
 from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student
@@ -42,9 +45,11 @@ def run_rank(overrides: Sequence[str]) -> int:
         control.timeout_s = config.plan.timeout_s
         _run(config, control)
     except DistillError as error:
+        _leave_word(str(error))
         _tell(error, control)
         return 1
-    except Exception:
+    except Exception as error:
+        _leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
         raise
     control.leave()
@@ -60,6 +65,15 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
         return config
     text = control.wait("config", peer=0, purpose="configuration")
     return from_yaml(text)
+
+
+def _leave_word(reason: str) -> None:
+    """Tell the agent that started this rank why it fails, in the file where torch's agents look for that."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        facts = {"timestamp": str(int(time.time())), "py_callstack": traceback.format_exc()}
+        with suppress(DiskError):  # a full disk may be the very reason
+            write_json(Path(path), {"message": {"message": reason, "extraInfo": facts}})
 
 
 def _tell(error: DistillError, control: Control) -> None:
