@@ -15,7 +15,7 @@ SETTINGS = {"config", "compose", "launcher"}  # where configuration objects are 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"job", "launcher"},
+    "__main__": {"job", "launcher", "report"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
-    "report": {"files", "plan"},
+    "report": {"errors", "files", "plan", "trace"},
     "progress": set(),
     "trace": {"files"},
     "scalars": set(),
