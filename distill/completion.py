@@ -16,14 +16,15 @@ from dataclasses import asdict
 from distill.control import POLL_S, Control
 from distill.errors import DistillError
 from distill.ledger import Entry, Ledger
+from distill.trace import Trace
 from distill.transport import Edge, receive_blob, send_blob
 
 
 class Deliverer:
     """An owner's side: deliver() returns at once, a thread does the rest."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def __init__(self, control: Control, trace: Trace) -> None:
+        self._control, self._trace = control, trace
         self._queue: queue.SimpleQueue[tuple[Entry, bytes] | None] = queue.SimpleQueue()
         self._error: DistillError | None = None
         self._thread = threading.Thread(target=self._run, name="deliver", daemon=True)
@@ -52,7 +53,8 @@ class Deliverer:
                 control.count("done", 1)
                 if group is None:
                     group = edge.connect(control.store_for("edges"), control.rank)
-                send_blob(group, blob)
+                with self._trace.span("ledger", f"hand over {entry.name}"):
+                    send_blob(group, blob)
                 purpose = f"confirmation of block {entry.block}"
                 control.wait(f"collected/{entry.block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
         except DistillError as error:
@@ -72,8 +74,9 @@ class Collector:
         blocks: set[int],
         wake: threading.Event,
         on_recorded: Callable[[Entry], None],
+        trace: Trace,
     ) -> None:
-        self._control = control
+        self._control, self._trace = control, trace
         self._ledger = ledger
         self._unannounced = set(blocks)
         self._missing = set(blocks)
@@ -157,7 +160,7 @@ class Collector:
                 if isinstance(content, int):
                     group = group or edge.connect(control.store_for("edges"), 0)
                     content = receive_blob(group, content)
-                with self._lock:
+                with self._lock, self._trace.span("ledger", f"record {entry.name}"):
                     entry = self._ledger.record(entry, content)
                 self._on_recorded(entry)
                 control.set(f"collected/{entry.block}", True)

@@ -14,6 +14,7 @@ from distill.checkpoint import CheckpointFolder, contiguous
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
 from distill.stream import Stream
+from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def distill(
     checkpoint_every: int,
     deliver: Callable[[Entry, bytes], None],
     report: Callable[[Reading], None],
+    trace: Trace,
 ) -> None:
     """Train this rank's blocks until all have been handed over. Runs on every rank; none waits for another's end.
 
@@ -43,12 +45,14 @@ def distill(
         address = delivery.address
         for trainer in _due(trainers, address):
             inputs, targets = delivery.boundaries[trainer.block], delivery.boundaries[trainer.block + 1]
-            if address.is_training:
-                reading = trainer.update(inputs, targets)
-                if reading is not None:
-                    report(reading)
-            else:
-                trainer.look(inputs, targets, last=address.check == checks.batches - 1)
+            reading = None
+            with trace.span("student", trainer.name, address.step, on_device=True):
+                if address.is_training:
+                    reading = trainer.update(inputs, targets)
+                else:
+                    trainer.look(inputs, targets, last=address.check == checks.batches - 1)
+            if reading is not None:
+                report(reading)
             if not trainer.finished and trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
                 _save(trainer, checkpoints)  # reads the losses, and so may find that the block has diverged
             if trainer.finished:

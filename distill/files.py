@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        scratch = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask: others may read
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
     try:
@@ -32,7 +33,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise DiskError(f"cannot write {path}: {error.strerror or error}; free some space or set run.dir") from error
 
 

@@ -39,6 +39,7 @@ from distill.sweep import Sweep, compose_master, hydra_ready, read_sweep
 
 FLAGS = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 RECORD = "job.json"  # in the job's folder within the sweep's
+WIDTH = 160  # columns of the comparison in a file, where no terminal limits it
 LONGEST_REASON = 400  # characters, for one line in a table
 
 
@@ -234,7 +235,8 @@ def _tell(jobs: Sequence[Job], folder: Path) -> None:
         _say(f"  {job.number:>3} {job.status:<9}{job.seconds:>8.1f} s  {_shown(job)}{place}{tail}")
     runs = [Path(job.run_dir) for job in jobs if job.run_dir and Path(job.run_dir).is_dir()]
     if runs:
-        Console().print(comparison_table(runs))
+        wide = None if sys.stdout.isatty() else WIDTH
+        Console(width=wide).print(comparison_table(runs))
         _say(f"comparison: {write_comparison(runs, folder / 'comparison.html')}")
 
 

@@ -22,6 +22,7 @@ from distill.ledger import Entry, Ledger
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule
 from distill.stream import RemoteStream, Stream, TeacherStream
+from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading
 from distill.transport import BoundaryReceiver, BoundarySender, Edge, Wire
 
@@ -69,6 +70,7 @@ class Session:
     checkpoints: CheckpointFolder
     checkpoint_every: int
     report: Callable[[Reading], None]
+    trace: Trace
 
     def lead(
         self, trainers: Sequence[BlockTrainer], ledger: Ledger, *, on_recorded: Callable[[Entry], None]
@@ -82,7 +84,7 @@ class Session:
             on_recorded(entry)
 
         blocks = {span.block for span in self.plan.spans}
-        collector = Collector(self.control, ledger, blocks=blocks, wake=wake, on_recorded=recorded)
+        collector = Collector(self.control, ledger, blocks=blocks, wake=wake, on_recorded=recorded, trace=self.trace)
         senders = {
             rank: self._sender(rank, wake) for rank in range(1, self.plan.world_size) if self.plan.spans_of(rank)
         }
@@ -97,16 +99,17 @@ class Session:
             wake=wake,
             budget=self.budget,
             timeout_s=self.timeout_s,
+            trace=self.trace,
         )
         self._train(stream, trainers, collector.deliver)
         own_s = time.monotonic() - started
         collector.wait()
         makespan_s = time.monotonic() - started
-        reports = {0: RankReport(own_s, stream.waited_s, time.process_time() - cpu_started)}
+        reports = {0: RankReport(own_s, self.trace.seconds("wait"), time.process_time() - cpu_started)}
         for rank in senders:
             reports[rank] = RankReport(**self.control.wait(f"rank/{rank}", peer=rank, purpose="report"))
         bytes_sent = sum(sender.bytes_sent for sender in senders.values())
-        return SessionReport(makespan_s, reports, stream.passes, stream.teacher_s, bytes_sent)
+        return SessionReport(makespan_s, reports, stream.passes, self.trace.seconds("teacher"), bytes_sent)
 
     def follow(self, trainers: Sequence[BlockTrainer]) -> None:
         """Any other rank: train `trainers` on what arrives; returns when rank 0 has confirmed all of them. A rank
@@ -121,13 +124,13 @@ class Session:
             self._wire(),
             boundaries={k: self.chain.boundaries[k] for k in boundaries_of(trainer.block for trainer in trainers)},
             num_boundaries=len(self.chain.boundaries),
+            trace=self.trace,
         )
-        deliverer = Deliverer(self.control)
-        stream = RemoteStream(receiver)
-        self._train(stream, trainers, deliverer.deliver)
+        deliverer = Deliverer(self.control, self.trace)
+        self._train(RemoteStream(receiver, self.trace), trainers, deliverer.deliver)
         own_s = time.monotonic() - started
         deliverer.close()
-        own = RankReport(own_s, stream.waited_s, time.process_time() - cpu_started)
+        own = RankReport(own_s, self.trace.seconds("wait"), time.process_time() - cpu_started)
         self.control.set(f"rank/{rank}", asdict(own))
 
     def _train(self, stream: Stream, trainers: Sequence[BlockTrainer], deliver: Callable[[Entry, bytes], None]) -> None:
@@ -141,6 +144,7 @@ class Session:
             checkpoint_every=self.checkpoint_every,
             deliver=deliver,
             report=self.report,
+            trace=self.trace,
         )
 
     def _sender(self, rank: int, wake: threading.Event) -> BoundarySender:
@@ -151,6 +155,7 @@ class Session:
             num_boundaries=len(self.chain.boundaries),
             window=self.window,
             on_free=wake.set,
+            trace=self.trace,
         )
 
     def _edge(self, rank: int) -> Edge:

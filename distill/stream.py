@@ -18,6 +18,7 @@ from distill.blocks import Chain
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.protocol import Schedule
+from distill.trace import Trace
 from distill.transport import BoundaryReceiver, BoundarySender, Delivery
 
 WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
@@ -25,8 +26,6 @@ WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
 
 class Stream(Protocol):
     """Deliveries for this rank's blocks, in the order of their addresses."""
-
-    waited_s: float
 
     def __iter__(self) -> Iterator[Delivery]: ...
 
@@ -68,6 +67,7 @@ class TeacherStream:
         wake: threading.Event,
         budget: int,
         timeout_s: float,
+        trace: Trace,
     ) -> None:
         self._chain, self._dataset, self._schedule, self._senders = chain, dataset, schedule, senders
         self._batches = TrainingBatches(dataset, stop=budget)
@@ -75,12 +75,11 @@ class TeacherStream:
         self._finished_elsewhere = finished_elsewhere
         self._wake = wake
         self._timeout_s = timeout_s
-        self.waited_s = 0.0
-        self.teacher_s = 0.0
+        self._trace = trace
         self.passes = 0
 
     def __iter__(self) -> Iterator[Delivery]:
-        waiting_since = time.monotonic()
+        idle_since, waiting = time.perf_counter(), False
         while True:
             for block in self._finished_elsewhere():
                 self._schedule.finish(block)
@@ -90,8 +89,11 @@ class TeacherStream:
             now = time.monotonic()
             service = self._schedule.choose(self._ready(), now)
             if service is None:
-                self._wait(now - waiting_since)
+                waiting = True
+                self._wait(time.perf_counter() - idle_since)
                 continue
+            if waiting:
+                self._trace.since(idle_since, "wait", "for a free slot", service.address.step)
             feeds = [self._schedule.feeds[rank] for rank in service.ranks]
             wanted = {feed.rank: feed.boundaries_at(service.address) for feed in feeds}
             boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
@@ -101,11 +103,10 @@ class TeacherStream:
             self._schedule.served(service, time.monotonic())
             if 0 in wanted:
                 yield Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]})
-            waiting_since = time.monotonic()
-        start = time.perf_counter()
-        for sender in self._senders.values():
-            sender.join()
-        self.waited_s += time.perf_counter() - start
+            idle_since, waiting = time.perf_counter(), False
+        with self._trace.span("wait", "for the last batches to be taken"):
+            for sender in self._senders.values():
+                sender.join()
 
     def finish(self, block: int) -> None:
         self._schedule.finish(block)
@@ -126,36 +127,32 @@ class TeacherStream:
                 f"rank 0: ranks {slow} have taken no batch for {self._timeout_s:g} s; read their logs (logs/rank"
                 f"{slow[0] if slow else 1}.log), or raise plan.timeout_s"
             )
-        start = time.perf_counter()
         self._wake.wait(WAKE_S)
         self._wake.clear()
-        self.waited_s += time.perf_counter() - start
 
     def _teach(self, step: int, check: int, keep: frozenset[int]) -> dict[int, Tensor]:
         """Run the teacher on one batch as deep as needed; the activations are rounded to the wire's dtype for every
         student, near or far, so that no result depends on the placement."""
-        start = time.perf_counter()
-        images = self._batches.images(step) if check < 0 else self._dataset.validation_batch(check).images
-        boundaries = self._chain.run(images, last=max(keep), keep=keep)
-        if self._wire_dtype != torch.float32:
-            boundaries = {k: tensor.to(self._wire_dtype) for k, tensor in boundaries.items()}
         self.passes += 1
-        self.teacher_s += time.perf_counter() - start
-        return boundaries
+        with self._trace.span("teacher", "", step, on_device=True):
+            images = self._batches.images(step) if check < 0 else self._dataset.validation_batch(check).images
+            boundaries = self._chain.run(images, last=max(keep), keep=keep)
+            if self._wire_dtype == torch.float32:
+                return boundaries
+            return {k: tensor.to(self._wire_dtype) for k, tensor in boundaries.items()}
 
 
 class RemoteStream:
     """Any other rank: deliveries as they arrive."""
 
-    def __init__(self, receiver: BoundaryReceiver) -> None:
-        self._receiver = receiver
-        self.waited_s = 0.0
+    def __init__(self, receiver: BoundaryReceiver, trace: Trace) -> None:
+        self._receiver, self._trace = receiver, trace
 
     def __iter__(self) -> Iterator[Delivery]:
         while True:
             start = time.perf_counter()
             delivery = self._receiver.next()
-            self.waited_s += time.perf_counter() - start
+            self._trace.since(start, "wait", "for a batch", None if delivery is None else delivery.address.step)
             if delivery is None:
                 return
             boundaries = {k: tensor.float() for k, tensor in delivery.boundaries.items()}

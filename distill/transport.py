@@ -24,6 +24,7 @@ from torch import Tensor
 from distill.blocks import Boundary
 from distill.errors import DistillError
 from distill.protocol import Address
+from distill.trace import Trace
 
 CHUNK_BYTES = 512 * 1024
 HEADER_FIELDS = 5  # generation, step, check, rows, number of boundaries; then the boundaries
@@ -146,8 +147,9 @@ class BoundarySender:
         num_boundaries: int,
         window: int,
         on_free: Callable[[], None],
+        trace: Trace,
     ) -> None:
-        self._edge, self._store, self._wire = edge, store, wire
+        self._edge, self._store, self._wire, self._trace = edge, store, wire, trace
         self._header_size = HEADER_FIELDS + num_boundaries
         self._window = window
         self._on_free = on_free
@@ -199,7 +201,8 @@ class BoundarySender:
                 headers, data = self._wire.connect(edge, self._store, edge.source)
                 while (item := self._next(headers)) is not None:
                     doing = f"sending step {item[0].step} to"
-                    self._send(headers, data, *item)
+                    with self._trace.span("send", f"to rank {edge.target}", item[0].step):
+                        self._send(headers, data, *item)
                     with self._lock:
                         self._outstanding -= 1
                     self._on_free()
@@ -270,9 +273,16 @@ class BoundaryReceiver:
     """The other end of a data edge: receives are posted ahead into a fixed ring of buffers."""
 
     def __init__(
-        self, edge: Edge, store: dist.Store, wire: Wire, *, boundaries: Mapping[int, Boundary], num_boundaries: int
+        self,
+        edge: Edge,
+        store: dist.Store,
+        wire: Wire,
+        *,
+        boundaries: Mapping[int, Boundary],
+        num_boundaries: int,
+        trace: Trace,
     ) -> None:
-        self._edge, self._store, self._wire = edge, store, wire
+        self._edge, self._store, self._wire, self._trace = edge, store, wire, trace
         self._header_size = HEADER_FIELDS + num_boundaries
         self._boundaries = dict(boundaries)
         self._ring = [self._buffers(wire.buffer_device) for _ in range(RING_SLOTS)]
@@ -350,9 +360,10 @@ class BoundaryReceiver:
         if consumed is not None:
             consumed.synchronize()
         buffers = {k: self._ring[slot][k][:rows] for k in rest[:count]}
-        works = [work for tensor in buffers.values() for work in receive_tensor(data, tensor)]
-        for work in works:
-            work.wait()
+        with self._trace.span("receive", f"from rank {self._edge.source}", step):
+            works = [work for tensor in buffers.values() for work in receive_tensor(data, tensor)]
+            for work in works:
+                work.wait()
         event = None
         if self._wire.stream is not None:
             buffers, event = self._arrived_on_device(slot, buffers)

@@ -14,6 +14,8 @@ from rich.console import Console
 from distill.config import JobConfig
 from distill.control import Control
 from distill.rundir import RunDirectory
+from distill.scalars import Scalars
+from distill.trace import Trace, write_perfetto
 
 log = logging.getLogger("distill")
 
@@ -27,6 +29,8 @@ class Context:
     run: RunDirectory
     device: torch.device
     console: Console
+    trace: Trace
+    scalars: Scalars
     watchers: Sequence[Callable[[str], AbstractContextManager[None]]] = ()
 
     @property
@@ -44,11 +48,25 @@ class Context:
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
-        """Let the watchers see what is inside as the work of a stage."""
+        """Let the watchers see what is inside as the work of a stage, unless an earlier attempt has done it."""
+        if self.run.result(stage) is not None:
+            yield
+            return
         with ExitStack() as stack:
             for watch in self.watchers:
                 stack.enter_context(watch(stage))
             yield
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write what the watchers have seen inside, also where it fails."""
+        try:
+            yield
+        finally:
+            self.scalars.close()
+            self.trace.save(self.run.path / "traces")
+            if self.leads:
+                write_perfetto(self.run.path)
 
     def say(self, text: str) -> None:
         """Tell the user something, once."""

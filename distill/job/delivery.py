@@ -43,6 +43,8 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 
     def report(epoch: int, loss: float, seconds: float) -> None:
         course.append({"epoch": epoch, "loss": loss, "seconds": seconds})
+        if context.leads:
+            context.scalars.add("epochs/finetune_loss", loss, epoch)
         context.say(f"finetune: epoch {epoch} of {options.epochs}, loss {loss:.4f}, {seconds:.1f} s")
 
     context.say(f"finetune: {options.epochs} epochs over {context.world_size} ranks")

@@ -88,7 +88,8 @@ def train_teacher(context: Context, dataset: Dataset, teacher: nn.Module) -> Non
     depend on the number of ranks. Blocks cut before share the teacher's tensors and so follow.
     """
     if context.config.teacher.fit_epochs > 0:
-        context.lead("teacher", lambda: _fit_teacher(context, dataset, teacher))
+        with context.during("teacher"):
+            context.lead("teacher", lambda: _fit_teacher(context, dataset, teacher))
         teacher.load_state_dict(load_file(context.run.path / "teacher.safetensors"))
     teacher.eval().requires_grad_(False)
 
@@ -101,6 +102,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
 
     def report(epoch: int, loss: float, seconds: float) -> None:
         course.append({"epoch": epoch, "loss": loss, "seconds": seconds})
+        context.scalars.add("epochs/teacher_loss", loss, epoch)
         context.say(f"teacher: epoch {epoch} of {epochs}, loss {loss:.4f}, {seconds:.1f} s")
 
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)

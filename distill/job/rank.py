@@ -14,19 +14,24 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from distill.compose import compose
 from distill.config import Device, JobConfig, Stage, from_yaml, identity, run_directory, to_yaml
 from distill.control import Control, StoreAddress, ranks_of
+from distill.data import Dataset
+from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, write_json
 from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student
-from distill.job.materials import build_teacher, cut_blocks, open_data, train_teacher
+from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
 from distill.rundir import RunDirectory
+from distill.scalars import Scalars
+from distill.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -98,27 +103,29 @@ def _run(config: JobConfig, control: Control) -> None:
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
     with open_data(config, device) as dataset:
         teacher = build_teacher(config, dataset, device)
-        if config.stage is Stage.teacher:
-            context = _claim(config, control, device)
-            with context.during("teacher"):
-                train_teacher(context, dataset, teacher)
-            context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
-            return
-        blocks = cut_blocks(config, dataset, teacher, device)
+        blocks = cut_blocks(config, dataset, teacher, device) if config.stage is not Stage.teacher else None
         context = _claim(config, control, device)  # only now is anything written: the job can run
-        with context.during("teacher"):
+        with context.recording():
             train_teacher(context, dataset, teacher)
-        train_blocks(context, dataset, blocks)
-        if config.stage is not Stage.all:
-            return
-        with context.during("assemble"):
-            assemble_student(context, dataset, teacher, blocks)
-        with context.during("finetune"):
-            finetune_student(context, dataset, teacher, blocks)
-        with context.during("evaluate"):
-            evaluate(context, dataset, teacher, blocks)
-        with context.during("deliver"):
-            deliver(context, dataset, teacher, blocks)
+            if blocks is None:
+                context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
+            else:
+                _distill(context, dataset, teacher, blocks)
+
+
+def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
+    """Run the stages from the plan on, as far as the configuration asks for."""
+    train_blocks(context, dataset, blocks)
+    if context.config.stage is not Stage.all:
+        return
+    with context.during("assemble"):
+        assemble_student(context, dataset, teacher, blocks)
+    with context.during("finetune"):
+        finetune_student(context, dataset, teacher, blocks)
+    with context.during("evaluate"):
+        evaluate(context, dataset, teacher, blocks)
+    with context.during("deliver"):
+        deliver(context, dataset, teacher, blocks)
 
 
 def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
@@ -129,7 +136,11 @@ def _claim(config: JobConfig, control: Control, device: torch.device) -> Context
         control.set("run", {"dir": str(path), "generation": generation})
     run = control.wait("run", peer=0, purpose="run directory")
     control.generation = run["generation"]
-    context = Context(config, control, RunDirectory(Path(run["dir"])), device, Console())
+    clock = DeviceClock(device) if device.type == "cuda" else None
+    trace = Trace(control.rank, control.generation, device_clock=clock)
+    directory = RunDirectory(Path(run["dir"]))
+    scalars = Scalars(directory.path / "tensorboard" / f"rank{control.rank}")
+    context = Context(config, control, directory, device, Console(), trace, scalars, watchers=(trace.stage,))
     _log_to(context)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
     return context

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from contextlib import closing
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,12 +15,12 @@ from distill.data import Dataset
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.job.planning import Trainers, make_plan, step_budget, wire_dtype
+from distill.job.readings import Readings, latest_readings
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan
 from distill.progress import BlockLine, Display
 from distill.protocol import Checks
 from distill.session import Session, SessionReport
-from distill.trainer import Reading
 from distill.transport import wire_backend
 
 
@@ -40,7 +37,10 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
     if config.stage is Stage.plan:
         return
     plateau = config.distill.stop is Stop.plateau
-    with closing(_Readings(context)) as readings, context.during("distill"):
+    with (
+        closing(Readings(context, [block.name for block in blocks.chain.blocks])) as readings,
+        context.during("distill"),
+    ):
         session = Session(
             control=context.control,
             chain=blocks.chain,
@@ -56,6 +56,7 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
             report=readings.add,
+            trace=context.trace,
         )
         trainers = [makers.resumed(span.block) for span in plan.spans_of(context.rank)]
         if context.leads:
@@ -108,30 +109,5 @@ def _display(context: Context, blocks: Blocks, plan: Plan, *, batch_size: int) -
         for span in plan.spans_of(rank)
     ]
 
-    def poll() -> dict[int, dict[str, float]]:
-        latest: dict[int, dict[str, float]] = {}
-        for rank in range(plan.world_size):
-            latest |= {int(block): reading for block, reading in (control.get(f"readings/{rank}") or {}).items()}
-        return latest
-
     lines.sort(key=lambda line: line.block)
-    return Display(lines, batch_size=batch_size, poll=poll, console=context.console)
-
-
-class _Readings:
-    """This rank's readings: to metrics/rankN.jsonl, and the latest of each block to rank 0's display."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._file = (context.run.path / "metrics" / f"rank{context.rank}.jsonl").open("a")
-        self._latest: dict[int, dict[str, float]] = {}
-
-    def add(self, reading: Reading) -> None:
-        record = asdict(reading) | {"generation": self._context.control.generation, "time_s": time.time()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._latest[reading.block] = asdict(reading)
-        self._context.control.set(f"readings/{self._context.rank}", self._latest)
-
-    def close(self) -> None:
-        self._file.close()
+    return Display(lines, batch_size=batch_size, poll=lambda: latest_readings(control), console=context.console)

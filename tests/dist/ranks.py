@@ -27,6 +27,7 @@ from distill.plan import Plan, Span
 from distill.protocol import Checks
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
+from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 
 TIMEOUT_S = 30.0
@@ -154,6 +155,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             checkpoints=checkpoints,
             checkpoint_every=toy.checkpoint_every,
             report=readings.append,
+            trace=Trace(rank, toy.generation),
         )
         if rank == 0:
             recorded: list[int] = []

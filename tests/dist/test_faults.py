@@ -14,6 +14,7 @@ from torch.multiprocessing import ProcessContext, ProcessExitedException, Proces
 from distill.blocks import Boundary
 from distill.control import PeerLostError
 from distill.protocol import Address
+from distill.trace import Trace
 from distill.transport import BoundaryReceiver, BoundarySender, Edge, TransportError, Wire
 from tests.dist.ranks import Toy, connect, run_ranks, run_toy, toy_rank
 
@@ -77,12 +78,12 @@ def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -
     store = connect(rank, world_size, environment).address.connect()
     if rank == 0:
         sender = BoundarySender(
-            OldEdge(0, 1, 1, 10.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None
+            OldEdge(0, 1, 1, 10.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
         )
         sender.send(Address(0), {0: torch.zeros(4, 3)})
         time.sleep(2.0)
         return
-    receiver = BoundaryReceiver(Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1)
+    receiver = BoundaryReceiver(Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1, trace=Trace())
     with pytest.raises(TransportError, match="generation 1 from rank 0 came to generation 2"):
         receiver.next()
 
@@ -120,13 +121,13 @@ def long_pause(rank: int, world_size: int, environment: Mapping[str, str]) -> No
     store = connect(rank, world_size, environment).address.connect()
     edge = Edge(0, 1, 1, 2.0)
     if rank == 0:
-        sender = BoundarySender(edge, store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None)
+        sender = BoundarySender(edge, store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace())
         time.sleep(5.0)
         sender.send(Address(7), {0: torch.ones(4, 3)})
         sender.close()
         sender.join()
         return
-    receiver = BoundaryReceiver(edge, store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1)
+    receiver = BoundaryReceiver(edge, store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1, trace=Trace())
     delivery = receiver.next()
     assert delivery is not None
     assert delivery.address == Address(7)
@@ -143,7 +144,7 @@ def never_connects(rank: int, world_size: int, environment: Mapping[str, str]) -
         time.sleep(4.0)
         return
     sender = BoundarySender(
-        Edge(0, 1, 1, 2.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None
+        Edge(0, 1, 1, 2.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
     )
     sender.send(Address(0), {0: torch.zeros(4, 3)})
     time.sleep(3.5)

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 
 import distill as package
@@ -32,18 +31,10 @@ FILES = (
     "logs/rank1.log",
     "metrics/rank0.jsonl",
     "metrics/rank1.jsonl",
+    "traces/rank0.1.json",
+    "traces/rank1.1.json",
+    "trace.json",
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run on two ranks in the default run directory, and what it printed."""
-    cwd = tmp_path_factory.mktemp("finished")
-    result = distill(cwd=cwd, ranks=2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    found = list((cwd / "outputs").glob("*/*"))
-    assert len(found) == 1, "all ranks of a run share one run directory"
-    return found[0], result.stdout
 
 
 def test_a_run_leaves_every_promised_file(finished: tuple[Path, str]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from distill.blocks import Boundary
 from distill.protocol import Address
+from distill.trace import Trace
 from distill.transport import BoundaryReceiver, BoundarySender, Edge, Wire
 from tests.dist.ranks import connect, run_ranks
 from tests.e2e.command import distill, metrics
@@ -35,14 +36,14 @@ def exchange(rank: int, world_size: int, environment: Mapping[str, str], backend
     store = connect(rank, world_size, environment).address.connect()
     edge, wire = Edge(0, 1, 1, 60.0), Wire(dtype=torch.float32, device=device, backend=backend)
     if rank == 0:
-        sender = BoundarySender(edge, store, wire, num_boundaries=2, window=2, on_free=lambda: None)
+        sender = BoundarySender(edge, store, wire, num_boundaries=2, window=2, on_free=lambda: None, trace=Trace())
         for step in range(10):
             sender.send(Address(step), {1: batch(step, device)})
         sender.close()
         sender.join()
         return
     boundaries = {1: Boundary(SHAPE, STRIDE, torch.float32)}
-    receiver = BoundaryReceiver(edge, store, wire, boundaries=boundaries, num_boundaries=2)
+    receiver = BoundaryReceiver(edge, store, wire, boundaries=boundaries, num_boundaries=2, trace=Trace())
     sums = []
     while (delivery := receiver.next()) is not None:
         received = delivery.boundaries[1]

@@ -14,6 +14,7 @@ from distill.checkpoint import CheckpointFolder, block_name
 from distill.engine import distill
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
+from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 from distill.transport import Delivery
 
@@ -27,8 +28,6 @@ def batch(step: int, *, blocks: int = 2) -> dict[int, Tensor]:
 
 class Addresses:
     """A stream that walks through all addresses up to the budget for as long as some block is not finished."""
-
-    waited_s = 0.0
 
     def __init__(self, *, blocks: int, checks: Checks, bad_step: int | None = None) -> None:
         self.finished: list[int] = []
@@ -82,6 +81,7 @@ def run(
         checkpoint_every=every,
         deliver=outcome.deliver,
         report=outcome.readings.append,
+        trace=Trace(),
     )
     return outcome, addresses
 
@@ -142,6 +142,7 @@ def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
             checkpoint_every=1,
             deliver=outcome.deliver,
             report=outcome.readings.append,
+            trace=Trace(),
         )
 
 

@@ -102,3 +102,12 @@ class TestJson:
 
     def test_a_file_that_is_not_there_is_none(self, tmp_path: Path) -> None:
         assert read_json(tmp_path / "missing.json") is None
+
+
+def test_a_written_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "a", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

@@ -15,7 +15,7 @@ SETTINGS = {"config", "compose", "launcher", "sweep", "multirun"}  # where confi
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"job", "launcher", "sweep", "multirun"},
+    "__main__": {"job", "launcher", "multirun", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
@@ -33,8 +33,11 @@ ALLOWED: dict[str, set[str]] = {
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
-    "report": {"files", "plan"},
+    "report": {"errors", "files", "plan", "trace"},
     "progress": set(),
+    "trace": {"files"},
+    "scalars": set(),
+    "device_clock": set(),
     # networks and data
     "blocks": set(),
     "tracing": {"blocks"},
@@ -52,13 +55,13 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"blocks", "trainer"},
     # between ranks
     "control": {"errors"},
-    "transport": {"blocks", "errors", "protocol"},
-    "completion": {"control", "errors", "ledger", "transport"},
-    "stream": {"blocks", "data", "errors", "protocol", "transport"},
-    "engine": {"checkpoint", "ledger", "protocol", "stream", "trainer"},
+    "transport": {"blocks", "errors", "protocol", "trace"},
+    "completion": {"control", "errors", "ledger", "trace", "transport"},
+    "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
+    "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
         "blocks", "checkpoint", "completion", "control", "data", "engine", "ledger", "plan", "protocol", "stream",
-        "trainer", "transport",
+        "trace", "trainer", "transport",
     },
     # the whole student
     "assemble": {"recipes"},
@@ -78,6 +81,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "progress",
     "stopper",
     "submitted",
+    "trace",
 }
 DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
 
