@@ -315,6 +315,8 @@ class LaunchConfig:
     nnodes: int = setting(1, "nodes; run the same command on each")
     rdzv_endpoint: str | None = setting(None, "host:port of the first node, with nnodes > 1")
     rdzv_id: str = setting("distill", "name of the rendezvous, with nnodes > 1")
+    rdzv_here: bool | None = setting(None, "whether the rendezvous is on this node; null: if the endpoint's host is it")
+    local_addr: str | None = setting(None, "what other nodes can call this one; null: its own host name")
     max_restarts: int = setting(0, "restarts of the ranks after a failure")
     threads_per_rank: int | None = setting(
         None, "CPU threads of a rank; null: the cores divided by the ranks of the node"

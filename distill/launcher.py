@@ -101,6 +101,8 @@ def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
         run_id=options.rdzv_id if options.nnodes > 1 else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=options.rdzv_endpoint or "localhost:0",
+        rdzv_configs={} if options.rdzv_here is None else {"is_host": options.rdzv_here},
+        local_addr=options.local_addr,
         max_restarts=options.max_restarts,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),

@@ -203,7 +203,7 @@ def _start(slurm: Cluster, stack: ExitStack) -> None:
     files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "seed-file": "munged.seed"}
     munge = [f"--{option}={folder / name}" for option, name in (*files.items(), ("log-file", "munged.log"))]
     _daemon(slurm, stack, "munged", ["munged", "--foreground", "--force", *munge])
-    _until(lambda: (folder / "munge.sock").exists(), slurm, "munged has opened its socket")
+    _until((folder / "munge.sock").exists, slurm, "munged has opened its socket")
     _daemon(slurm, stack, "slurmctld", slurm.on("hostS", ["slurmctld", "-c", "-i", "-D"]))
     for host in HOSTS:
         _daemon(slurm, stack, f"slurmd.{host}", slurm.on(host, ["slurmd", "-N", host, "-D"]))

@@ -14,7 +14,7 @@ from distill.config import JobConfig, fingerprint, from_yaml, identity, settings
 from distill.errors import ConfigError
 
 CONF = Path(config_dir())
-GROUPS = ("teacher", "data", "student", "experiment")
+GROUPS = ("teacher", "data", "student", "launch", "experiment")
 # What a choice needs besides its own file: the settings that only the user knows.
 NEEDED = {
     "teacher/torchvision": ["teacher.name=resnet18"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -66,11 +67,43 @@ def test_how_jobs_are_launched_is_not_part_of_them() -> None:
         (["seed=1,2", "plan.windw=3"], "plan.windw.*'plan.window'"),
         (["seed=1,2", "teacher=resnet5"], "teacher.*'resnet50'"),
         (["seed=[1,2"], "command line"),
+        (["seed=1,2", "hydra/launcher=nowhere"], "hydra/launcher: got 'nowhere'; expected one of basic"),
+        (["seed=1,2", "hydra.launcher.nodes=2"], "hydra.launcher.nodes.*hydra/launcher=choice"),
     ],
 )
 def test_a_mistake_in_what_all_jobs_share_names_the_setting(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_sweep(arguments)
+
+
+def test_without_the_extra_slurm_its_launcher_says_what_to_install() -> None:
+    program = (
+        "import hydra_plugins, sys; hydra_plugins.__path__ = []; from distill.multirun import multirun;"
+        "sys.exit(multirun(['-m', 'seed=1,2', 'hydra/launcher=submitit_slurm', 'hydra.launcher.nodes=1']))"
+    )
+    pytest.importorskip("hydra_plugins")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "hydra/launcher: got 'submitit_slurm'" in done.stderr
+    assert "pip install 'distill[slurm]'" in done.stderr
+
+
+def test_on_slurm_counts_and_addresses_come_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    assert compose(["launch=slurm"]).launch.nnodes == 1, "elsewhere it is one node"
+    given = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "4",
+             "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURMD_NODENAME": "node8"}  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    first = compose(["launch=slurm"]).launch
+    assert (first.nnodes, first.nproc_per_node, first.rdzv_id, first.local_addr) == (2, 4, "77-0", "node8")
+    assert first.rdzv_here is False
+    assert (first.rdzv_endpoint or "").startswith("10.0.0.1:")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = compose(["launch=slurm"]).launch
+    assert again.rdzv_id == "77-1"
+    assert again.rdzv_endpoint != first.rdzv_endpoint, "what is left of the first attempt is not met"
 
 
 def test_listed_jobs_can_be_read_back_by_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
