@@ -28,8 +28,18 @@ def config_dir() -> str:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra as `job_schema`, which conf/job.yaml starts from."""
+    """Make the schema known to Hydra as `job_schema`, which conf/job.yaml starts from, and what YAML files call."""
     ConfigStore.instance().store(name="job_schema", node=JobConfig)
+    OmegaConf.register_new_resolver("port_for", _port_for, replace=True)
+    OmegaConf.register_new_resolver("is_zero", lambda number: int(number) == 0, replace=True)
+
+
+def _port_for(job: str, restart: str) -> int:
+    """A port below those that systems hand out by themselves: another one for most jobs of a node, and each restart.
+
+    The numbers come as text: they are variables of the environment.
+    """
+    return 10_000 + (int(job) * 31 + int(restart)) % 20_000
 
 
 def compose(overrides: Sequence[str]) -> JobConfig:

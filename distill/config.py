@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -21,7 +23,14 @@ from distill.config_errors import explain
 from distill.errors import ConfigError
 
 
-class Stage(Enum):
+class Choice(Enum):
+    """A setting's choices; a member reads as its name, also in an interpolation such as ${data.name}."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Stage(Choice):
     """How far a job goes."""
 
     all = "all"
@@ -31,20 +40,20 @@ class Stage(Enum):
     deliver = "deliver"
 
 
-class Device(Enum):
+class Device(Choice):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
 
-class TeacherSource(Enum):
+class TeacherSource(Choice):
     cifar = "cifar"
     torchvision = "torchvision"
     timm = "timm"
     factory = "factory"
 
 
-class DataName(Enum):
+class DataName(Choice):
     digits = "digits"
     cifar10 = "cifar10"
     cifar100 = "cifar100"
@@ -52,66 +61,66 @@ class DataName(Enum):
     hf = "hf"
 
 
-class AugmentName(Enum):
+class AugmentName(Choice):
     none = "none"
     crop = "crop"
     crop_flip = "crop_flip"
     resized_crop_flip = "resized_crop_flip"
 
 
-class GranularityName(Enum):
+class GranularityName(Choice):
     conv = "conv"
     residual = "residual"
     resolution = "resolution"
     modules = "modules"
 
 
-class RecipeName(Enum):
+class RecipeName(Choice):
     separable = "separable"
     separable_x2 = "separable_x2"
 
 
-class Init(Enum):
+class Init(Choice):
     teacher = "teacher"
     random = "random"
 
 
-class BlockLoss(Enum):
+class BlockLoss(Choice):
     normalized_mse = "normalized_mse"
     mse = "mse"
 
 
-class OptimizerName(Enum):
+class OptimizerName(Choice):
     adam = "adam"
     sgd = "sgd"
     rmsprop = "rmsprop"
 
 
-class Schedule(Enum):
+class Schedule(Choice):
     cosine = "cosine"
     constant = "constant"
 
 
-class Amp(Enum):
+class Amp(Choice):
     off = "off"
     bf16 = "bf16"
 
 
-class Stop(Enum):
+class Stop(Choice):
     steps = "steps"
     plateau = "plateau"
 
 
-class Strategy(Enum):
+class Strategy(Choice):
     broadcast = "broadcast"
 
 
-class Cost(Enum):
+class Cost(Choice):
     measured = "measured"
     flops = "flops"
 
 
-class WireDtype(Enum):
+class WireDtype(Choice):
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -314,6 +323,8 @@ class LaunchConfig:
     nnodes: int = setting(1, "nodes; run the same command on each")
     rdzv_endpoint: str | None = setting(None, "host:port of the first node, with nnodes > 1")
     rdzv_id: str = setting("distill", "name of the rendezvous, with nnodes > 1")
+    rdzv_here: bool | None = setting(None, "whether the rendezvous is on this node; null: if the endpoint's host is it")
+    local_addr: str | None = setting(None, "what other nodes can call this one; null: its own host name")
     max_restarts: int = setting(0, "restarts of the ranks after a failure")
     threads_per_rank: int | None = setting(
         None, "CPU threads of a rank; null: the cores divided by the ranks of the node"
@@ -328,7 +339,12 @@ class LaunchConfig:
 @dataclass(kw_only=True)
 class RunConfig:
     name: str = setting(MISSING, "folder of this experiment under outputs/")
-    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>")
+    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>, then -<run.tag> if given")
+    tag: str | None = setting(None, "keeps runs apart that differ only in how they run; a sweep sets it where needed")
+
+    def __post_init__(self) -> None:
+        if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9_.,+=-]+", self.tag):
+            raise ConfigError("run.tag", self.tag, "letters, digits and _.,+=- only: it is part of a folder's name")
 
 
 @dataclass(kw_only=True)
@@ -404,6 +420,18 @@ def fingerprint(config: JobConfig) -> str:
     """Return 16 hexadecimal digits that are equal for configurations that compute the same students."""
     canonical = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def in_fingerprint(key: str) -> bool:
+    """Whether a setting or a group of them (a dotted path) takes part in what the fingerprint tells apart."""
+    parts = key.split(".")
+    return not any(".".join(parts[:length]) in _NOT_IN_FINGERPRINT for length in range(1, len(parts) + 1))
+
+
+def run_directory(config: JobConfig) -> Path:
+    """Return where the results of this configuration go, as an absolute path."""
+    name = fingerprint(config) + (f"-{config.run.tag}" if config.run.tag else "")
+    return Path(config.run.dir or Path("outputs") / config.run.name / name).absolute()
 
 
 def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:

@@ -14,7 +14,7 @@ from distill.config import JobConfig, fingerprint, from_yaml, identity, settings
 from distill.errors import ConfigError
 
 CONF = Path(config_dir())
-GROUPS = ("teacher", "data", "student", "experiment")
+GROUPS = ("teacher", "data", "student", "launch", "experiment")
 # What a choice needs besides its own file: the settings that only the user knows.
 NEEDED = {
     "teacher/torchvision": ["teacher.name=resnet18"],
@@ -371,3 +371,7 @@ class TestReference:
         assert rows["distill.epochs"] == "null"
         assert rows["teacher.name"] == "from its group"
         assert default.distill.lr == 0.003
+
+
+def test_the_default_run_name_is_made_of_the_choices_names() -> None:
+    assert compose([]).run.name == "cifar_resnet20-digits-separable"

@@ -10,18 +10,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distill"
-SETTINGS = {"config", "compose", "launcher"}  # where configuration objects are seen
+SETTINGS = {"config", "compose", "launcher", "sweep", "multirun"}  # where configuration objects are seen
 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"job", "launcher", "report"},
+    "__main__": {"job", "launcher", "multirun", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
     "config": {"config_errors", "errors"},
     "compose": {"config", "config_errors", "errors"},
-    "launcher": {"compose", "config", "errors"},
+    "launcher": {"compose", "config", "errors", "stopper"},
+    "stopper": set(),
+    "multirun": {
+        "compose", "config", "errors", "files", "launcher", "report", "rundir", "stopper", "submitted", "sweep",
+    },
+    "submitted": set(),
+    "sweep": {"compose", "config", "config_errors", "errors"},
     # plans, no torch
     "plan": set(),
     "protocol": {"plan"},
@@ -78,6 +84,8 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "files",
     "rundir",
     "progress",
+    "stopper",
+    "submitted",
     "trace",
     "counters",
     "meter",
