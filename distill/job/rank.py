@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def run_rank(overrides: Sequence[str]) -> int:
     except DistillError as error:
         _tell(error, control)
         return 1
-    except Exception:
+    except Exception as error:
         log.exception("rank %d failed", rank)
+        sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
         raise
     control.leave()
     return 0
@@ -79,10 +81,11 @@ def _tell(error: DistillError, control: Control) -> None:
             control.set("failed", True)
         return
     deadline = time.monotonic() + MOURNING_S
-    while time.monotonic() < deadline:
-        if control.get("failed"):
-            return
-        time.sleep(0.1)
+    with suppress(RuntimeError):  # the store has gone with rank 0
+        while time.monotonic() < deadline:
+            if control.get("failed"):
+                return
+            time.sleep(0.1)
     sys.stderr.write(f"distill: {error}\n")
 
 
