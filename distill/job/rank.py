@@ -58,6 +58,7 @@ def run_rank(overrides: Sequence[str]) -> int:
     except Exception as error:
         _leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
+        sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
         raise
     control.leave()
     return 0
@@ -93,10 +94,11 @@ def _tell(error: DistillError, control: Control) -> None:
             control.set("failed", True)
         return
     deadline = time.monotonic() + MOURNING_S
-    while time.monotonic() < deadline:
-        if control.get("failed"):
-            return
-        time.sleep(0.1)
+    with suppress(RuntimeError):  # the store has gone with rank 0
+        while time.monotonic() < deadline:
+            if control.get("failed"):
+                return
+            time.sleep(0.1)
     sys.stderr.write(f"distill: {error}\n")
 
 

@@ -143,6 +143,10 @@ class Cluster:
         path = Path(self.facts(job)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def processes(self, host: str) -> list[int]:
+        """Return the ids of the processes that run on a host."""
+        return [int(pid) for pid in _ip("netns", "pids", self.namespace(host)).split()]
+
     def requeue(self, job: str) -> None:
         self.run("scontrol", "requeue", job)
 
@@ -185,7 +189,7 @@ def _join_hosts(slurm: Cluster, stack: ExitStack) -> None:
     switch = slurm.namespace("hostS")
     for host in (*SWITCH, *HOSTS):
         _ip("netns", "add", slurm.namespace(host))
-        stack.callback(_remove_namespace, slurm.namespace(host))
+        stack.callback(_remove_namespace, slurm, host)
         _ip("-n", slurm.namespace(host), "link", "set", "lo", "up")
     _ip("-n", switch, "link", "add", "br0", "type", "bridge")
     _ip("-n", switch, "addr", "add", f"{SWITCH['hostS']}/24", "dev", "br0")
@@ -250,12 +254,12 @@ def _end_jobs(slurm: Cluster) -> None:
     _until(lambda: not slurm.run("squeue", "--noheader").strip(), slurm, "no job is left")
 
 
-def _remove_namespace(name: str) -> None:
+def _remove_namespace(slurm: Cluster, host: str) -> None:
     """Remove a namespace and kill what still runs in it: only what the cluster started can."""
-    for pid in _ip("netns", "pids", name).split():
+    for pid in slurm.processes(host):
         with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
-    _ip("netns", "del", name)
+            os.kill(pid, signal.SIGKILL)
+    _ip("netns", "del", slurm.namespace(host))
 
 
 def _ip(*arguments: str) -> str:
