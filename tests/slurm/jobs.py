@@ -47,11 +47,12 @@ def finish(slurm: Cluster, job: str) -> dict[str, str]:
 
 
 def wait_while_running(slurm: Cluster, job: str, reached: Callable[[], bool]) -> None:
-    """Wait until something is so about a job that runs."""
+    """Wait until something is so about a job that has not come to its end."""
     deadline = time.monotonic() + LIMIT_S
     while not reached():
         assert time.monotonic() < deadline, slurm.output(job)
-        assert slurm.facts(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), slurm.output(job)
+        # while it is queued again, a job passes through states of its own for a moment
+        assert slurm.facts(job)["JobState"] not in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL"), slurm.output(job)
         time.sleep(0.05)
 
 
