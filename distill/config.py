@@ -222,7 +222,9 @@ class StudentConfig:
 @dataclass(kw_only=True)
 class BlocksConfig:
     granularity: GranularityName = setting(GranularityName.residual, "size of a block")
-    modules: list[str] = setting([], "with granularity modules: the module paths that are blocks, in order")
+    modules: list[str] = setting(
+        [], "with granularity modules: the blocks' module paths, or patterns of them, in order"
+    )
     include: list[str] = setting(["*"], "patterns (as in a shell) of the block names that get a student")
     exclude: list[str] = setting([], "patterns of the block names that do not")
 
