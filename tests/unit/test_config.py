@@ -23,6 +23,7 @@ NEEDED = {
     "data/imagefolder": ["data.root=/images"],
     "data/hf": ["data.root=/images"],
     "experiment/cifar10_resnet20": ["data.root=/images"],
+    "experiment/paper_resnet50_imagenet": ["data.root=/images"],
 }
 
 

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
     "data": {"errors"},
     "teachers": {"errors"},
-    "recipes": set(),
+    "recipes": {"blocks"},
     "losses": set(),
     # one block
     "checkpoint": {"files"},
