@@ -1,4 +1,4 @@
-"""Under torchrun this process is one rank. Otherwise it composes the job and launches the ranks."""
+"""`report` draws pages. Else this process is one rank under torchrun; without it, it composes the job and launches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import sys
 
 def main() -> int:
     """The console script `distill` and `python -m distill`; returns the exit status."""
+    if sys.argv[1:2] == ["report"]:
+        from distill.report.command import main as report
+
+        return report(sys.argv[2:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from distill.job import run_rank
 

@@ -28,6 +28,7 @@ class Stage(Enum):
     teacher = "teacher"
     plan = "plan"
     distill = "distill"
+    deliver = "deliver"
 
 
 class Device(Enum):
@@ -337,7 +338,9 @@ class RunConfig:
 @dataclass(kw_only=True)
 class JobConfig:
     stage: Stage = setting(
-        Stage.all, "how far to go: to the trained teacher, the printed plan, the distilled blocks, or all"
+        Stage.all,
+        "how far to go: to the trained teacher, the printed plan, the distilled blocks, or all; "
+        "deliver writes the files of a finished run again",
     )
     seed: int = setting(0, "seed of everything random")
     device: Device = setting(Device.auto, "auto takes CUDA where there is one")

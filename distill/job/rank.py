@@ -23,7 +23,7 @@ from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
 from distill.job.assembly import assemble_student
 from distill.job.context import Context
-from distill.job.delivery import deliver, evaluate, finetune_student
+from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.metering import metering
 from distill.job.students import train_blocks
@@ -89,6 +89,8 @@ def _tell(error: DistillError, control: Control) -> None:
 def _run(config: JobConfig, control: Control) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
+    if config.stage is Stage.deliver:
+        refuse_unfinished(config, RunDirectory(_run_path(config)))
     with open_data(config, device) as dataset:
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset, teacher, device) if config.stage is not Stage.teacher else None
@@ -105,7 +107,7 @@ def _run(config: JobConfig, control: Control) -> None:
 def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
     """Run the stages from the plan on, as far as the configuration asks for."""
     train_blocks(context, dataset, blocks)
-    if context.config.stage is not Stage.all:
+    if context.config.stage not in (Stage.all, Stage.deliver):
         return
     with context.during("assemble"):
         assemble_student(context, dataset, teacher, blocks)
@@ -120,7 +122,7 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
 def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
     """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
     if control.rank == 0:
-        path = Path(config.run.dir or Path("outputs") / config.run.name / fingerprint(config)).absolute()
+        path = _run_path(config)
         generation = RunDirectory(path).claim(identity(config), to_yaml(config))
         control.set("run", {"dir": str(path), "generation": generation})
     run = control.wait("run", peer=0, purpose="run directory")
@@ -133,6 +135,10 @@ def _claim(config: JobConfig, control: Control, device: torch.device) -> Context
     _log_to(context)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
     return context
+
+
+def _run_path(config: JobConfig) -> Path:
+    return Path(config.run.dir or Path("outputs") / config.run.name / fingerprint(config)).absolute()
 
 
 def _device(config: JobConfig) -> torch.device:
