@@ -372,7 +372,8 @@ def load(cfg: DictConfig) -> JobConfig:
     Raises ConfigError naming the setting, what was given and what is allowed.
     """
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+        named = OmegaConf.create(OmegaConf.to_container(cfg, enum_to_str=True))  # else ${data.name} is DataName.digits
+        plain = OmegaConf.to_container(named, resolve=True, throw_on_missing=True)
         return cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
     except OmegaConfBaseException as error:
         raise explain(error, setting_kinds()) from error

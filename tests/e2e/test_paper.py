@@ -1,7 +1,8 @@
-"""The first paper's experiments, a few steps long, on stand-in images of their shapes and random teachers."""
+"""The first paper's experiments as docs/paper.md starts them, two steps long, stand-in images and random teachers."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 import distill as package
 from distill.teachers import build_architecture
+from tests.documents import ROOT, fenced
 from tests.e2e.command import bits, distill, metrics
 
 CLASSES = ("cat", "dog")
@@ -27,6 +29,16 @@ def write_images(root: Path, *, pixels: int) -> None:
             for index in range(count):
                 noise = torch.randint(256, (pixels, pixels, 3), generator=generator, dtype=torch.uint8)
                 Image.fromarray(noise.numpy()).save(folder / f"{index}.png")
+
+
+def documented(experiment: str) -> list[str]:
+    """The overrides of the line of docs/paper.md that submits the experiment to four nodes with one GPU each."""
+    lines = [line for block in fenced("docs/paper.md", "sh") for line in block.splitlines()]
+    head = "sbatch --nodes=4 --gpus-per-node=1 slurm/distill.sbatch "
+    (found,) = (line for line in lines if line.startswith(head) and f"experiment={experiment} " in line)
+    header = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
+    assert f"#   {found}\n" in header, "the file's own header says another line"
+    return shlex.split(found.removeprefix(head))
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ def test_an_experiment_of_the_paper_runs_to_a_delivered_student_on_two_ranks(tmp
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
     run_dir = tmp_path / "run"
     result = distill(
-        f"experiment={case.experiment}",
+        *documented(case.experiment),
         "data.name=imagefolder",
         f"data.root={tmp_path / 'images'}",
         f"data.image_size={case.pixels}",

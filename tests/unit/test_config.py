@@ -83,6 +83,12 @@ class TestChoices:
         assert isinstance(config, JobConfig)
         assert config.run.name
 
+    def test_a_run_is_named_after_its_choices_or_by_its_experiment(self) -> None:
+        assert compose([]).run.name == "cifar_resnet20-digits-separable"
+        assert compose(["data=cifar10", "student=separable_x2"]).run.name == "cifar_resnet20-cifar10-separable_x2"
+        assert compose(["experiment=cifar10_resnet20", "data.root=/images"]).run.name == "cifar10_resnet20"
+        assert compose(["experiment=paper_vgg16_cifar10", "run.name=mine"]).run.name == "mine"
+
     def test_no_choice_is_left_out_of_the_combinations(self) -> None:
         assert {choice for chosen in COMBINATIONS for choice in chosen} == set(ALL_CHOICES)
 

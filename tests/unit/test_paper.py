@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from distill.job.materials import architecture_of, cut_blocks
 from distill.job.planning import step_budget, trainer_options
 from distill.teachers import build_architecture
 from distill.trainer import make_optimizer
+from tests.documents import fenced
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ def case(request: pytest.FixtureRequest) -> tuple[JobConfig, SetUp]:
     if SET_UPS[request.param].classes == 1000:
         overrides.append("data.root=/images")
     return compose(overrides), SET_UPS[request.param]
+
+
+def test_the_line_for_four_gpus_of_one_host_composes() -> None:
+    lines = [line for block in fenced("docs/paper.md", "sh") for line in block.splitlines()]
+    _, found = (line for line in ["", *lines] if not line.startswith("sbatch "))
+    head, _, overrides = found.partition(" -m distill ")
+    assert head == "torchrun --nproc-per-node=4"
+    assert compose(shlex.split(overrides)).run.name in SET_UPS
 
 
 def test_images_batches_and_budgets_are_the_papers(case: tuple[JobConfig, SetUp]) -> None:
