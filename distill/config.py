@@ -232,7 +232,9 @@ class StudentConfig:
 @dataclass(kw_only=True)
 class BlocksConfig:
     granularity: GranularityName = setting(GranularityName.residual, "size of a block")
-    modules: list[str] = setting([], "with granularity modules: the module paths that are blocks, in order")
+    modules: list[str] = setting(
+        [], "with granularity modules: the blocks' module paths, or patterns of them, in order"
+    )
     include: list[str] = setting(["*"], "patterns (as in a shell) of the block names that get a student")
     exclude: list[str] = setting([], "patterns of the block names that do not")
 
@@ -251,6 +253,7 @@ class DistillConfig:
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
     lr: float = setting(3e-3, "peak learning rate")
     momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
+    smoothing: float = setting(0.99, "rmsprop's decay of its running mean square; Keras has 0.9")
     weight_decay: float = setting(0.0, "weight decay")
     schedule: Schedule = setting(Schedule.cosine, "learning rate over a block's budget, after the warm-up")
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly")
@@ -268,6 +271,7 @@ class DistillConfig:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
         _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
         _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1)
+        _between("distill", self, 0.0, 1.0, "smoothing")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError("distill.epochs", self.epochs, "a number > 0")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -137,6 +137,7 @@ def trainer_options(config: JobConfig) -> TrainerOptions:
         optimizer=options.optimizer.name,
         lr=options.lr,
         momentum=options.momentum,
+        smoothing=options.smoothing,
         weight_decay=options.weight_decay,
         schedule=options.schedule.name,
         warmup_steps=options.warmup_steps,

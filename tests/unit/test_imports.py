@@ -45,12 +45,13 @@ ALLOWED: dict[str, set[str]] = {
     # networks and data
     "blocks": set(),
     "tracing": {"blocks"},
-    "grouping": {"blocks", "errors", "tracing"},
+    "listing": {"errors"},
+    "grouping": {"errors", "tracing"},
     "hooked": {"blocks", "errors"},
-    "chain": {"blocks", "errors", "grouping", "hooked", "tracing"},
+    "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
     "data": {"errors"},
     "teachers": {"errors"},
-    "recipes": set(),
+    "recipes": {"blocks"},
     "losses": set(),
     # one block
     "checkpoint": {"files"},
