@@ -1,4 +1,5 @@
-"""Under torchrun this process is one rank. Otherwise it composes the job and launches the ranks."""
+"""`report` draws pages and `jobs` lists a sweep's jobs. Else this process is one rank under torchrun; without it, it
+composes the job, or with --multirun the jobs of a sweep, and launches."""
 
 from __future__ import annotations
 
@@ -8,13 +9,26 @@ import sys
 
 def main() -> int:
     """The console script `distill` and `python -m distill`; returns the exit status."""
+    command, arguments = sys.argv[1:2], sys.argv[1:]
+    if command == ["report"]:
+        from distill.report.command import main as report
+
+        return report(arguments[1:])
+    if command == ["jobs"]:
+        from distill.sweep import list_jobs
+
+        return list_jobs(arguments[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from distill.job import run_rank
 
-        return run_rank(sys.argv[1:])
+        return run_rank(arguments)
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments) and not {"-h", "--help"} & set(arguments):
+        from distill.multirun import multirun
+
+        return multirun(arguments)
     from distill.launcher import main as launch
 
-    return launch(sys.argv[1:])
+    return launch(arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ class Chain(ABC):
 
     blocks: tuple[Block, ...]
     boundaries: tuple[Boundary, ...]  # one more than blocks
+    first_convolution: str | None  # the path of the nn.Conv2d that the network runs first, in a block or not
 
     @abstractmethod
     def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
@@ -86,6 +87,14 @@ class Chain(ABC):
     @abstractmethod
     def run_block(self, index: int, x: Tensor) -> Tensor:
         """Return the teacher's boundary index + 1 for its boundary `index`, without gradients."""
+
+    def counted(self, x: Tensor, counter: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
+        """Yield for every block in order by how much `counter` (a clock, a count of operations) rises while the teacher
+        computes it, and its output, for the network's input `x`. Between two of them the caller may do other work."""
+        for index in range(len(self.blocks)):
+            before = counter()
+            x = self.run_block(index, x)
+            yield counter() - before, x
 
     @abstractmethod
     def block_module(self, index: int) -> nn.Module:

@@ -1,7 +1,8 @@
 """Cuts a network into blocks with one tensor in and one out, and runs them. Knows nothing of students or ranks.
 
-`cut` is the door. A network that torch.fx can trace becomes a TracedChain, whose blocks run one by one; any other
-becomes a HookedChain over a list of modules, which runs the whole network and listens at their edges.
+`cut` is the door. A network that torch.fx can trace becomes a TracedChain, whose blocks run one by one. Where that
+fails, and where listed modules begin or end while a skip connection is alive, a HookedChain runs the whole network and
+listens at their edges.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from distill.blocks import Block, Boundary, Chain, made_trainable, parameter_owners
 from distill.errors import ConfigError
-from distill.grouping import Granularity, Group, check_listed, group
+from distill.grouping import Granularity, Group, NotACutPointError, group
 from distill.hooked import HookedChain
+from distill.listing import check_listed, expand
 from distill.tracing import Trace, UntraceableError, trace
 
 __all__ = ["Block", "Boundary", "Chain", "Granularity", "HookedChain", "TracedChain", "cut"]
@@ -24,19 +26,23 @@ __all__ = ["Block", "Boundary", "Chain", "Granularity", "HookedChain", "TracedCh
 def cut(model: nn.Module, sample: Tensor, *, granularity: Granularity, modules: Sequence[str] = ()) -> Chain:
     """Return `model` as a chain of blocks; puts it in eval mode and freezes its parameters.
 
-    `sample` (B, ...) is an input on the model's device; its form fixes that of all boundaries. Raises ConfigError on
-    data.image_size, blocks.granularity or blocks.modules.
+    `sample` (B, ...) is an input on the model's device; its form fixes that of all boundaries. `modules` are paths or
+    shell patterns of them. Raises ConfigError on data.image_size, blocks.granularity or blocks.modules.
     """
     model.eval().requires_grad_(False)
     output = _run_sample(model, sample)
+    modules = expand(model, modules)
+    if granularity is Granularity.modules:
+        check_listed(model, modules)
     try:
         traced = trace(model, sample, output)
+        return TracedChain(traced, group(traced, granularity=granularity, modules=modules))
     except UntraceableError as error:
         if granularity is not Granularity.modules:
             raise _needs_list(granularity, error) from error
-        check_listed(model, modules)
-        return HookedChain(model, sample, output, modules)
-    return TracedChain(traced, group(traced, granularity=granularity, modules=modules))
+    except NotACutPointError:
+        pass  # a skip connection passes by, which does not keep hooks from hearing the module's own tensors
+    return HookedChain(model, sample, output, modules)
 
 
 def _needs_list(granularity: Granularity, error: UntraceableError) -> ConfigError:
@@ -68,6 +74,7 @@ class TracedChain(Chain):
 
     def __init__(self, traced: Trace, groups: Sequence[Group]) -> None:
         self.blocks = tuple(_facts(traced, index, one) for index, one in enumerate(groups))
+        self.first_convolution = next((path for block in self.blocks for path in block.convolutions), None)
         sources = [one.segments[0].source for one in groups]
         self.boundaries = tuple(traced.forms[node] for node in [*sources, groups[-1].segments[-1].result])
         self._state_names = set(traced.root.state_dict())

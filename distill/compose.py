@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from distill.config import JobConfig, load, setting_kinds
+from distill.choices import Stage
+from distill.config import JobConfig, from_yaml, load, setting_kinds
 from distill.config_errors import explain
+from distill.errors import ConfigError
 
 VERSION_BASE = "1.3"
+RUN = "run="  # the shorthand for a run directory; `run` itself is a section and takes no value
 
 
 def config_dir() -> str:
@@ -24,19 +29,65 @@ def config_dir() -> str:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra as `job_schema`, which conf/job.yaml starts from."""
+    """Make the schema known to Hydra as `job_schema`, which conf/job.yaml starts from, and what YAML files call."""
     ConfigStore.instance().store(name="job_schema", node=JobConfig)
+    OmegaConf.register_new_resolver("port_for", _port_for, replace=True)
+    OmegaConf.register_new_resolver("is_zero", lambda number: int(number) == 0, replace=True)
+
+
+def _port_for(job: str, restart: str) -> int:
+    """A port below those that systems hand out by themselves: another one for most jobs of a node, and each restart.
+
+    The numbers come as text: they are variables of the environment.
+    """
+    return 10_000 + (int(job) * 31 + int(restart)) % 20_000
 
 
 def compose(overrides: Sequence[str]) -> JobConfig:
     """Return the configuration of the main job with these overrides.
 
-    Raises ConfigError naming the setting, what was given and what is allowed.
+    `run=DIR` starts from the configuration of the run in DIR, instead of from conf/. Raises ConfigError naming the
+    setting, what was given and what is allowed.
     """
+    runs = [override.partition("=")[2] for override in overrides if override.startswith(RUN)]
+    if runs:
+        return _compose_from_run(runs[-1], [override for override in overrides if not override.startswith(RUN)])
     register_schema()
+    with initialize_config_dir(config_dir(), version_base=VERSION_BASE):
+        return _compose("job", overrides)
+
+
+def _compose(name: str, overrides: Sequence[str]) -> JobConfig:
     try:
-        with initialize_config_dir(config_dir(), version_base=VERSION_BASE):
-            cfg = hydra_compose("job", overrides=list(overrides))
+        cfg = hydra_compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, setting_kinds(), overrides) from error
     return load(cfg)
+
+
+def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
+    """Return the configuration of the run in `folder` with single settings replaced; how far it goes starts anew."""
+    for override in overrides:
+        group, _, choice = override.partition("=")
+        if group.lstrip("+~").partition("@")[0] in _groups():
+            allowed = f"single settings, such as teacher.weights=FILE: with run={folder} the groups are that run's"
+            raise ConfigError(group, choice, allowed)
+    config = _of_run(folder)
+    config.stage, config.run.dir = Stage.all, folder
+    ConfigStore.instance().store(name="job_of_run", node=OmegaConf.structured(config))
+    with initialize(config_path=None, version_base=VERSION_BASE):
+        return _compose("job_of_run", overrides)
+
+
+def _of_run(folder: str) -> JobConfig:
+    path = Path(folder) / "resolved.yaml"
+    if not path.is_file():
+        raise ConfigError("run", folder, "a run directory: there is no resolved.yaml in it")
+    try:
+        return from_yaml(path.read_text())
+    except (ConfigError, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError("run", folder, f"a run that this version can read; in its resolved.yaml: {error}") from error
+
+
+def _groups() -> set[str]:
+    return {path.name for path in Path(config_dir()).iterdir() if path.is_dir()}

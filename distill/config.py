@@ -1,7 +1,7 @@
 """The schema of a job: one dataclass a section, and load(), the only door from Hydra's config to it. Knows no torch.
 
-Every setting carries its one-line explanation; docs/configuration.md is generated from them. The file is long because
-it is one flat table: to find a setting, look for its section.
+Every setting carries its one-line explanation; docs/configuration.md is generated from them. To find a setting, look
+for its section; its choices are in choices.py.
 """
 
 from __future__ import annotations
@@ -9,116 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.choices import (
+    Amp,
+    AugmentName,
+    BlockLoss,
+    Cost,
+    DataName,
+    Device,
+    GranularityName,
+    Init,
+    OptimizerName,
+    RecipeName,
+    Schedule,
+    Stage,
+    Stop,
+    Strategy,
+    TeacherSource,
+    WireDtype,
+)  # fmt: skip
 from distill.config_errors import explain
 from distill.errors import ConfigError
-
-
-class Stage(Enum):
-    """How far a job goes."""
-
-    all = "all"
-    teacher = "teacher"
-    plan = "plan"
-    distill = "distill"
-
-
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class TeacherSource(Enum):
-    cifar = "cifar"
-    torchvision = "torchvision"
-    timm = "timm"
-    factory = "factory"
-
-
-class DataName(Enum):
-    digits = "digits"
-    cifar10 = "cifar10"
-    cifar100 = "cifar100"
-    imagefolder = "imagefolder"
-    hf = "hf"
-
-
-class AugmentName(Enum):
-    none = "none"
-    crop = "crop"
-    crop_flip = "crop_flip"
-    resized_crop_flip = "resized_crop_flip"
-
-
-class GranularityName(Enum):
-    conv = "conv"
-    residual = "residual"
-    resolution = "resolution"
-    modules = "modules"
-
-
-class RecipeName(Enum):
-    separable = "separable"
-    separable_x2 = "separable_x2"
-
-
-class Init(Enum):
-    teacher = "teacher"
-    random = "random"
-
-
-class BlockLoss(Enum):
-    normalized_mse = "normalized_mse"
-    mse = "mse"
-
-
-class OptimizerName(Enum):
-    adam = "adam"
-    sgd = "sgd"
-    rmsprop = "rmsprop"
-
-
-class Schedule(Enum):
-    cosine = "cosine"
-    constant = "constant"
-
-
-class Amp(Enum):
-    off = "off"
-    bf16 = "bf16"
-
-
-class Stop(Enum):
-    steps = "steps"
-    plateau = "plateau"
-
-
-class Strategy(Enum):
-    auto = "auto"
-    broadcast = "broadcast"
-    relay = "relay"
-    replicate = "replicate"
-    layerwise = "layerwise"
-    serial = "serial"
-    ddp = "ddp"
-
-
-class Cost(Enum):
-    measured = "measured"
-    flops = "flops"
-
-
-class WireDtype(Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def setting(default: Any, explanation: str) -> Any:
@@ -228,7 +148,9 @@ class StudentConfig:
 @dataclass(kw_only=True)
 class BlocksConfig:
     granularity: GranularityName = setting(GranularityName.residual, "size of a block")
-    modules: list[str] = setting([], "with granularity modules: the module paths that are blocks, in order")
+    modules: list[str] = setting(
+        [], "with granularity modules: the blocks' module paths, or patterns of them, in order"
+    )
     include: list[str] = setting(["*"], "patterns (as in a shell) of the block names that get a student")
     exclude: list[str] = setting([], "patterns of the block names that do not")
 
@@ -247,6 +169,7 @@ class DistillConfig:
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
     lr: float = setting(3e-3, "peak learning rate")
     momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
+    smoothing: float = setting(0.99, "rmsprop's decay of its running mean square; Keras has 0.9")
     weight_decay: float = setting(0.0, "weight decay")
     schedule: Schedule = setting(Schedule.cosine, "learning rate over a block's budget, after the warm-up")
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly")
@@ -264,6 +187,7 @@ class DistillConfig:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
         _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
         _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1)
+        _between("distill", self, 0.0, 1.0, "smoothing")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError("distill.epochs", self.epochs, "a number > 0")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -319,6 +243,8 @@ class LaunchConfig:
     nnodes: int = setting(1, "nodes; run the same command on each")
     rdzv_endpoint: str | None = setting(None, "host:port of the first node, with nnodes > 1")
     rdzv_id: str = setting("distill", "name of the rendezvous, with nnodes > 1")
+    rdzv_here: bool | None = setting(None, "whether the rendezvous is on this node; null: if the endpoint's host is it")
+    local_addr: str | None = setting(None, "what other nodes can call this one; null: its own host name")
     max_restarts: int = setting(0, "restarts of the ranks after a failure")
     threads_per_rank: int | None = setting(
         None, "CPU threads of a rank; null: the cores divided by the ranks of the node"
@@ -333,13 +259,20 @@ class LaunchConfig:
 @dataclass(kw_only=True)
 class RunConfig:
     name: str = setting(MISSING, "folder of this experiment under outputs/")
-    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>")
+    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>, then -<run.tag> if given")
+    tag: str | None = setting(None, "keeps runs apart that differ only in how they run; a sweep sets it where needed")
+
+    def __post_init__(self) -> None:
+        if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9_.,+=-]+", self.tag):
+            raise ConfigError("run.tag", self.tag, "letters, digits and _.,+=- only: it is part of a folder's name")
 
 
 @dataclass(kw_only=True)
 class JobConfig:
     stage: Stage = setting(
-        Stage.all, "how far to go: to the trained teacher, the printed plan, the distilled blocks, or all"
+        Stage.all,
+        "how far to go: to the trained teacher, the printed plan, the distilled blocks, or all; "
+        "deliver writes the files of a finished run again",
     )
     seed: int = setting(0, "seed of everything random")
     device: Device = setting(Device.auto, "auto takes CUDA where there is one")
@@ -407,6 +340,18 @@ def fingerprint(config: JobConfig) -> str:
     """Return 16 hexadecimal digits that are equal for configurations that compute the same students."""
     canonical = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def in_fingerprint(key: str) -> bool:
+    """Whether a setting or a group of them (a dotted path) takes part in what the fingerprint tells apart."""
+    parts = key.split(".")
+    return not any(".".join(parts[:length]) in _NOT_IN_FINGERPRINT for length in range(1, len(parts) + 1))
+
+
+def run_directory(config: JobConfig) -> Path:
+    """Return where the results of this configuration go, as an absolute path."""
+    name = fingerprint(config) + (f"-{config.run.tag}" if config.run.tag else "")
+    return Path(config.run.dir or Path("outputs") / config.run.name / name).absolute()
 
 
 def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:

@@ -11,7 +11,8 @@ from distill.errors import ConfigError, one_of
 
 _WORDS = {
     "int": "an integer", "int | None": "an integer, or null", "float": "a number", "float | None": "a number, or null",
-    "str": "a text", "str | None": "a text, or null", "bool": "true or false", "list[str]": "a list, such as [a,b]",
+    "str": "a text", "str | None": "a text, or null", "bool": "true or false",
+    "bool | None": "true or false, or null", "list[str]": "a list, such as [a,b]",
     "list[float]": "a list of numbers, such as [1,2,3]",
     "list[float] | None": "a list of numbers, such as [1,2,3], or null",
 }  # fmt: skip
@@ -25,11 +26,16 @@ def explain(error: BaseException, kinds: Mapping[str, str], overrides: Sequence[
     while not getattr(error, "full_key", None) and error.__cause__ is not None:
         error = error.__cause__
     text = str(error)
-    choice = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    choice = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text)
     if choice:
         group, given = choice.groups()
         available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return ConfigError(group, given, one_of(available, given))
+        extra = "; submitit_slurm comes with the extra slurm: pip install 'distill[slurm]'"
+        lacking = group == "hydra/launcher" and "submitit_slurm" not in available
+        return ConfigError(group, given, one_of(available, given) + extra * lacking)
+    several = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text)
+    if several:
+        return ConfigError(several[1], several[2], "one value; several make a sweep with --multirun, [a,b] is a list")
     found = re.search(r"Could not (?:override|append to config[^']*) '([^'=]+)", text)
     key = str(getattr(error, "full_key", None) or (found.group(1) if found else "")).lstrip("+")
     key = re.sub(r"\[\d+\]$", "", key)  # an element of a list is not a setting of its own
@@ -49,6 +55,8 @@ def _refused(key: str, given: str, kinds: Mapping[str, str]) -> ConfigError:
         return ConfigError(key, given, one_of(choices, given) if choices[1:] else _WORDS.get(kinds[key], kinds[key]))
     if key.rpartition(".")[0] in kinds:
         return ConfigError(key, given, f"+{key}={given}: what is not in the schema is added with a plus sign")
+    if key.startswith("hydra."):
+        return ConfigError(key, given, "a setting of Hydra; those of hydra.launcher come with a hydra/launcher=choice")
     within = [path for path in kinds if path.startswith(f"{key}.")]
     if within:
         return ConfigError(key, given, f"its settings one by one: {', '.join(within)}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from safetensors.torch import save as to_bytes
 
@@ -39,12 +39,13 @@ def distill(
     one every `checkpoint_every` steps, `report` every reading.
     """
     started = time.monotonic()
+    first = {trainer.block: trainer.step for trainer in trainers}
     for trainer in trainers:
         if trainer.finished:  # resumed at its very end
             deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=0.0))
     for delivery in stream:
         address = delivery.address
-        for trainer in _due(trainers, address):
+        for trainer in _due(trainers, address, first):
             inputs, targets = delivery.boundaries[trainer.block], delivery.boundaries[trainer.block + 1]
             reading = None
             with trace.span("student", trainer.name, address.step, on_device=True):
@@ -62,10 +63,11 @@ def distill(
                 deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
 
 
-def _due(trainers: Iterable[BlockTrainer], address: Address) -> list[BlockTrainer]:
-    """The trainers whose next batch this is; one resumed further ahead lets earlier batches pass."""
+def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int, int]) -> list[BlockTrainer]:
+    """The trainers whose next batch this is; one resumed further ahead, at step `first`, lets earlier batches pass, and
+    the looks after them: its checkpoint was written after its own."""
     step = address.step if address.is_training else address.step + 1
-    due = [trainer for trainer in trainers if not trainer.finished and trainer.step <= step]
+    due = [trainer for trainer in trainers if not trainer.finished and first[trainer.block] <= address.step]
     assert all(trainer.step == step for trainer in due), f"a batch was missed before {address}"
     return due
 

@@ -24,7 +24,12 @@ FORMAT = 1
 @dataclass(frozen=True, kw_only=True)
 class StudentCard:
     """Everything but the weights. `architecture` holds build_architecture()'s arguments, `recipe` its name and options,
-    `replaced` the paths of the convolutions it replaced; images are RGB in 0..1, normalised by `mean` and `std`."""
+    `replaced` the paths of the convolutions it replaced.
+
+    A picture becomes an input by: its colours as `colours`; shorter side resized to `resize_shorter_side` pixels by
+    `resize_filter`; `crop` to image_size x image_size; values in `value_range`; minus `mean`, divided by `std`, one a
+    channel; as `input_layout`. That is how the test images were prepared. Outputs are logits, one a class.
+    """
 
     architecture: Mapping[str, Any]
     recipe: Mapping[str, Any]
@@ -33,6 +38,12 @@ class StudentCard:
     mean: Sequence[float]
     std: Sequence[float]
     classes: Sequence[str]
+    resize_shorter_side: int
+    resize_filter: str = "bilinear, antialiased (as PIL resizes)"
+    crop: str = "centre"
+    colours: str = "RGB"
+    value_range: Sequence[float] = field(default_factory=lambda: [0.0, 1.0])
+    input_layout: str = "batch, channel, height, width; float32"
     format: int = field(default=FORMAT)
 
 

@@ -53,8 +53,11 @@ def label_loss(logits: Tensor, batch: Batch) -> Tensor:
 def distillation_loss(teacher: nn.Module, *, temperature: float, soft_weight: float) -> NetworkLoss:
     """Return the loss soft_weight * soft targets + (1 - soft_weight) * labels against a teacher in eval mode.
 
-    Source: Hinton, Vinyals, Dean 2015, section 2 (arXiv:1503.02531).
+    Without a weight of the soft targets the teacher does not run. Source: Hinton, Vinyals, Dean 2015, section 2
+    (arXiv:1503.02531).
     """
+    if soft_weight == 0:
+        return label_loss
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():

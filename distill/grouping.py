@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from itertools import groupby
 
 from torch import fx, nn
 
-from distill.blocks import Boundary
 from distill.errors import ConfigError
 from distill.tracing import CONTAINERS, Segment, Trace, module_stack
 
@@ -25,6 +23,10 @@ _COMPUTE_FUNCTIONS = frozenset(f"conv{kind}{rank}d" for kind in ("", "_transpose
     "shifted_window_attention",
 }
 _AVERAGE_POOLS = frozenset(("avgpool2d", "avg_pool2d"))
+
+
+class NotACutPointError(Exception):
+    """More than one tensor is alive at the edge of a listed module: only hooks can make it a block."""
 
 
 class Granularity(Enum):
@@ -52,7 +54,8 @@ class Group:
 def group(trace: Trace, *, granularity: Granularity, modules: Sequence[str] = ()) -> list[Group]:
     """Return the blocks of a traced network in order; together they hold every segment once.
 
-    Raises ConfigError on blocks.modules if a listed module cannot be a block.
+    `modules` are checked paths. Raises ConfigError on blocks.modules if one of them cannot be a block, and
+    NotACutPointError where only other tensors that pass by stand against it.
     """
     if granularity is Granularity.modules:
         return _group_modules(trace, modules)
@@ -177,24 +180,7 @@ def _resolution(trace: Trace, block: Piece) -> tuple[int, ...]:
     return tokens[-1] if tokens else trace.forms[block[-1].result].shape[1:-1]
 
 
-def check_listed(model: nn.Module, modules: Sequence[str]) -> None:
-    """Raise ConfigError on blocks.modules if a path names nothing, stands twice or lies inside another."""
-    paths = [path for path, _ in model.named_modules() if path]
-    if not modules:
-        raise ConfigError("blocks.modules", list(modules), f"a list of module paths, such as {paths[:3]}")
-    for path in modules:
-        if path not in paths:
-            near = difflib.get_close_matches(path, paths, n=3) or paths[:3]
-            raise ConfigError("blocks.modules", path, f"the path of a module, such as {', '.join(near)}")
-        if modules.count(path) > 1:
-            raise ConfigError("blocks.modules", path, "each module once; this one stands twice in the list")
-        outer = [other for other in modules if path.startswith(other + ".")]
-        if outer:
-            raise ConfigError("blocks.modules", path, f"modules that do not overlap; this one lies inside {outer[0]}")
-
-
 def _group_modules(trace: Trace, modules: Sequence[str]) -> list[Group]:
-    check_listed(trace.root, modules)
     groups: list[Group] = []
     done = 0
     for path in modules:
@@ -227,23 +213,23 @@ def _span_of(trace: Trace, path: str) -> tuple[int, int]:
         raise ConfigError("blocks.modules", path, f"a module that runs once; this one runs {len(calls)} times")
     for index, whole in inside:
         if not whole:
-            crossing = _crossing(trace.segments[index], path, trace.forms)
-            raise ConfigError("blocks.modules", path, f"a module with one tensor in and one out; {crossing}")
+            if _is_passed_by(trace.segments[index], path):
+                raise NotACutPointError(path)
+            allowed = "a module with one tensor in and one out; weights are shared across its edge"
+            raise ConfigError("blocks.modules", path, allowed)
     return inside[0][0], inside[-1][0]
 
 
-def _crossing(segment: Segment, path: str, forms: Mapping[fx.Node, Boundary]) -> str:
-    """Describe the values that are alive at an edge of module `path` inside a segment that it does not fill."""
+def _is_passed_by(segment: Segment, path: str) -> bool:
+    """True if several values are alive at an edge of module `path` inside a segment that it does not fill."""
     nodes = [segment.source, *segment.body]
     inside = [any(at == path for _, at, _ in module_stack(node)) for node in nodes]
     inside[0] = inside[1]  # the tensor that comes in is no edge
     for edge in (place for place in range(len(nodes) - 1) if inside[place] != inside[place + 1]):
         later = set(nodes[edge + 1 :])
-        alive = [node for node in nodes[: edge + 1] if later & node.users.keys()]
-        if len(alive) > 1:
-            described = [f"{node.name} {forms[node].shape}" if node in forms else node.name for node in alive]
-            return f"at its edge these are alive: {', '.join(described)}"
-    return "weights are shared across its edge"
+        if sum(bool(later & node.users.keys()) for node in nodes[: edge + 1]) > 1:
+            return True
+    return False
 
 
 def _named(trace: Trace, blocks: Sequence[Piece], *, ends_in_head: bool) -> list[Group]:

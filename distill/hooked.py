@@ -1,12 +1,13 @@
-"""Cuts a network that torch.fx cannot trace, along a list of its modules. Knows nothing of tracing.
+"""Cuts a network along a list of its modules, where no trace of it can be cut there. Knows nothing of tracing.
 
 The network runs as it is, up to the deepest boundary asked for, and forward hooks hear what passes the modules' edges.
+A skip connection may pass a listed module by: it stays inside the network, and only the module's own tensors are heard.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -32,7 +33,7 @@ class _EnoughError(BaseException):
 
 
 class HookedChain(Chain):
-    """A chain over listed modules of an untraceable network; what lies between them can only run with the rest."""
+    """A chain over listed modules; what lies between them has no students and can only run with the rest."""
 
     def __init__(self, model: nn.Module, sample: Tensor, output: Tensor, modules: Sequence[str]) -> None:
         """Listen to `model`, which gives `output` for `sample`, at `modules`: existing paths in the order they run.
@@ -41,7 +42,7 @@ class HookedChain(Chain):
         """
         self._root = share_tensors(model)
         switch_off_in_place(self._root)
-        heard, result = _listen_to_sample(self._root, sample, modules)
+        heard, result, self.first_convolution = _listen_to_sample(self._root, sample, modules)
         if not agree(result, output):
             raise ConfigError(
                 "blocks.modules", list(modules), "a network that does not rely on layers working in place"
@@ -85,26 +86,46 @@ class HookedChain(Chain):
             raise NotImplementedError("a network that is only hooked runs from its input")
         assert all(0 <= boundary <= last <= len(self.blocks) for boundary in keep), (last, keep)
         x = self.boundaries[0].conform(x)
-        taps = {tap: boundary for boundary, tap in enumerate(self._taps) if tap is not None and boundary <= last}
         heard = {0: x}
+
+        def hear(boundary: int, tensor: Tensor) -> None:
+            heard[boundary] = tensor
+            if boundary == last:
+                raise _EnoughError
+
         if last > 0:
-            heard |= self._listen(x, taps, last)
+            with suppress(_EnoughError):
+                self._listen(x, {last, *keep}, hear)
         return {boundary: self.boundaries[boundary].conform(heard[boundary]) for boundary in keep}
 
-    def _listen(self, x: Tensor, taps: Mapping[Tap, int], last: int) -> dict[int, Tensor]:
-        """Run the network until boundary `last` has been heard."""
-        heard: dict[int, Tensor] = {}
+    @torch.no_grad()
+    def _listen(self, x: Tensor, wanted: Collection[int], hear: Callable[[int, Tensor], None]) -> None:
+        """Run the network and call `hear` with each of the boundaries `wanted` behind the input, as it passes."""
+        taps = {tap: boundary for boundary, tap in enumerate(self._taps) if tap is not None and boundary in wanted}
 
-        def hear(tap: Tap, value: object) -> None:
+        def tapped(tap: Tap, value: object) -> None:
             if tap in taps:
                 assert isinstance(value, Tensor), tap  # it was one on the sample
-                heard[taps[tap]] = value
-                if taps[tap] == last:
-                    raise _EnoughError
+                hear(taps[tap], value)
 
-        with suppress(_EnoughError), _hooks(self._root, {path for path, _ in taps}, hear):
-            heard[len(self.blocks)] = self._root(x)
-        return heard
+        with _hooks(self._root, {path for path, _ in taps}, tapped):
+            result = self._root(x)
+        if self._taps[-1] is None and len(self.blocks) in wanted:
+            hear(len(self.blocks), result)
+
+    def counted(self, x: Tensor, counter: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
+        readings: list[float] = []
+        heard: list[Tensor] = []
+
+        def hear(boundary: int, tensor: Tensor) -> None:
+            readings.append(counter())
+            heard.append(self.boundaries[boundary].conform(tensor))
+
+        x = self.boundaries[0].conform(x)
+        start = counter()
+        self._listen(x, range(1, len(self.boundaries)), hear)
+        for before, reading, tensor in zip([start, *readings], readings, heard, strict=False):
+            yield reading - before, tensor
 
     @torch.no_grad()
     def run_block(self, index: int, x: Tensor) -> Tensor:
@@ -161,10 +182,15 @@ def _hooks(root: nn.Module, paths: Iterable[str], hear: Callable[[Tap, object], 
 
 
 @torch.no_grad()
-def _listen_to_sample(root: nn.Module, sample: Tensor, modules: Sequence[str]) -> tuple[dict[Tap, Tensor], Tensor]:
-    """Run `sample` and return the tensors at the edges of `modules`, and the output; raise what stands against them."""
+def _listen_to_sample(
+    root: nn.Module, sample: Tensor, modules: Sequence[str]
+) -> tuple[dict[Tap, Tensor], Tensor, str | None]:
+    """Run `sample` and return the tensors at the edges of `modules`, the output, and the path of the convolution that
+    runs first; raise what stands against the modules."""
     heard: dict[Tap, Tensor] = {}
     versions: dict[Tap, int] = {}
+    convolutions = [path for path, module in root.named_modules() if isinstance(module, nn.Conv2d)]
+    used: list[str] = []
 
     def hear(tap: Tap, value: object) -> None:
         path, side = tap
@@ -179,7 +205,7 @@ def _listen_to_sample(root: nn.Module, sample: Tensor, modules: Sequence[str]) -
         heard[tap], versions[tap] = value, value._version
 
     before = sample._version
-    with _hooks(root, modules, hear):
+    with _hooks(root, convolutions, lambda tap, _: used.append(tap[0])), _hooks(root, modules, hear):
         result: Tensor = root(sample)
     ran = [path for path, side in heard if side == "in"]
     for path in modules:
@@ -191,4 +217,4 @@ def _listen_to_sample(root: nn.Module, sample: Tensor, modules: Sequence[str]) -
     if changed or sample._version != before:
         where = changed[0] if changed else modules[0]
         raise ConfigError("blocks.modules", where, "a place whose tensor is not changed in place later on")
-    return heard, result
+    return heard, result, used[0] if used else None

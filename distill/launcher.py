@@ -8,19 +8,34 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from distill.compose import VERSION_BASE, compose, config_dir, register_schema
 from distill.config import JobConfig, load, to_yaml
 from distill.errors import DistillError
+from distill.stopper import Stop, Stopper, stoppable
+
+if TYPE_CHECKING:  # importing torch takes seconds, which --help need not pay
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 CONFIG_VARIABLE = "DISTILL_RESOLVED"  # path of the composed configuration, for the ranks that this launcher starts
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: its exit status, why it failed, and whether it was told to stop before its end."""
+
+    status: int = 0
+    reason: str = ""
+    stopped: bool = False
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that the command line describes; return the exit status. Flags (--help, --cfg, -m) go to Hydra."""
+    """Run the job that the command line describes; return the exit status. Flags (--help, --cfg) go to Hydra."""
     if any(argument.startswith("-") for argument in arguments):
         return _hydra_main()
     try:
@@ -28,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     except DistillError as error:
         sys.stderr.write(f"distill: {error}\n")
         return 2
-    return launch(config)
+    return _run(config)
 
 
 def _hydra_main() -> int:
@@ -38,7 +53,7 @@ def _hydra_main() -> int:
 
     @hydra.main(version_base=VERSION_BASE, config_path=config_dir(), config_name="job")
     def job(cfg: DictConfig) -> None:
-        status = launch(load(cfg))
+        status = _run(load(cfg))
         if status != 0:
             raise SystemExit(status)
 
@@ -46,10 +61,26 @@ def _hydra_main() -> int:
     return 0
 
 
-def launch(config: JobConfig) -> int:
-    """Start this node's ranks, wait for them and return the exit status of the job."""
+def _run(config: JobConfig) -> int:
+    outcome = launch(config)
+    if outcome.stopped:
+        sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
+    return outcome.status
+
+
+def launch(config: JobConfig) -> Outcome:
+    """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first."""
+    try:
+        with stoppable() as stopper, tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+            return _launch(config, Path(scratch), stopper)
+    except Stop as stop:
+        return Outcome(stop.status, f"stopped by {stop.signal}", stopped=True)
+    finally:
+        os.environ.pop(CONFIG_VARIABLE, None)
+
+
+def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -60,28 +91,39 @@ def launch(config: JobConfig) -> int:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The ranks tell their own errors; the agent's account of them would only repeat that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
-        resolved = Path(scratch) / "resolved.yaml"
-        resolved.write_text(to_yaml(config))
-        os.environ[CONFIG_VARIABLE] = str(resolved)
-        plan = LaunchConfig(
-            min_nodes=options.nnodes,
-            max_nodes=options.nnodes,
-            nproc_per_node=options.nproc_per_node,
-            run_id=options.rdzv_id if options.nnodes > 1 else uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint=options.rdzv_endpoint or "localhost:0",
-            max_restarts=options.max_restarts,
-            monitor_interval=0.2,
-            logs_specs=DefaultLogsSpecs(log_dir=scratch),
-        )
-        try:
-            elastic_launch(plan, sys.executable)("-u", "-m", "distill")
-        except ChildFailedError as error:
-            return next((abs(f.exitcode) for f in error.failures.values()), 1)
-        except SignalException as stop:
-            sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
-            return 128 + int(stop.sigval)
-        finally:
-            os.environ.pop(CONFIG_VARIABLE, None)
-    return 0
+    resolved = scratch / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    os.environ[CONFIG_VARIABLE] = str(resolved)
+    plan = LaunchConfig(
+        min_nodes=options.nnodes,
+        max_nodes=options.nnodes,
+        nproc_per_node=options.nproc_per_node,
+        run_id=options.rdzv_id if options.nnodes > 1 else uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=options.rdzv_endpoint or "localhost:0",
+        rdzv_configs={} if options.rdzv_here is None else {"is_host": options.rdzv_here},
+        local_addr=options.local_addr,
+        max_restarts=options.max_restarts,
+        monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
+        signals_to_handle="SIGQUIT",  # the others are the stopper's: torch's handlers would outlive this job
+    )
+    stopper.check()
+    try:
+        elastic_launch(plan, sys.executable)("-u", "-m", "distill")
+    except ChildFailedError as error:
+        return _failed(error)
+    finally:
+        stopper.check()
+    return Outcome()
+
+
+def _failed(error: ChildFailedError) -> Outcome:
+    """The outcome of the rank of this node that failed first, with its own words where it left some."""
+    rank, failure = error.get_first_failure()
+    told = failure.error_file_data.get("message")
+    if isinstance(told, dict):
+        reason = str(told["message"])
+    else:
+        reason = f"ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+    return Outcome(abs(failure.exitcode), f"rank {rank}: {reason}")

@@ -21,13 +21,7 @@ class RunDirectory:
 
         Raises ConfigError on run.dir where another configuration's run lies there, before anything is written.
         """
-        found = read_json(self.path / "identity.json")
-        if found is None and self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError("run.dir", str(self.path), "an empty or new directory, or an earlier run of this job")
-        if found is not None and found != dict(identity):
-            keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
-            differing = ", ".join(f"{key}={found.get(key)!r} there, {identity.get(key)!r} here" for key in keys[:4])
-            raise ConfigError("run.dir", str(self.path), f"a run of the same configuration; differing: {differing}")
+        self.refuse_others(identity)
         for folder in ("logs", "metrics", "stages"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         write_json(self.path / "identity.json", dict(identity))
@@ -36,9 +30,23 @@ class RunDirectory:
         write_json(self.path / "generation.json", generation)
         return generation
 
+    def refuse_others(self, identity: Mapping[str, Any]) -> None:
+        """Raise ConfigError on run.dir where another configuration's run, or something else, lies there."""
+        found = read_json(self.path / "identity.json")
+        if found is None and self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError("run.dir", str(self.path), "an empty or new directory, or an earlier run of this job")
+        if found is not None and found != dict(identity):
+            keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
+            differing = ", ".join(f"{key}={found.get(key)!r} there, {identity.get(key)!r} here" for key in keys[:4])
+            raise ConfigError("run.dir", str(self.path), f"a run of the same configuration; differing: {differing}")
+
     def result(self, stage: str) -> Any:
         """Return what a completed stage recorded, or None."""
         return read_json(self.path / "stages" / f"{stage}.json")
+
+    def reopen(self, stage: str) -> None:
+        """Forget that a stage is complete: it will be done again."""
+        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
     def complete(self, stage: str, result: Any) -> None:
         """Record a stage as complete, after everything else that it writes."""

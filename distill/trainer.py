@@ -27,6 +27,7 @@ class TrainerOptions:
     optimizer: str = "adam"
     lr: float = 3e-3
     momentum: float = 0.9
+    smoothing: float = 0.99
     weight_decay: float = 0.0
     schedule: str = "cosine"
     warmup_steps: int = 0
@@ -83,7 +84,7 @@ def make_optimizer(module: nn.Module, options: TrainerOptions) -> torch.optim.Op
         return torch.optim.SGD(
             parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
         )
-    return torch.optim.RMSprop(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    return torch.optim.RMSprop(parameters, lr=options.lr, alpha=options.smoothing, weight_decay=options.weight_decay)
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -123,6 +123,11 @@ class Dataset:
         return len(self._test_source)
 
     @property
+    def evaluation_side(self) -> int:
+        """What the shorter side of a test image is resized to before the centre crop, in pixels."""
+        return self._test_images.evaluation_side
+
+    @property
     def skipped(self) -> tuple[str, ...]:
         """Names of the images met so far that could not be decoded."""
         return self._skipped.names

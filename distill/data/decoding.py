@@ -50,9 +50,14 @@ def fit(image: Image.Image, image_size: int) -> Image.Image:
     return _resize_and_crop(image, shorter_side=image_size, image_size=image_size)
 
 
+def evaluation_side(image_size: int) -> int:
+    """Return what the shorter side of an image is resized to before evaluation_view() crops it, in pixels."""
+    return round(image_size * EVALUATION_RESIZE)
+
+
 def evaluation_view(image: Image.Image, image_size: int) -> Image.Image:
     """Return the centre crop after resizing the shorter side to round(image_size * 256 / 224)."""
-    return _resize_and_crop(image, shorter_side=round(image_size * EVALUATION_RESIZE), image_size=image_size)
+    return _resize_and_crop(image, shorter_side=evaluation_side(image_size), image_size=image_size)
 
 
 def crop_view(image: Image.Image, image_size: int, box: tuple[int, int, int, int]) -> Image.Image:

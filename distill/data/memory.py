@@ -38,6 +38,7 @@ class MemoryImages:
         images_NHWC, self._is_bad = _load(source, image_size, skipped)
         self._images_NHWC = images_NHWC.to(device)
         self._labels = source.labels.to(device)
+        self.evaluation_side = image_size
 
     def readable(self, rows: Tensor) -> Tensor:
         return rows[~self._is_bad[rows]]

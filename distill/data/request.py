@@ -32,6 +32,10 @@ class Request:
 class Images(Protocol):
     """The pixels of one split at image_size x image_size."""
 
+    @property
+    def evaluation_side(self) -> int:
+        """What the shorter side of an image is resized to for evaluation, in pixels, before the centre crop."""
+
     def readable(self, rows: Tensor) -> Tensor:
         """Return `rows` without those known not to be decodable."""
 

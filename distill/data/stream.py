@@ -115,6 +115,7 @@ class StreamImages:
         device: torch.device,
     ) -> None:
         self._decoder = BatchDecoder(source, image_size=image_size, groups=groups, max_bad_images=skipped.limit)
+        self.evaluation_side = decoding.evaluation_side(image_size)
         self._must_be_full = groups is not None
         self._skipped = skipped
         self._num_workers = num_workers

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import distill
 from distill.checkpoint import CheckpointFolder
-from distill.config import fingerprint
+from distill.choices import Stage
+from distill.config import JobConfig, fingerprint, identity
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.energy import joules_per_image, summarize
+from distill.errors import ConfigError, DistillError
 from distill.evaluate import Hits, count_hits, measure_network
 from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
@@ -25,12 +28,15 @@ from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
 from distill.job.materials import Blocks, architecture_of
 from distill.ledger import Ledger
+from distill.programs import deliver_programs
 from distill.report import result_table, write_report
+from distill.rundir import RunDirectory
 from distill.transport import wire_backend
 
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 250
+COMPARISON_BATCH, COMPARISON_IMAGES = 64, 256
 
 
 def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
@@ -78,7 +84,7 @@ def final_state(context: Context) -> str:
 
 
 def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
-    """Count every network's hits on the test split, each rank on its share: the only time that split is read."""
+    """Count every network's hits on the test split, each rank on its share: the only time that its labels are read."""
     if context.completed("evaluate") is not None:
         return
     results: dict[str, dict[str, float]] = {}
@@ -97,11 +103,35 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         context.run.complete("evaluate", results)
 
 
+def refuse_unfinished(config: JobConfig, run: RunDirectory) -> None:
+    """Raise unless this is the configuration's run, complete up to the delivery; before anything is read or written.
+
+    Every rank looks for itself, so that all stop at once.
+    """
+    if not (run.path / "resolved.yaml").exists():
+        allowed = "the directory of a finished run; the same command without stage=deliver makes one"
+        raise ConfigError("run.dir", str(run.path), allowed)
+    run.refuse_others(identity(config))
+    stages = ["teacher", "distill", "assemble", "finetune", "evaluate"]
+    skipped = {"teacher": config.teacher.fit_epochs, "finetune": config.finetune.epochs}
+    for stage in stages:
+        if skipped.get(stage) != 0 and run.result(stage) is None:
+            raise DistillError(
+                f"{run.path}: nothing to deliver yet, its stage {stage} is not complete; "
+                f"finish it with: python -m distill run={run.path}"
+            )
+
+
 def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
-    """Write the student, metrics.json and report.html, and print teacher against student. Rank 0 works alone."""
+    """Write the student, its programs, metrics.json and report.html, and print teacher against student.
+
+    Rank 0 works alone. What is complete is only printed again, unless stage=deliver asks for it.
+    """
     if not context.leads:
         return
     run, config = context.run, context.config
+    if config.stage is Stage.deliver:
+        run.reopen("deliver")
     if run.result("deliver") is None:
         student = load_student_state(context, final_state(context), teacher, blocks)
         card = StudentCard(
@@ -112,9 +142,11 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             mean=config.teacher.mean or config.data.mean,
             std=config.teacher.std or config.data.std,
             classes=dataset.classes,
+            resize_shorter_side=dataset.evaluation_side,
         )
         save_student(run.path, student, card)
-        metrics = _metrics(context, dataset, teacher, student, blocks)
+        exports = deliver_programs(run.path, student, card, _some_test_images(dataset))
+        metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         run.complete("deliver", {"student": "student.safetensors"})
@@ -125,8 +157,32 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             log.warning(
                 "block %s %s: the student has its weights of step %d", block["name"], block["status"], block["steps"]
             )
+    _tell_exports(context, metrics.get("exports", {}))
     context.say(f"student: {run.path / 'student.safetensors'}")
     context.say(f"report:  {run.path / 'report.html'}")
+
+
+def _some_test_images(dataset: Dataset) -> list[Tensor]:
+    """Return the first test images, enough of them to see a difference between two programs."""
+    batches: list[Tensor] = []
+    for batch in dataset.test_batches(COMPARISON_BATCH):
+        batches.append(batch.images)
+        if sum(map(len, batches)) >= COMPARISON_IMAGES:
+            break
+    return batches
+
+
+def _tell_exports(context: Context, exports: Mapping[str, Mapping[str, Any]]) -> None:
+    for record in exports.values():
+        if record["status"] == "ok":
+            context.say(
+                f"{record['file']}: logits within {record['max_abs_difference']:.1e} of the eager student's, same "
+                f"first guess on {record['top1_agreement']:.2f} % of {record['images']} test images"
+            )
+        elif record["status"] == "not installed":
+            context.say(f"{record['file']}: not written; {record['reason']}")
+        else:
+            log.warning("%s: not written; %s", record["file"], record["reason"])
 
 
 def _metrics(

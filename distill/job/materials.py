@@ -14,7 +14,8 @@ from torch import nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.checkpoint import CheckpointFolder, contiguous
-from distill.config import AugmentName, JobConfig
+from distill.choices import AugmentName
+from distill.config import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, one_of
@@ -152,13 +153,11 @@ def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: 
     names = [block.name for block in chain.blocks]
     chosen = _matching("blocks.include", config.blocks.include, names)
     chosen -= _matching("blocks.exclude", config.blocks.exclude, names)
-    first = next((conv for block in chain.blocks for conv in block.convolutions), None)
+    kept = None if config.student.first_layer else chain.first_convolution
     replaced = {}
     for block in chain.blocks:
         paths = tuple(
-            path
-            for path in block.convolutions
-            if recipe.replaces(teacher.get_submodule(path)) and (config.student.first_layer or path != first)
+            path for path in block.convolutions if recipe.replaces(teacher.get_submodule(path)) and path != kept
         )
         if paths and block.name in chosen:
             replaced[block.index] = paths

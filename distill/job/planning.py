@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.config import Cost, JobConfig, Stop, Strategy, WireDtype
+from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.config import JobConfig
 from distill.cost import (
     WIRE_S_PER_BYTE,
     BlockCosts,
@@ -186,6 +187,7 @@ def trainer_options(config: JobConfig) -> TrainerOptions:
         optimizer=options.optimizer.name,
         lr=options.lr,
         momentum=options.momentum,
+        smoothing=options.smoothing,
         weight_decay=options.weight_decay,
         schedule=options.schedule.name,
         warmup_steps=options.warmup_steps,

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +17,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from distill.choices import Device, Stage
 from distill.compose import compose
-from distill.config import Device, JobConfig, Stage, fingerprint, from_yaml, identity, to_yaml
+from distill.config import JobConfig, from_yaml, identity, run_directory, to_yaml
 from distill.control import Control, StoreAddress, ranks_of
 from distill.data import Dataset
 from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
+from distill.files import DiskError, write_json
 from distill.job.assembly import assemble_student
 from distill.job.context import Context
-from distill.job.delivery import deliver, evaluate, finetune_student
+from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.metering import metering
 from distill.job.students import train_blocks
@@ -49,10 +53,13 @@ def run_rank(overrides: Sequence[str]) -> int:
         control.timeout_s = config.plan.timeout_s
         _run(config, control)
     except DistillError as error:
+        _leave_word(str(error))
         _tell(error, control)
         return 1
-    except Exception:
+    except Exception as error:
+        _leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
+        sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
         raise
     control.leave()
     return 0
@@ -69,6 +76,15 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
     return from_yaml(text)
 
 
+def _leave_word(reason: str) -> None:
+    """Tell the agent that started this rank why it fails, in the file where torch's agents look for that."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        facts = {"timestamp": str(int(time.time())), "py_callstack": traceback.format_exc()}
+        with suppress(DiskError):  # a full disk may be the very reason
+            write_json(Path(path), {"message": {"message": reason, "extraInfo": facts}})
+
+
 def _tell(error: DistillError, control: Control) -> None:
     """Log an error, and print it once: the same mistake usually stops every rank."""
     if logging.getLogger("distill").handlers:
@@ -79,16 +95,19 @@ def _tell(error: DistillError, control: Control) -> None:
             control.set("failed", True)
         return
     deadline = time.monotonic() + MOURNING_S
-    while time.monotonic() < deadline:
-        if control.get("failed"):
-            return
-        time.sleep(0.1)
+    with suppress(RuntimeError):  # the store has gone with rank 0
+        while time.monotonic() < deadline:
+            if control.get("failed"):
+                return
+            time.sleep(0.1)
     sys.stderr.write(f"distill: {error}\n")
 
 
 def _run(config: JobConfig, control: Control) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
+    if config.stage is Stage.deliver:
+        refuse_unfinished(config, RunDirectory(run_directory(config)))
     with open_data(config, device) as dataset:
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset, teacher, device) if config.stage is not Stage.teacher else None
@@ -105,7 +124,7 @@ def _run(config: JobConfig, control: Control) -> None:
 def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
     """Run the stages from the plan on, as far as the configuration asks for."""
     train_blocks(context, dataset, blocks)
-    if context.config.stage is not Stage.all:
+    if context.config.stage not in (Stage.all, Stage.deliver):
         return
     with context.during("assemble"):
         assemble_student(context, dataset, teacher, blocks)
@@ -120,7 +139,7 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
 def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
     """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
     if control.rank == 0:
-        path = Path(config.run.dir or Path("outputs") / config.run.name / fingerprint(config)).absolute()
+        path = run_directory(config)
         generation = RunDirectory(path).claim(identity(config), to_yaml(config))
         control.set("run", {"dir": str(path), "generation": generation})
     run = control.wait("run", peer=0, purpose="run directory")

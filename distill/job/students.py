@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder
-from distill.config import Stage, Stop
+from distill.choices import Stage, Stop
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.job.context import Context

@@ -8,9 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from distill.blocks import switch_off_in_place
+
 
 class Recipe(ABC):
     """A way to replace one convolution. Its constructor's arguments travel in student.json and rebuild it."""
+
+    needs_output = False  # whether a replacement's backward pass reads its output, which a layer behind must then leave
 
     def __init__(self, *, rank: int, init: str) -> None:
         self.rank = rank
@@ -39,8 +43,10 @@ def replace_convolutions(
     """Put the recipe's replacements in the place of the convolutions at `paths`, in the order given.
 
     With a generator they get their first weights from the convolution they replace; without one they are left for a
-    state dict to fill.
+    state dict to fill. Layers of the network that work in place stop doing so where the recipe needs that.
     """
+    if recipe.needs_output:
+        switch_off_in_place(network)
     for path in paths:
         conv = network.get_submodule(path)
         assert isinstance(conv, nn.Conv2d), path

@@ -18,6 +18,8 @@ class SeparableX2(Recipe):
     the recipe fits networks whose convolutions are followed by ReLU.
     """
 
+    needs_output = True  # of its last ReLU; in VGG another ReLU follows, which works in place
+
     def build(self, conv: nn.Conv2d) -> nn.Sequential:
         same = [size // 2 for size in conv.kernel_size]
         channels, out = conv.in_channels, conv.out_channels

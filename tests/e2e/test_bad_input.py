@@ -154,3 +154,15 @@ def test_a_full_disk_is_told_and_nothing_is_left_half_written(tmp_path: Path) ->
     assert "free some space or set run.dir" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def test_an_error_of_ours_is_told_in_one_line_as_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("distill.job.rank.cut_blocks", fail)
+    with pytest.raises(ZeroDivisionError):
+        run_rank([*SMALL, "run.dir=run"])
+    assert "distill: rank 0: ZeroDivisionError: division by zero\n" in capsys.readouterr().err

@@ -215,7 +215,9 @@ def test_listed_modules_become_blocks_and_so_does_the_rest() -> None:
         (["layer1", "layer1.0"], "lies inside layer1"),
         (["layer1", "layer1"], "twice"),
         (["layer2", "layer1"], "order in which they run"),
-        (["layer1.0.conv2"], r"alive: relu \(2, 16, 32, 32\), relu_1 \("),
+        (["layr*.conv2"], r"layr\*.*a pattern that matches"),
+        (["layer1.*.conv2", "layer1.0.*2"], "twice"),
+        (["layer2.*.conv2", "layer1.*.conv2"], "order in which they run"),
         ([], "list of module paths"),
     ],
 )

@@ -14,7 +14,7 @@ from distill.config import JobConfig, fingerprint, from_yaml, identity, settings
 from distill.errors import ConfigError
 
 CONF = Path(config_dir())
-GROUPS = ("teacher", "data", "student", "experiment")
+GROUPS = ("teacher", "data", "student", "launch", "experiment")
 # What a choice needs besides its own file: the settings that only the user knows.
 NEEDED = {
     "teacher/torchvision": ["teacher.name=resnet18"],
@@ -23,6 +23,7 @@ NEEDED = {
     "data/imagefolder": ["data.root=/images"],
     "data/hf": ["data.root=/images"],
     "experiment/cifar10_resnet20": ["data.root=/images"],
+    "experiment/paper_resnet50_imagenet": ["data.root=/images"],
 }
 
 
@@ -81,6 +82,12 @@ class TestChoices:
         config = compose([choice.replace("/", "=") for choice in chosen] + sorted(needed))
         assert isinstance(config, JobConfig)
         assert config.run.name
+
+    def test_a_run_is_named_after_its_choices_or_by_its_experiment(self) -> None:
+        assert compose([]).run.name == "cifar_resnet20-digits-separable"
+        assert compose(["data=cifar10", "student=separable_x2"]).run.name == "cifar_resnet20-cifar10-separable_x2"
+        assert compose(["experiment=cifar10_resnet20", "data.root=/images"]).run.name == "cifar10_resnet20"
+        assert compose(["experiment=paper_vgg16_cifar10", "run.name=mine"]).run.name == "mine"
 
     def test_no_choice_is_left_out_of_the_combinations(self) -> None:
         assert {choice for chosen in COMBINATIONS for choice in chosen} == set(ALL_CHOICES)

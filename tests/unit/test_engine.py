@@ -118,6 +118,19 @@ def test_a_block_resumed_further_ahead_lets_earlier_batches_pass(tmp_path: Path)
         assert all(torch.equal(whole.weights[block][n], t) for n, t in again.weights[block].items())
 
 
+def test_a_block_resumed_further_ahead_does_not_look_again_at_what_it_has_seen(tmp_path: Path) -> None:
+    looks, options = Checks(every=4, batches=1), {"lr": 0.0, "patience": 100}
+    whole = trainer(1, **options)
+    outcome, _ = run(tmp_path, [trainer(0, **options), whole], checks=looks, every=4)
+    state = outcome.checkpoints.load(block_name(1))
+    assert state is not None
+    assert state.step == 8
+    resumed = trainer(1, **options)
+    resumed.resume(state)
+    run(tmp_path / "again", [trainer(0, **options), resumed], checks=looks)
+    assert resumed.progress.looks_without_improvement == whole.progress.looks_without_improvement > 0
+
+
 def test_a_block_resumed_at_its_end_is_handed_over_without_a_batch(tmp_path: Path) -> None:
     done = trainer(0)
     done.step = BUDGET

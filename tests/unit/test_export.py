@@ -42,6 +42,7 @@ def card(student: nn.Module) -> StudentCard:
         mean=[0.5, 0.5, 0.5],
         std=[0.2, 0.2, 0.2],
         classes=[str(digit) for digit in range(10)],
+        resize_shorter_side=32,
     )
 
 

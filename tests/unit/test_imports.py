@@ -10,18 +10,26 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distill"
-SETTINGS = {"config", "compose", "launcher"}  # where configuration objects are seen
+SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # where configuration objects are seen
 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"job", "launcher"},
+    "__main__": {"job", "launcher", "multirun", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
-    "config": {"config_errors", "errors"},
-    "compose": {"config", "config_errors"},
-    "launcher": {"compose", "config", "errors"},
+    "choices": set(),
+    "config": {"choices", "config_errors", "errors"},
+    "compose": {"choices", "config", "config_errors", "errors"},
+    "launcher": {"compose", "config", "errors", "stopper"},
+    "stopper": set(),
+    "multirun": {
+        "choices", "compose", "config", "errors", "files", "launcher", "report", "rundir", "stopper", "submitted",
+        "sweep",
+    },
+    "submitted": set(),
+    "sweep": {"compose", "config", "config_errors", "errors"},
     # plans, no torch
     "plan": set(),
     "placement": {"plan"},
@@ -29,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
-    "report": {"files", "plan"},
+    "report": {"energy", "errors", "files", "plan", "trace"},
     "progress": set(),
     "trace": {"files"},
     "scalars": set(),
@@ -41,12 +49,13 @@ ALLOWED: dict[str, set[str]] = {
     # networks and data
     "blocks": set(),
     "tracing": {"blocks"},
-    "grouping": {"blocks", "errors", "tracing"},
+    "listing": {"errors"},
+    "grouping": {"errors", "tracing"},
     "hooked": {"blocks", "errors"},
-    "chain": {"blocks", "errors", "grouping", "hooked", "tracing"},
+    "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
     "data": {"errors"},
     "teachers": {"errors"},
-    "recipes": set(),
+    "recipes": {"blocks"},
     "losses": set(),
     # one block
     "checkpoint": {"files"},
@@ -70,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "assemble": {"recipes"},
     "evaluate": {"cost", "data"},
     "export": {"checkpoint", "errors", "files", "recipes", "teachers"},
+    "programs": {"errors", "export", "files"},
     "finetune": {"checkpoint", "data", "losses"},
 }  # fmt: skip
 
@@ -84,6 +94,8 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "files",
     "rundir",
     "progress",
+    "stopper",
+    "submitted",
     "trace",
     "counters",
     "meter",

@@ -1,10 +1,13 @@
-"""Block losses against their definitions, and the soft-target loss against a computation by hand."""
+"""Block losses against their definitions, the soft-target loss against a computation by hand, and labels alone."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
+from distill.data import Batch
+from distill.finetune import distillation_loss, label_loss
 from distill.losses import BLOCK_LOSSES, mean_squared_error, relative_error, soft_target_loss
 
 TEACHER = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2
@@ -78,3 +81,16 @@ class TestSoftTargetLoss:
         teacher = torch.tensor([[-0.5, 0.0, 0.5]])
         soft_target_loss(student, teacher, temperature=1000.0).backward()
         torch.testing.assert_close(student.grad, (student.detach() - teacher) / 3, rtol=0.0, atol=2e-3)
+
+
+def test_labels_alone_need_no_teacher() -> None:
+    class Unused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the teacher ran")
+
+    batch = Batch(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    logits = torch.tensor([[1.0, -1.0], [0.5, 0.0], [0.0, 2.0]])
+    alone = distillation_loss(Unused(), temperature=4.0, soft_weight=0.0)
+    assert torch.equal(alone(logits, batch), label_loss(logits, batch))
+    with pytest.raises(AssertionError, match="the teacher ran"):
+        distillation_loss(Unused(), temperature=4.0, soft_weight=0.1)(logits, batch)

@@ -1,64 +1,52 @@
-"""The page and the tables of a run, from a small made-up run directory."""
+"""The page and the tables of a run, from small made-up run directories."""
 
 import io
 import json
 import math
 import re
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
+from distill.errors import DistillError
 from distill.plan import Costs, Span
 from distill.report import plan_table, result_table, write_report
 from distill.strategies import plan_broadcast
-
-EVIL = "<script>alert('x')</script> & \"co\""
-
-
-def network(**changes: Any) -> dict[str, Any]:
-    return {
-        "name": "resnet", "top1": 90.0, "top5": 99.0, "params": 1000, "replaced_params": 800, "bytes": 4000,
-        "flops": 2_000_000, "latency_ms_batch1": 2.0, "latency_ms_batch64": 30.0,
-    } | changes  # fmt: skip
+from tests.run_directories import EVIL, block, energy, huge, metrics, network, planned, run_directory, traced
 
 
-def block(index: int, name: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "block": index, "name": name, "rank": index % 2, "steps": 200, "status": "finished", "rel_error_first": 0.9,
-        "rel_error_last": 0.1234, "seconds": 3.5,
-    } | changes  # fmt: skip
+class Page(HTMLParser):
+    """Sections by title, the words of every table cell, and every attribute that could fetch something."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.text = file.read_text()
+        self.sections: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self._heading = False
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._heading = tag == "h2"
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        if self._heading:
+            self.sections.append(data)
+            self._heading = False
+
+    @property
+    def words(self) -> str:
+        """What a reader sees, tags taken out."""
+        return " ".join(re.sub(r"<[^>]*>", " ", self.text.split("</style>")[1]).split())
 
 
-def metrics(**changes: Any) -> dict[str, Any]:
-    return {
-        "teacher": network(),
-        "student": network(top1=88.5, top1_assembled=40.0, top1_recalibrated=85.0, params=250, flops=500_000),
-        "data": {"name": "digits"},
-        "blocks": [block(0, "layer1.0"), block(1, "layer2.0"), block(2, EVIL, status="diverged")],
-        "distill": {
-            "strategy": "broadcast", "world_size": 2, "seconds": 12.34, "makespan_predicted_s": 11.0,
-            "images_per_second": 1234.0, "idle_share": [0.05, 0.25], "cpu_seconds": 20.0, "bytes_sent": 3_000_000,
-        },
-        "environment": {"device": EVIL},
-        "seed": 7,
-        "fingerprint": "0123456789abcdef",
-    } | changes  # fmt: skip
-
-
-def run_directory(folder: Path, content: dict[str, Any], *, readings: int = 5) -> Path:
-    (folder / "metrics").mkdir()
-    (folder / "metrics.json").write_text(json.dumps(content))
-    for rank in (0, 1):
-        lines = [
-            json.dumps({"block": one["block"], "step": 20 * step, "relative_error": 0.9 / step, "loss": 1.0})
-            for one in content["blocks"]
-            if one["rank"] == rank
-            for step in range(1, readings + 1)
-        ]
-        (folder / "metrics" / f"rank{rank}.jsonl").write_text("".join(line + "\n" for line in lines))
-    return folder
+def drawn(folder: Path) -> Page:
+    return Page(write_report(folder))
 
 
 def shown(table: object) -> str:
@@ -83,76 +71,231 @@ class TestResultTable:
         content = metrics(teacher=network(replaced_params=0))
         assert re.search(r"replaced convolutions +0 +800 +-", shown(result_table(content)))
 
+    def test_what_is_missing_or_not_a_number_is_said(self) -> None:
+        content = metrics(teacher=network(top5=math.nan))
+        del content["student"]["bytes"]
+        text = shown(result_table(content))
+        assert re.search(r"bytes +4,000 +- +-", text)
+        assert re.search(r"top-5 +- +99\.00 % +-", text)
 
-class TestReport:
-    def test_page_has_every_block_with_its_numbers(self, tmp_path: Path) -> None:
-        page = write_report(run_directory(tmp_path, metrics())).read_text()
-        assert page.count("<figure>") == 3
-        for name in ("layer1.0", "layer2.0"):
-            assert f"<td>{name}</td>" in page
-            assert f'aria-label="{name}"' in page
-        assert page.count("<td>0.1234</td>") == 3
-        assert "<td>diverged</td>" in page
 
-    def test_page_shows_prediction_beside_measurement(self, tmp_path: Path) -> None:
-        page = write_report(run_directory(tmp_path, metrics())).read_text()
-        assert "<td>distill stage, measured</td><td>12.3 s</td>" in page
-        assert "<td>distill stage, predicted</td><td>11.0 s</td>" in page
-        assert "<td>5.0 %, 25.0 %</td>" in page
+class TestFinishedRun:
+    def test_the_page_tells_the_result_first(self, tmp_path: Path) -> None:
+        words = drawn(run_directory(tmp_path, metrics())).words
+        sentence = "The student reaches 88.50 % top-1 where its teacher has 90.00 %, with 25.0 % of the parameters"
+        assert words.index(sentence) < words.index("Teacher against student")
+        assert "Its 3 blocks were distilled in 12.3 s on 2 ranks." in words
+        assert "4.00x smaller" in words
 
+    def test_every_block_has_its_line_its_curve_and_its_ledger_entry(self, tmp_path: Path) -> None:
+        page = drawn(run_directory(tmp_path, metrics()))
+        assert page.text.count('<path id="c') == page.text.count('<use href="#c') == 3
+        assert page.words.count("0.1234") == 3
+        assert "finished; diverged: &lt;script" in page.text
+
+    def test_predictions_stand_beside_measurements(self, tmp_path: Path) -> None:
+        page = drawn(planned(run_directory(tmp_path, metrics()), blocks=3, ranks=2))
+        assert "makespan 11.0 s 12.3 s 1.12" in page.words
+        assert "rank 1, busy 5.00 s 9.25 s 1.85 25.0 %" in page.words
+        assert "layer1.0 4.00 17.50 4.38 1.00 3 5" in page.words
+
+    def test_exports_are_listed_with_what_was_found(self, tmp_path: Path) -> None:
+        exports = {
+            "pt2": {"file": "student.pt2", "status": "ok", "max_abs_difference": 1e-6, "top1_agreement": 1.0,
+                    "images": 64},
+            "onnx": {"file": None, "status": "failed", "reason": EVIL},
+        }  # fmt: skip
+        page = drawn(run_directory(tmp_path, metrics(exports=exports)))
+        assert "pt2 student.pt2 ok 1e-06 100.0 % 64" in page.words
+        assert "onnx - failed - - -" in page.words
+
+    def test_configuration_and_environment_are_there(self, tmp_path: Path) -> None:
+        page = drawn(run_directory(tmp_path, metrics()))
+        assert "nproc_per_node: 2" in page.words
+        assert "fingerprint 0123456789abcdef" in page.words
+
+    def test_fine_tuning_and_the_teacher_have_their_courses(self, tmp_path: Path) -> None:
+        epochs = [{"epoch": n, "loss": 1 / n, "seconds": 2.0} for n in (1, 2, 3)]
+        run_directory(tmp_path, metrics(finetune={"epochs": epochs, "seconds": 6.0}))
+        (tmp_path / "stages").mkdir()
+        (tmp_path / "stages" / "teacher.json").write_text(json.dumps({"epochs": epochs}))
+        page = drawn(tmp_path)
+        assert 'aria-label="Fine-tuning: loss from 1 to 0.333 in 3 epochs"' in page.text
+        assert 'aria-label="Training the teacher: loss from 1 to 0.333 in 3 epochs"' in page.text
+        assert "teacher 6.00 s" in page.words, "stage seconds without a trace are those of the epochs"
+
+
+class TestSafety:
     def test_names_are_escaped_and_there_is_no_script(self, tmp_path: Path) -> None:
-        content = metrics(teacher=network(name=EVIL), data={"name": EVIL})
-        page = write_report(run_directory(tmp_path, content)).read_text()
-        assert "<script" not in page.lower()
-        assert page.count("&lt;script&gt;") >= 5  # title, heading, table, figure, environment
-        assert 'aria-label="&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;co&quot;"' in page
+        content = metrics(teacher=network(name=EVIL), data={"name": EVIL}, energy=energy() | {"not_measured": [EVIL]})
+        run_directory(tmp_path, content)
+        (tmp_path / "resolved.yaml").write_text(f"run: {EVIL}")
+        traced(tmp_path, ranks=2, steps=20)
+        page = drawn(tmp_path)
+        assert "script" not in page.tags
+        assert "<script" not in page.text.lower()
+        assert page.text.count("&lt;script&gt;") >= 8
 
     def test_page_asks_nothing_of_the_network(self, tmp_path: Path) -> None:
-        page = write_report(run_directory(tmp_path, metrics())).read_text()
-        assert "http" not in page
-        assert "url(" not in page
+        page = drawn(traced(planned(run_directory(tmp_path, metrics()), blocks=3, ranks=2), ranks=2, steps=20))
+        assert "http" not in page.text
+        assert "url(" not in page.text
+        assert "@import" not in page.text
+        assert all(reference.startswith(("#c", "data:,")) for reference in page.references)
 
-    def test_page_of_a_long_run_stays_under_a_megabyte(self, tmp_path: Path) -> None:
-        # One curve of 5000 readings may take a hundredth of it: there are networks with a hundred blocks.
-        run_directory(tmp_path, metrics(blocks=[block(0, "layer1.0")]), readings=2)
-        short = write_report(tmp_path).stat().st_size
-        with (tmp_path / "metrics" / "rank0.jsonl").open("a") as file:
-            for step in range(3, 5000):
-                file.write(json.dumps({"block": 0, "step": 20 * step, "relative_error": 1 / step}) + "\n")
-        page = write_report(tmp_path)
-        assert page.stat().st_size - short < 10_000
-        assert "0.9 to 0.0002, 99980 steps" in page.read_text()
+    def test_page_of_a_huge_run_stays_under_a_megabyte(self, tmp_path: Path) -> None:
+        page = drawn(huge(tmp_path))
+        assert len(page.text.encode()) < 1_000_000
+        assert page.text.count('<path id="c') == 200
+        assert "rank 63" in page.words
 
-    def test_a_block_without_readings_says_so(self, tmp_path: Path) -> None:
-        page = write_report(run_directory(tmp_path, metrics(), readings=0)).read_text()
-        assert page.count(": no readings</figcaption>") == 3
 
-    def test_errors_that_are_not_numbers_do_not_reach_the_curve(self, tmp_path: Path) -> None:
+class TestPoorRecords:
+    def test_a_run_without_readings_has_no_curves_but_a_page(self, tmp_path: Path) -> None:
+        page = drawn(run_directory(tmp_path, metrics(), readings=0))
+        assert "Errors of the blocks" not in page.sections
+        assert "Ledger" in page.sections
+
+    def test_a_block_without_readings_is_named(self, tmp_path: Path) -> None:
+        run_directory(tmp_path, metrics())
+        (tmp_path / "metrics" / "rank1.jsonl").unlink()
+        assert "No readings of: layer2.0" in drawn(tmp_path).words
+
+    def test_errors_that_are_not_numbers_break_the_curve_and_reach_no_drawing(self, tmp_path: Path) -> None:
         run_directory(tmp_path, metrics())
         with (tmp_path / "metrics" / "rank0.jsonl").open("a") as file:
-            for bad in (math.nan, math.inf, 0.0):
-                file.write(json.dumps({"block": 0, "step": 500, "relative_error": bad}) + "\n")
-        page = write_report(tmp_path).read_text()
-        assert not re.search(r'points="[^"]*(nan|inf)', page)
-        assert page.count("<polyline") == 3
+            for step, bad in enumerate((math.nan, math.inf, -math.inf, 0.0, None, "x"), start=500):
+                file.write(json.dumps({"block": 0, "step": step, "relative_error": bad}) + "\n")
+        page = drawn(tmp_path)
+        assert not re.search(r'[ "](nan|inf|-inf)', page.text.split("</style>")[1])
+        assert page.text.count('<path id="c') == 3
 
-    def test_a_half_written_reading_does_not_cost_the_report(self, tmp_path: Path) -> None:
+    def test_a_half_written_or_strange_line_does_not_cost_the_report(self, tmp_path: Path) -> None:
         run_directory(tmp_path, metrics())
         with (tmp_path / "metrics" / "rank1.jsonl").open("a") as file:
-            file.write('{"block": 1, "st')
-        assert write_report(tmp_path).read_text().count("<polyline") == 3
+            file.write('{"step": 3}\n[1, 2]\n{"block": 1, "st')
+        assert drawn(tmp_path).text.count('<path id="c') == 3
 
-    def test_costs_are_shown_where_there_are_some(self, tmp_path: Path) -> None:
-        costs = {
-            "blocks": [EVIL, "layer2.0"],
-            "seconds": {"teacher": [0.001, 0.002], "student": [0.004, 0.0]},
-            "flops": {"teacher": [3e6, 4e6], "student": [5e6, 0]},
-        }
-        assert "Cost of a block" not in write_report(run_directory(tmp_path, metrics())).read_text()
-        (tmp_path / "costs.json").write_text(json.dumps(costs))
-        page = write_report(tmp_path).read_text()
-        assert "<td>layer2.0</td><td>2.0</td><td>-</td><td>4</td><td>-</td>" in page
-        assert "<script" not in page
+    @pytest.mark.parametrize("name", ["plan.json", "costs.json", "ledger.jsonl", "generation.json", "metrics.json"])
+    def test_a_damaged_file_costs_only_what_it_told(self, tmp_path: Path, name: str) -> None:
+        planned(run_directory(tmp_path, metrics()), blocks=3, ranks=2)
+        (tmp_path / name).write_text('{"half')
+        assert "Errors of the blocks" in drawn(tmp_path).sections
+
+    @pytest.mark.parametrize("key", ["distill", "blocks", "environment", "data", "seed"])
+    def test_metrics_of_an_older_version_lack_a_section_and_still_draw(self, tmp_path: Path, key: str) -> None:
+        content = metrics()
+        run_directory(tmp_path, content)
+        del content[key]
+        (tmp_path / "metrics.json").write_text(json.dumps(content))
+        assert "Teacher against student" in drawn(tmp_path).sections
+
+    def test_steps_that_were_done_again_count_as_they_were_done_last(self, tmp_path: Path) -> None:
+        run_directory(tmp_path, None)
+        lines = [{"block": 0, "step": s, "relative_error": e, "generation": g} for s, e, g in
+                 ((20, 0.5, 2), (20, 0.9, 1), (40, 0.8, 1), (40, 0.25, 2))]  # fmt: skip
+        (tmp_path / "metrics" / "rank0.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert "block 0 0.5 to 0.25" in drawn(tmp_path).words
+
+    def test_a_folder_that_is_no_run_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DistillError, match="no run is there; expected a run directory"):
+            write_report(tmp_path)
+
+
+class TestUnfinishedRun:
+    def begun(self, folder: Path, log: str = "") -> Path:
+        planned(run_directory(folder, None), blocks=3, ranks=2)
+        (folder / "ledger.jsonl").write_text(json.dumps(block(0, "layer0.0")) + "\n")
+        (folder / "stages").mkdir()
+        (folder / "stages" / "teacher.json").write_text("{}")
+        (folder / "logs").mkdir()
+        (folder / "logs" / "rank1.log").write_text(log)
+        begin = "2030-01-01 10:00:00,000 [rank 0] INFO distill: run directory: /x (attempt 2)\n"
+        (folder / "logs" / "rank0.log").write_text(begin)
+        return folder
+
+    def test_it_tells_how_far_every_block_and_stage_is(self, tmp_path: Path) -> None:
+        page = drawn(self.begun(tmp_path))
+        assert "unfinished: distill" in page.words
+        assert "1 of 3 blocks are finished. Complete stages: teacher, plan." in page.words
+        assert re.search(r"layer0\.0 0 finished 200 of 200", page.words)
+        assert re.search(r"layer2\.0 0 training 100 of 200", page.words)
+        assert "What stopped it" not in page.sections
+
+    def test_its_last_error_and_the_command_that_goes_on_are_shown(self, tmp_path: Path) -> None:
+        log = "2030-01-01 10:00:01,000 [rank 1] ERROR distill: no activation <5> from rank 0\nTraceback\n"
+        page = drawn(self.begun(tmp_path, log))
+        assert "failed in stage distill" in page.words
+        assert "no activation &lt;5&gt; from rank 0 Traceback" in page.words
+        assert f"DISTILL_RESOLVED={tmp_path}/resolved.yaml torchrun --nproc-per-node=2 -m distill" in page.words
+
+    def test_an_error_of_an_earlier_attempt_is_not_what_stopped_this_one(self, tmp_path: Path) -> None:
+        log = "2030-01-01 09:59:59,000 [rank 1] ERROR distill: no activation\n"
+        page = drawn(self.begun(tmp_path, log))
+        assert "What stopped it" not in page.sections
+        assert "unfinished: distill" in page.words
+
+    def test_a_run_that_only_claimed_its_directory_has_a_page(self, tmp_path: Path) -> None:
+        (tmp_path / "identity.json").write_text("{}")
+        page = drawn(tmp_path)
+        assert "unfinished: teacher" in page.words
+        assert "Go on" in page.sections
+
+
+class TestTimeLine:
+    def test_totals_count_all_steps_and_what_is_left_is_idle(self, tmp_path: Path) -> None:
+        page = drawn(traced(run_directory(tmp_path, metrics()), ranks=2, steps=100))
+        # 1.05 s: 0.9 of training, 0.1 of waiting, 0.05 of nothing
+        assert "rank 1 - 85.7 % 9.5 % 4.8 %" in page.words
+        assert 'aria-label="rank 0: teacher 0 %, student 86 %, wait 10 %, idle 5 %"' in page.text
+        assert "not recorded" not in page.words
+
+    def test_spans_of_the_first_steps_say_what_they_are(self, tmp_path: Path) -> None:
+        page = drawn(traced(run_directory(tmp_path, metrics()), ranks=2, steps=100))
+        assert "<title>student layer1.0, step 0, 3.0 ms</title>" in page.text
+        assert "<title>teacher layer0.0, step 0, 3.0 ms</title>" in page.text
+
+    def test_steps_that_a_sample_left_out_are_not_recorded_and_not_idle(self, tmp_path: Path) -> None:
+        page = drawn(traced(run_directory(tmp_path, metrics()), ranks=2, steps=2000, kept_every=64))
+        assert "not recorded" in page.words
+        assert "The first 8 steps" in page.words
+        assert "The last 8 steps" in page.words
+        assert "the drawings lack 3,906 steps" in page.words
+        whole = page.text.split("The whole stage")[1].split("</figure>")[0]
+        idle, wait = (re.search(rf'class="area {kind}" d="([^"]*)"', whole) for kind in ("idle", "wait"))
+        assert idle is not None
+        assert wait is not None
+        assert idle[1].startswith("M0 100H0V0H"), "idle is the ground that the others are drawn on"
+        assert wait[1].startswith("M0 100H0V0H"), "and all of it is covered, also where most steps were left out"
+
+    def test_only_the_latest_attempt_is_drawn(self, tmp_path: Path) -> None:
+        run_directory(tmp_path, metrics())
+        traced(tmp_path, ranks=4, steps=50, generation=1)
+        page = drawn(traced(tmp_path, ranks=1, steps=50, generation=2))
+        assert "share of time by kind of 1 ranks" in page.text
+
+    def test_a_rank_whose_trace_is_damaged_is_left_out(self, tmp_path: Path) -> None:
+        traced(run_directory(tmp_path, metrics()), ranks=2, steps=20)
+        (tmp_path / "traces" / "rank1.1.json").write_text('{"rank": 1')
+        assert "share of time by kind of 1 ranks" in drawn(tmp_path).text
+
+
+class TestEnergy:
+    def test_what_was_not_measured_is_said_and_never_zero(self, tmp_path: Path) -> None:
+        assert "not measured : this run kept no readings of energy" in drawn(run_directory(tmp_path, metrics())).words
+        reason = {"devices": [], "stages": {}, "not_measured": ["gpu on node: no driver"]}
+        page = drawn(run_directory(tmp_path, metrics(energy=reason)))
+        assert "not measured : gpu on node: no driver" in page.words
+        assert "0 J" not in page.words
+
+    def test_joules_by_stage_rank_image_and_device_with_idle_devices_apart(self, tmp_path: Path) -> None:
+        words = drawn(run_directory(tmp_path, metrics(energy=energy()))).words
+        assert "1.5 kJ in the measured stages (distill), 100 mJ an image of the distill stage." in words
+        assert "a reading was lost" in words
+        assert "distill 10.0 1.5 kJ 150 1.5 kJ not measured 300 J" in words
+        assert "rank 1 not measured" in words
+        assert "GPU 1 Board node none: idle 300 J" in words
+        assert "Not measured : cpu on node: no RAPL counter is readable" in words
 
 
 class Costly:
@@ -179,14 +322,3 @@ def test_plan_table_shows_both_costs_and_who_trains_what() -> None:
     assert re.search(r"stem +- +- +1\.0 +- +2 +- +1\.00", text)
     assert re.search(r"layer1 +[01] +0-9 +1\.0 +4\.0 +2 +7 +1\.00", text)
     assert re.search(r"layer2 +[01] +5-9 +1\.0 +5\.0 +2 +8 +1\.00", text)
-
-
-@pytest.mark.parametrize("key", ["teacher", "student", "blocks", "distill"])
-def test_a_run_whose_metrics_lack_a_section_has_no_report(tmp_path: Path, key: str) -> None:
-    content = metrics()
-    run_directory(tmp_path, content)
-    del content[key]
-    (tmp_path / "metrics.json").write_text(json.dumps(content))
-    with pytest.raises(KeyError, match=key):
-        write_report(tmp_path)
-    assert not (tmp_path / "report.html").exists()

@@ -56,11 +56,21 @@ def test_option_a_shortcut_skips_pixels_and_pads_channels() -> None:
     assert not out_BCHW[:, 24:].any()
 
 
-def test_cifar_vgg_is_thirteen_convolutions_and_one_linear_layer() -> None:
-    model = build_architecture(source="cifar", name="cifar_vgg16_bn", num_classes=10, options={"in_channels": 1})
+@pytest.mark.parametrize(("name", "norms"), [("cifar_vgg16", 0), ("cifar_vgg16_bn", 13)])
+def test_cifar_vgg_is_thirteen_convolutions_and_one_linear_layer(name: str, norms: int) -> None:
+    model = build_architecture(source="cifar", name=name, num_classes=10, options={"in_channels": 1})
     kinds = [type(module) for module in model.modules()]
-    assert [kinds.count(kind) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.Linear)] == [13, 13, 5, 1]
+    assert [kinds.count(kind) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.Linear)] == [13, norms, 5, 1]
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn"])
+def test_torchvisions_weights_fit_all_of_cifar_vgg_but_its_last_layer(name: str) -> None:
+    with torch.device("meta"):
+        published = build_architecture(source="torchvision", name=name, num_classes=1000).state_dict()
+        own = build_architecture(source="cifar", name=f"cifar_{name}", num_classes=10).state_dict()
+    fitting = [key for key, value in own.items() if key in published and published[key].shape == value.shape]
+    assert [key for key in own if key not in fitting] == ["classifier.weight", "classifier.bias"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "inception_v3"])

@@ -1,0 +1,9 @@
+"""From run directories to tables and self-contained HTML pages; needs no torch and runs on a laptop."""
+
+from __future__ import annotations
+
+from distill.report.comparison import comparison_table, write_comparison
+from distill.report.page import write_report
+from distill.report.tables import PerBlock, plan_table, result_table
+
+__all__ = ["PerBlock", "comparison_table", "plan_table", "result_table", "write_comparison", "write_report"]

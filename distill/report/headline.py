@@ -1,0 +1,194 @@
+"""The top of the page: what came of the run in one sentence and a few figures, how far it got, and what stopped it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.report.energy import show_joules, total_joules
+from distill.report.markup import Markup, finite, folded, join, section, show, show_seconds, show_short, table, tag
+from distill.report.plot import bar
+from distill.report.run import STAGES, Run
+
+
+def headline(run: Run) -> Markup:
+    """Return the title, the state, the sentence and the figures."""
+    state, kind = _state(run)
+    top = tag("header", tag("h1", run.title), tag("p", state, class_=f"state {kind}"))
+    figures = _tiles(run) if run.finished else _progress_tiles(run)
+    return join(top, tag("p", _sentence(run), class_="lead"), tag("div", *figures, class_="tiles"), _strip(run))
+
+
+def _state(run: Run) -> tuple[str, str]:
+    if run.finished:
+        diverged = [block.name for block in run.blocks if block.status == "diverged"]
+        return (f"finished; diverged: {_some(diverged)}", "bad") if diverged else ("finished", "good")
+    return (
+        (f"failed in stage {run.current_stage}", "bad") if run.errors else (f"unfinished: {run.current_stage}", "open")
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} blocks"
+
+
+def _sentence(run: Run) -> str:
+    if not run.finished:
+        done = sum(block.entry is not None for block in run.blocks)
+        blocks = f"{done} of {len(run.blocks)} blocks are finished. " if run.blocks else ""
+        stages = ", ".join(stage for stage in STAGES if run.done(stage)) or "none"
+        sign = run.last_sign_s
+        last = (
+            f" Its files were last written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(sign))}." if sign else ""
+        )
+        return f"{blocks}Complete stages: {stages}.{last}"
+    teacher, student = run.metrics["teacher"], run.metrics["student"]
+    size, work = (_ratio(student.get(key), teacher.get(key)) for key in ("params", "flops"))
+    seconds, ranks = run.part("distill").get("seconds"), run.world_size
+    where = f" on {ranks} rank{'s' if ranks != 1 else ''}" if ranks else ""
+    return (
+        f"The student reaches {show(student.get('top1'))} % top-1 where its teacher has {show(teacher.get('top1'))} %, "
+        f"with {show(_percent(size), '{:.1f}')} % of the parameters and {show(_percent(work), '{:.1f}')} % of the "
+        f"FLOPs. "
+        f"Its {len(run.blocks)} blocks were distilled in {show_seconds(seconds)}{where}."
+    )
+
+
+def _tiles(run: Run) -> list[Markup]:
+    teacher, student = run.metrics["teacher"], run.metrics["student"]
+    distill = run.part("distill")
+    a, b = finite(teacher.get("top1")), finite(student.get("top1"))
+    loss = "-" if a is None or b is None else f"{b - a:+.2f} points"
+    tiles = [
+        _tile("top-1 accuracy", show(b, "{:.2f} %"), f"teacher {show(a, '{:.2f} %')}", loss),
+        _tile("parameters", show_short(student.get("params")), f"teacher {show_short(teacher.get('params'))}",
+              _smaller(student.get("params"), teacher.get("params"), "smaller", "larger")),
+        _tile("FLOP per image", show_short(student.get("flops")), f"teacher {show_short(teacher.get('flops'))}",
+              _smaller(student.get("flops"), teacher.get("flops"), "fewer", "more")),
+        *(_latency(teacher, student, batch) for batch in (1, 64)),
+        _tile("distill stage", show_seconds(distill.get("seconds")),
+              f"predicted {show_seconds(distill.get('makespan_predicted_s'))}",
+              f"{show_short(distill.get('images_per_second'))} images/s"),
+    ]  # fmt: skip
+    joules = total_joules(run.energy)
+    if joules is not None:
+        tiles.append(_tile("energy", show_joules(joules), "measured stages", ""))
+    return tiles
+
+
+def _latency(teacher: Mapping[str, Any], student: Mapping[str, Any], batch: int) -> Markup:
+    a, b = (side.get(f"latency_ms_batch{batch}") for side in (teacher, student))
+    change = _smaller(b, a, "faster", "slower")
+    return _tile(f"latency, batch {batch}", show(b, "{:.2f} ms"), f"teacher {show(a, '{:.2f} ms')}", change)
+
+
+def _progress_tiles(run: Run) -> list[Markup]:
+    """Return how far every part of the distill stage is."""
+    blocks = run.blocks
+    if not blocks:
+        return []
+    done = sum(block.entry is not None for block in blocks)
+    steps = sum(block.steps for block in blocks)
+    budget = sum(block.budget if block.budget is not None else block.steps for block in blocks)
+    predicted = run.plan.get("predicted_makespan_s")
+    return [
+        _tile("blocks finished", f"{done} of {len(blocks)}", "in the ledger, never trained again", ""),
+        _tile(
+            "steps done", f"{100 * steps / budget:.0f} %" if budget else "-", f"{steps:,} of {budget:,}, all blocks", ""
+        ),
+        _tile("attempt", str(run.attempts), f"on {run.world_size or '-'} ranks", ""),
+        _tile("plan", show_seconds(predicted), "predicted for what this attempt had to do", ""),
+    ]
+
+
+def _tile(name: str, figure: str, beside: str, change: str) -> Markup:
+    parts = [tag("dt", name), tag("dd", figure, class_="figure"), tag("dd", beside)]
+    return tag(
+        "dl",
+        *parts,
+        *(
+            [tag("dd", change, class_="change worse" if change.endswith(("slower", "larger", "more")) else "change")]
+            if change
+            else []
+        ),
+        class_="tile",
+    )
+
+
+def _ratio(value: object, base: object) -> float | None:
+    a, b = finite(value), finite(base)
+    return a / b if a is not None and b else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _smaller(value: object, base: object, less: str, more: str) -> str:
+    share = _ratio(value, base)
+    if not share:
+        return "-"
+    if abs(share - 1) < 0.005:
+        return "the same"
+    return f"{1 / share:.2f}x {less}" if share < 1 else f"{share:.2f}x {more}"
+
+
+def _strip(run: Run) -> Markup:
+    """Return the stages in order, each with its state and its seconds."""
+    seconds = run.stage_seconds
+    longest = max(seconds.values(), default=0.0)
+    skipped = {"finetune"} if run.settings.get("finetune.epochs") == 0 else set()
+    items = []
+    for stage in STAGES:
+        if stage in skipped:
+            kind, words = "skipped", "not asked for"
+        elif run.done(stage):
+            kind, words = "done", show_seconds(seconds[stage]) if stage in seconds else "done"
+        elif stage == run.current_stage:
+            kind, words = ("failed", "failed") if run.errors else ("open", "not finished")
+        else:
+            kind, words = "later", "not begun"
+        length = bar([(seconds[stage], "stage")], whole=longest, label=f"{stage}: {words}") if stage in seconds else ""
+        items.append(tag("li", tag("b", stage), tag("span", words), length, class_=kind))
+    return tag("ol", *items, class_="strip", aria_label="stages of the job")
+
+
+def what_stopped(run: Run) -> Markup:
+    """Return, for a run without an end, its last errors, the state of its blocks and the command that goes on."""
+    if run.finished:
+        return Markup()
+    stories = [join(tag("h3", name), tag("pre", "\n".join(lines), tabindex=0)) for name, lines in run.errors]
+    last = [join(tag("h3", name), tag("pre", "\n".join(lines), tabindex=0)) for name, lines in run.last_lines if lines]
+    blocks = [
+        (b.name, str(b.rank if b.rank is not None else "-"), b.status,
+         bar([(b.steps, "student")], whole=b.budget or max(b.steps, 1), label=f"{b.name}: {b.steps} steps"),
+         f"{b.steps} of {b.budget}" if b.budget else str(b.steps), show(b.last_error, "{:.4f}"))
+        for b in run.blocks
+    ]  # fmt: skip
+    headings = ("block", "rank", "state", "steps done", "last step", "relative error")
+    return join(
+        section("What stopped it", *stories),
+        section("Go on", tag("pre", go_on_command(run), tabindex=0),
+                note="The command that started this run goes on where it stopped; finished blocks are not trained "
+                     "again. From the run's own record:"),
+        section("How far each block is", table(headings, blocks, text=(0, 2, 3), tall=True) if blocks else Markup()),
+        section("Last lines of the logs", folded("Show them", *last, opened=not run.errors) if last else Markup()),
+    )  # fmt: skip
+
+
+def go_on_command(run: Run) -> str:
+    """Return a command for one node that starts from resolved.yaml and goes on in this run directory."""
+    where = run.path.resolve()
+    given = run.settings.get("run.dir")
+    steps_up = 3 if given is None else len(Path(str(given)).parts)  # outputs/NAME/FINGERPRINT, or what run.dir said
+    lines = []
+    if given is None or not Path(str(given)).is_absolute():
+        base = where.parents[steps_up - 1] if len(where.parents) >= steps_up else where
+        lines.append(f"cd {shlex.quote(str(base))}")
+    ranks = run.settings.get("launch.nproc_per_node", run.world_size or 1)
+    record = shlex.quote(str(where / "resolved.yaml"))
+    lines.append(f"DISTILL_RESOLVED={record} torchrun --nproc-per-node={ranks} -m distill")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The page of one run: what a reader wants first comes first. Self-contained: no script, nothing fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distill.files import write_text
+from distill.report.courses import block_courses, fit_courses
+from distill.report.energy import energy_section
+from distill.report.headline import headline, what_stopped
+from distill.report.markup import Markup, facts, folded, join, section, show, show_seconds, table, tag
+from distill.report.predictions import predictions
+from distill.report.run import Run
+from distill.report.style import STYLE
+from distill.report.tables import result_rows
+from distill.report.timeline import time_line
+
+
+def write_report(run_dir: Path, path: Path | None = None) -> Path:
+    """Draw a run's page from its directory, whatever is there yet; return its path (report.html in the directory).
+
+    Raises NoRunError where no run is.
+    """
+    run = Run(run_dir)
+    path = path or run_dir / "report.html"
+    write_text(path, document(run.title, run_page(run)))
+    return path
+
+
+def document(title: str, *content: str, broad: bool = False) -> str:
+    """Return a whole page; a `broad` one uses more of a wide screen."""
+    head = join(
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<link rel="icon" href="data:,">'),  # else a browser asks the server for one
+        tag("title", title),
+        Markup(f"<style>{STYLE}</style>"),
+    )
+    body = tag("main", *content, class_="broad" if broad else None)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def run_page(run: Run) -> Markup:
+    """Return the sections of a run's page, those left out that its directory has nothing for."""
+    metrics = run.metrics
+    results = table(("", "teacher", "student", "ratio"), result_rows(metrics)) if run.finished else Markup()
+    fits = fit_courses(run)
+    return join(
+        headline(run),
+        what_stopped(run),
+        section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
+        section("Exports", _exports(metrics.get("exports")),
+                note="Each file was loaded afresh and compared with the student."),
+        section("Errors of the blocks", block_courses(run),
+                note="Every block learns alone to give the teacher's output; all plots share one scale."),
+        section("What the ranks did", time_line(run), note="The distill stage, by each host's own clock."),
+        section("Predicted against measured", predictions(run),
+                note="Predictions were made before training; a block's measured step is its mean over the training."),
+        section("Energy", energy_section(run)),
+        section("Courses of the whole networks", tag("div", fits, class_="pair") if fits else Markup()),
+        section("Ledger", _ledger(run)),
+        section("Run", facts(_run_facts(run))),
+        section("Configuration", folded("Every setting, as it was resolved", tag("pre", run.settings_text, tabindex=0)))
+        if run.settings_text else Markup(),
+    )  # fmt: skip
+
+
+def _exports(exports: Any) -> Markup:
+    if not isinstance(exports, dict) or not exports:
+        return Markup()
+    rows = []
+    for name, export in exports.items():
+        found = export if isinstance(export, dict) else {}
+        agreement = found.get("top1_agreement")
+        rows.append(
+            (name, str(found.get("file") or "-"), str(found.get("status", "-")),
+             show(found.get("max_abs_difference"), "{:.2g}"),
+             show(100 * agreement if isinstance(agreement, int | float) else None, "{:.1f} %"),
+             show(found.get("images"), "{:,.0f}"), str(found.get("reason") or ""))
+        )  # fmt: skip
+    headings = ("format", "file", "status", "largest difference", "top-1 agreement", "images", "")
+    return table(headings, rows, text=(0, 1, 2, 6))
+
+
+def _ledger(run: Run) -> Markup:
+    rows = [
+        (b.name, str(b.rank), b.status, f"{b.steps:,}", show(b.first_error, "{:.4f}"), show(b.last_error, "{:.4f}"),
+         show_seconds(b.seconds), show_seconds(b.entry.get("finished_at_s")), str(b.entry.get("generation", "-")),
+         str(b.entry.get("sha256", ""))[:12])
+        for b in run.blocks if b.entry is not None
+    ]  # fmt: skip
+    headings = (
+        "block",
+        "rank",
+        "state",
+        "steps",
+        "first error",
+        "last error",
+        "training",
+        "finished at",
+        "attempt",
+        "sha256",
+    )
+    return table(headings, rows, text=(0, 2, 9), tall=True) if rows else Markup()
+
+
+def _run_facts(run: Run) -> list[tuple[str, str]]:
+    distill, data, metrics = run.part("distill"), run.metrics.get("data") or {}, run.metrics
+    skipped = data.get("skipped_images") or []
+    known: list[tuple[str, Any]] = [
+        ("run directory", run.path.resolve()),
+        ("fingerprint", metrics.get("fingerprint")),
+        ("seed", metrics.get("seed", run.settings.get("seed"))),
+        ("attempts", run.attempts),
+        ("strategy", distill.get("strategy", run.plan.get("strategy"))),
+        ("ranks", run.world_size),
+        ("threads per rank", distill.get("threads_per_rank")),
+        ("distill stage", "resumed: its figures are of the last attempt" if distill.get("resumed") else None),
+        ("teacher passes", show(distill.get("teacher_passes"), "{:,.0f}")),
+        ("teacher seconds", show_seconds(distill.get("teacher_seconds"))),
+        ("CPU seconds, all ranks", show(distill.get("cpu_seconds"), "{:,.1f}")),
+        ("sent to other ranks", show((distill.get("bytes_sent") or 0) / 1e6, "{:,.1f} MB") if distill else None),
+        ("images", ", ".join(f"{data[f'{name}_images']:,} {name}" for name in ("train", "validation", "test")
+                             if isinstance(data.get(f"{name}_images"), int)) or None),
+        ("images passed over", ", ".join(map(str, skipped)) if skipped else None),
+        *(metrics.get("environment") or {}).items(),
+    ]  # fmt: skip
+    return [(name, str(value)) for name, value in known if value not in (None, "-")]

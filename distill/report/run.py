@@ -1,0 +1,320 @@
+"""What a run directory tells, read so that nothing missing, damaged or half written costs the report. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from distill.energy import summarize
+from distill.errors import DistillError
+from distill.report.markup import finite
+from distill.trace import RankTrace
+from distill.trace import read as read_traces
+
+STAGES = ("teacher", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
+MARKS = ("resolved.yaml", "identity.json", "ledger.jsonl", "metrics.json")  # any of them makes a run directory
+EXPECTED = "a run directory (the one that the run printed, with resolved.yaml in it) or a folder with some below it"
+LAST_LINES = 12  # of a log
+
+
+class NoRunError(DistillError):
+    """A path given to the report holds no run."""
+
+
+@dataclass
+class BlockState:
+    """How far one block is. Errors are relative; `seconds` are of its training; `course` has (step, relative error)."""
+
+    block: int
+    name: str
+    rank: int | None = None
+    status: str = "not begun"
+    steps: int = 0
+    budget: int | None = None
+    first_error: float | None = None
+    last_error: float | None = None
+    seconds: float | None = None
+    predicted_step_s: float | None = None
+    entry: Mapping[str, Any] | None = None
+    course: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def step_s(self) -> float | None:
+        """Measured seconds of one step."""
+        return self.seconds / self.steps if self.seconds is not None and self.steps else None
+
+
+class Run:
+    """A run directory as its files are now. Every part may be missing."""
+
+    def __init__(self, path: Path) -> None:
+        if not is_run(path):
+            raise NoRunError(f"{path}: no run is there; expected {EXPECTED}")
+        self.path = path
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        return _mapping(_json(self.path / "metrics.json"))
+
+    @cached_property
+    def costs(self) -> dict[str, Any]:
+        return _mapping(_json(self.path / "costs.json"))
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        return _mapping(_json(self.path / "plan.json"))
+
+    @cached_property
+    def settings_text(self) -> str:
+        file = self.path / "resolved.yaml"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The whole configuration, by dotted name."""
+        try:
+            return (
+                dict(_flat(OmegaConf.to_container(OmegaConf.create(self.settings_text)))) if self.settings_text else {}
+            )
+        except Exception:  # the parser's errors have no common base; the text itself is shown in any case
+            return {}
+
+    @cached_property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What the complete stages recorded."""
+        found = {stage: _json(self.path / "stages" / f"{stage}.json") for stage in STAGES}
+        return {stage: _mapping(result) for stage, result in found.items() if result is not None}
+
+    @cached_property
+    def attempts(self) -> int:
+        return int(finite(_json(self.path / "generation.json")) or 1)
+
+    @cached_property
+    def traces(self) -> list[RankTrace]:
+        """Every rank's latest trace of the latest attempt that trained blocks."""
+        everything = self.all_traces
+        trained = [t.generation for t in everything if any(span.kind == "student" for span in t.spans)]
+        return [trace for trace in everything if trained and trace.generation == max(trained)]
+
+    @cached_property
+    def all_traces(self) -> list[RankTrace]:
+        return read_traces(self.path)
+
+    @cached_property
+    def ledger(self) -> dict[int, dict[str, Any]]:
+        """The finished blocks, by index; where a block was recorded again, its last line."""
+        lines = [*_lines(self.path / "ledger.jsonl")] or self.metrics.get("blocks", [])
+        return {int(line["block"]): line for line in lines if finite(line.get("block")) is not None}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the student was delivered."""
+        return "student" in self.metrics and "teacher" in self.metrics
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage is complete; the page is drawn by the last one, just before that is recorded."""
+        if self.finished or stage in self.stages:
+            return True
+        following = STAGES[STAGES.index(stage) + 1 :]
+        return any(later in self.stages for later in following) or (stage in ("teacher", "plan") and bool(self.plan))
+
+    @property
+    def current_stage(self) -> str | None:
+        """The first stage that is not complete; None at the end."""
+        return next((stage for stage in STAGES if not self.done(stage)), None)
+
+    @cached_property
+    def blocks(self) -> list[BlockState]:
+        """Every block that gets a student, in order."""
+        states: dict[int, BlockState] = {}
+        names = self.costs.get("blocks", [])
+
+        def state(block: int) -> BlockState:
+            name = names[block] if block < len(names) else f"block {block}"
+            return states.setdefault(block, BlockState(block, name))
+
+        for span in self.plan.get("spans", []):
+            state(span["block"]).budget = span["budget"]
+        for rank, owned in enumerate(self.plan.get("owners", [])):
+            for block in owned:
+                state(block).rank = rank
+        for block, readings in self._readings().items():
+            _take_readings(state(block), readings)
+        for block, entry in self.ledger.items():
+            _take_entry(state(block), entry)
+        predicted = _mapping(self.costs.get("seconds")).get("student", [])
+        for block, one in states.items():
+            one.predicted_step_s = (finite(predicted[block]) or None) if block < len(predicted) else None
+        return [states[block] for block in sorted(states)]
+
+    def _readings(self) -> dict[int, dict[int, tuple[int, dict[str, Any]]]]:
+        """Block -> step -> (rank, reading); a step that was done again counts as it was done last."""
+        found: dict[int, dict[int, tuple[int, dict[str, Any]]]] = {}
+        every = [
+            (int(re.sub(r"\D", "", file.stem) or 0), line)
+            for file in sorted((self.path / "metrics").glob("rank*.jsonl"))
+            for line in _lines(file)
+            if finite(line.get("block")) is not None and finite(line.get("step")) is not None
+        ]
+        for rank, line in sorted(every, key=lambda item: item[1].get("generation") or 0):
+            found.setdefault(int(line["block"]), {})[int(line["step"])] = rank, line
+        return found
+
+    @cached_property
+    def errors(self) -> list[tuple[str, list[str]]]:
+        """(log file, its last lines) of every rank that told an error in the latest attempt."""
+        begun = self._attempt_begun()
+        found = []
+        for file in self.logs:
+            lines = file.read_text(errors="replace").splitlines()
+            told = [
+                n for n, line in enumerate(lines) if re.search(r"\] (ERROR|CRITICAL) ", line) and line[:19] >= begun
+            ]
+            if told:
+                story = lines[told[0] :]
+                found.append(
+                    (
+                        f"logs/{file.name}",
+                        [*story[:2], "...", *story[-LAST_LINES:]] if len(story) > 2 + LAST_LINES else story,
+                    )
+                )
+        return found
+
+    @cached_property
+    def last_lines(self) -> list[tuple[str, list[str]]]:
+        """(log file, its last lines) of every rank."""
+        return [(f"logs/{f.name}", f.read_text(errors="replace").splitlines()[-LAST_LINES:]) for f in self.logs]
+
+    @cached_property
+    def logs(self) -> list[Path]:
+        return sorted((self.path / "logs").glob("rank*.log"), key=lambda file: (len(file.name), file.name))
+
+    @property
+    def last_sign_s(self) -> float | None:
+        """Seconds of the epoch when a rank last wrote to its log or its readings."""
+        files = [*self.logs, *(self.path / "metrics").glob("rank*.jsonl")]
+        return max((file.stat().st_mtime for file in files), default=None)
+
+    def _attempt_begun(self) -> str:
+        """The time, as the logs write it, at which the latest attempt claimed the directory."""
+        begun = ""
+        for file in self.logs[:1]:
+            for line in file.read_text(errors="replace").splitlines():
+                if re.search(r"run directory: .* \(attempt \d+\)$", line):
+                    begun = line[:19]
+        return begun
+
+    @cached_property
+    def energy(self) -> dict[str, Any]:
+        """distill.energy.summarize() as it is now, or as metrics.json has it where the readings are gone."""
+        kept = _mapping(self.metrics.get("energy"))
+        readings = any((self.path / "metrics").glob("energy-*.jsonl"))
+        return kept | summarize(self.path) if readings else kept
+
+    @property
+    def title(self) -> str:
+        """The teacher and the data."""
+        teacher = _mapping(self.metrics.get("teacher")).get("name") or self.settings.get("teacher.name")
+        data = _mapping(self.metrics.get("data")).get("name") or self.settings.get("data.name")
+        return f"{teacher} on {data}" if teacher and data else self.path.name
+
+    @property
+    def world_size(self) -> int | None:
+        value = _mapping(self.metrics.get("distill")).get("world_size")
+        return int(value) if value else len(self.plan.get("owners", [])) or None
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Return a section of metrics.json, or of its stage's record where there are no metrics yet."""
+        return _mapping(self.metrics.get(name)) or self.stages.get(name, {})
+
+    @cached_property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of every stage: of all attempts where there are traces, else as energy or the stage tell them."""
+        found: dict[str, float] = {}
+        for stage in STAGES:
+            # metrics.json calls the teacher's network "teacher", not its training
+            record = self.stages.get(stage) or ({} if stage == "teacher" else self.part(stage))
+            seconds = finite(record.get("seconds"))
+            if seconds is None and record.get("epochs"):
+                seconds = sum(finite(epoch.get("seconds")) or 0.0 for epoch in record["epochs"])
+            energy = finite(_mapping(_mapping(self.energy.get("stages")).get(stage)).get("seconds"))
+            spans = [
+                s for t in self.all_traces if t.rank == 0 for s in t.spans if s.kind == "stage" and s.name == stage
+            ]
+            best = sum(span.seconds for span in spans) or energy or seconds
+            if best is not None:
+                found[stage] = best
+        return found
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run has been there."""
+    return any((path / name).is_file() for name in MARKS)
+
+
+def runs_below(path: Path, *, depth: int = 4) -> list[Path]:
+    """Return the run directories at or below a path, by name."""
+    if is_run(path):
+        return [path]
+    if depth == 0 or not path.is_dir():
+        return []
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [run for folder in folders for run in runs_below(folder, depth=depth - 1)]
+
+
+def _take_readings(state: BlockState, readings: Mapping[int, tuple[int, dict[str, Any]]]) -> None:
+    steps = sorted(readings)
+    state.course = [(step, _number(readings[step][1].get("relative_error"))) for step in steps]
+    rank, last = readings[steps[-1]]
+    state.rank, state.status, state.steps = rank, "training", steps[-1]
+    state.first_error, state.last_error = finite(state.course[0][1]), state.course[-1][1]
+    state.seconds = finite(last.get("seconds"))
+
+
+def _take_entry(state: BlockState, entry: Mapping[str, Any]) -> None:
+    state.entry, state.name = entry, str(entry.get("name", state.name))
+    state.rank, state.status = entry.get("rank"), str(entry.get("status", "finished"))
+    state.steps = int(finite(entry.get("steps")) or 0)
+    state.first_error, state.last_error = entry.get("rel_error_first"), entry.get("rel_error_last")
+    state.seconds = finite(entry.get("seconds"))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(errors="replace"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file; a line that a killed rank left half written is passed over."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,82 @@
+"""The tables that a run prints: its plan before training starts, and teacher against student at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rich.table import Table
+
+from distill.plan import Plan
+from distill.report.markup import finite, show
+
+
+class PerBlock(Protocol):
+    """Costs of the teacher's forward and of one student step, by block."""
+
+    @property
+    def teacher(self) -> Sequence[float]: ...
+
+    @property
+    def student(self) -> Sequence[float]: ...
+
+
+def plan_table(
+    plan: Plan, names: Sequence[str], *, costs: PerBlock, flops: PerBlock, boundary_bytes: Sequence[int]
+) -> Table:
+    """Return who trains what, with both costs of every block side by side: seconds and counted FLOPs."""
+    owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
+    spans = {span.block: span for span in plan.spans}
+    table = Table(title=f"plan: {plan.strategy} on {plan.world_size} ranks", title_justify="left", box=None)
+    for heading in ("block", "rank", "steps", "teacher ms", "student ms", "teacher MFLOP", "student MFLOP", "input MB"):
+        table.add_column(heading, justify="left" if heading == "block" else "right")
+    for block, name in enumerate(names):
+        trained = block in spans
+        table.add_row(
+            name,
+            str(owner[block]) if trained else "-",
+            f"{spans[block].first}-{spans[block].budget}" if trained else "-",
+            f"{1000 * costs.teacher[block]:.1f}",
+            f"{1000 * costs.student[block]:.1f}" if costs.student[block] else "-",
+            f"{flops.teacher[block] / 1e6:.0f}",
+            f"{flops.student[block] / 1e6:.0f}" if flops.student[block] else "-",
+            f"{boundary_bytes[block] / 1e6:.2f}",
+        )
+    return table
+
+
+def result_table(metrics: Mapping[str, Any]) -> Table:
+    """Return the teacher-against-student table that ends a run."""
+    table = Table(title="teacher against student", title_justify="left", box=None)
+    for heading in ("", "teacher", "student", "ratio"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    for row in result_rows(metrics):
+        table.add_row(*row)
+    return table
+
+
+def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return (what, teacher, student, ratio or difference); a figure that is missing is "-"."""
+    teacher, student = metrics["teacher"], metrics["student"]
+
+    def row(label: str, key: str, form: str, scale: float = 1.0) -> tuple[str, str, str, str]:
+        a, b = (None if finite(side.get(key)) is None else side[key] * scale for side in (teacher, student))
+        return label, show(a, form), show(b, form), f"{b / a:.3f}" if a and b is not None else "-"
+
+    def points(label: str, key: str) -> tuple[str, str, str, str]:
+        a, b = finite(teacher.get("top1")), finite(student.get(key))
+        difference = "-" if a is None or b is None else f"{b - a:+.2f} points"
+        return label, show(a, "{:.2f} %"), show(student.get(key), "{:.2f} %"), difference
+
+    return [
+        points("top-1, assembled", "top1_assembled"),
+        points("top-1, batch norms re-estimated", "top1_recalibrated"),
+        points("top-1", "top1"),
+        row("top-5", "top5", "{:.2f} %"),
+        row("parameters", "params", "{:,.0f}"),
+        row("parameters of replaced convolutions", "replaced_params", "{:,.0f}"),
+        row("bytes", "bytes", "{:,.0f}"),
+        row("MFLOP per image (2 per multiply-add)", "flops", "{:,.2f}", 1e-6),
+        row("latency, batch 1 (ms)", "latency_ms_batch1", "{:.2f}"),
+        row("latency, batch 64 (ms)", "latency_ms_batch64", "{:.2f}"),
+    ]

@@ -1,0 +1,219 @@
+"""The page as a reader has it: drawn from real runs and looked at in headless Chromium, narrow and wide, light and
+dark."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.documents import fenced
+from tests.e2e.command import LIMIT_S, SMALL, environment
+from tests.run_directories import energy, huge, metrics, planned, run_directory, traced
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+DRIVER = shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium and chromedriver are not here")
+QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update")  # fmt: skip
+
+NAMES = ("finished", "stopped", "full", "huge", "comparison")
+
+# Every drawing with its size and how many marks in it have an extent. What is folded away is opened first.
+DRAWINGS = """
+document.querySelectorAll('details').forEach(d => d.open = true);
+return [...document.querySelectorAll('svg.plot, svg.bar')].map(svg => {
+  const box = svg.getBoundingClientRect();
+  const marks = [...svg.querySelectorAll('path, rect, circle, line, use')].filter(mark => {
+    const b = mark.getBoundingClientRect(); return b.width > 0 || b.height > 0; });
+  return {label: svg.getAttribute('aria-label'), width: box.width, height: box.height, marks: marks.length}; });
+"""
+TABLES = """
+return [...document.querySelectorAll('table')].map(table => [...table.querySelectorAll('tbody tr')].map(
+  row => [...row.querySelectorAll('td')].map(cell => cell.innerText.trim() || (cell.querySelector('svg') && 'svg'))));
+"""
+# WCAG 2.1, "contrast ratio": of every element with text of its own against the nearest background that is painted.
+CONTRAST = """
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+function rgb(colour) { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data]; }
+function luminance(c) { const l = c.slice(0, 3).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 :
+  ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * l[0] + 0.7152 * l[1] + 0.0722 * l[2]; }
+const found = [];
+for (const e of document.querySelectorAll('main *')) {
+  if (!['svg', 'circle', 'rect', 'title'].includes(e.tagName) &&
+      [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) && e.getClientRects().length) {
+    const style = getComputedStyle(e);
+    const ink = rgb(e.namespaceURI.endsWith('svg') ? style.fill : style.color);
+    let place = e, paper = [0, 0, 0, 0];
+    while (place && paper[3] === 0) {
+      paper = rgb(getComputedStyle(place).backgroundColor); place = place.parentElement; }
+    const [a, b] = [luminance(ink), luminance(paper)].sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), e.textContent.trim().slice(0, 40), parseFloat(style.fontSize)]); } }
+return found;
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*QUIET, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped while its blocks trained, in the default directory: going on needs its cwd."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    more = ("distill.steps=100000", "distill.log_every=2", "checkpoint.every=20", "run.name=stopped")
+    command = [sys.executable, "-m", "distill", *SMALL, *more]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **quiet)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not list(cwd.glob("outputs/stopped/*/checkpoints/*.safetensors")):
+            assert process.poll() is None, "the run ended before it was stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+    (run,) = cwd.glob("outputs/stopped/*")
+    return run
+
+
+def report(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distill", "report", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def pages(finished: tuple[Path, str], stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages that are looked at: of real runs, of made-up ones for what they lack, and a comparison."""
+    made = tmp_path_factory.mktemp("made")
+    full = run_directory(made / "full", metrics(energy=energy()))
+    traced(planned(full, blocks=3, ranks=2), ranks=2, steps=90)
+    runs = {"finished": [finished[0]], "stopped": [stopped], "full": [full], "huge": [huge(made / "huge")]}
+    found = {name: made / f"{name}.html" for name in NAMES}
+    for name, these in (runs | {"comparison": [finished[0], stopped, full]}).items():
+        done = report(*these, "--output", found[name], cwd=made)
+        assert (done.returncode, done.stderr) == (0, "")
+    return found
+
+
+def show(browser: Any, page: Path, *, width: int = 1440, scheme: str = "light") -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    view = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+    browser.get(page.as_uri())
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [390, 1440])
+def test_drawings_are_drawn_tables_are_filled_and_nothing_overflows(
+    browser: Any, pages: dict[str, Path], name: str, width: int
+) -> None:
+    show(browser, pages[name], width=width)
+    drawings = browser.execute_script(DRAWINGS)
+    assert len(drawings) >= 3
+    assert [d for d in drawings if d["width"] < 20 or d["height"] < 3 or not d["marks"] or not d["label"]] == []
+    tables = browser.execute_script(TABLES)
+    assert tables
+    assert all(rows and all(any(row) and row[0] for row in rows) for rows in tables)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.get_log("browser") == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_are_legible_in_light_and_dark(browser: Any, pages: dict[str, Path], name: str, scheme: str) -> None:
+    show(browser, pages[name], width=390, scheme=scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    found = browser.execute_script(CONTRAST)
+    assert len(found) > 50
+    assert [words for words in found if words[0] < 4.5] == []
+    assert [words for words in found if words[2] < 11] == []
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@needs_chromium
+def test_the_page_of_a_real_run_shows_all_that_it_promises(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["finished"])
+    labels = [drawing["label"] for drawing in browser.execute_script(DRAWINGS)]
+    for start in ("relative error by step of 9 blocks", "share of time by kind of 2 ranks", "the first", "makespan:",
+                  "Fine-tuning: loss", "Training the teacher: loss", "rank 1:"):  # fmt: skip
+        assert any(label.startswith(start) for label in labels), start
+    titles = browser.execute_script("return [...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert {"Teacher against student", "Energy", "Ledger", "Run", "Configuration"} <= set(titles)
+
+
+def test_the_page_drawn_again_is_the_one_that_the_run_drew(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "copy")
+    assert report("copy", cwd=tmp_path).stdout == "copy/report.html\n"
+    page = (tmp_path / "copy" / "report.html").read_text()
+    assert "finished" in page
+    assert len(page.encode()) < 1_000_000
+    assert page.count('<path id="c') == 9
+
+
+def test_a_stopped_run_shows_how_far_it_got_and_the_command_that_goes_on(stopped: Path) -> None:
+    assert report(stopped, cwd=stopped).returncode == 0
+    page = (stopped / "report.html").read_text()
+    assert "unfinished: distill" in page
+    assert "0 of 9 blocks are finished" in page
+    (command,) = re.findall(r"<pre[^>]*>(cd [^<]*torchrun[^<]*)</pre>", page)
+    # Its end is 100000 steps away: the same command on a copy of the record with fewer of them.
+    fewer = (
+        (stopped / "resolved.yaml").read_text().replace("steps: 100000", "steps: 4").replace(": stopped", ": goes_on")
+    )
+    record = stopped.parents[2] / "fewer.yaml"
+    record.write_text(fewer)
+    line = command.replace(str(stopped / "resolved.yaml"), str(record))
+    line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    done = subprocess.run(
+        line, shell=True, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((stopped.parents[2] / "outputs" / "goes_on").glob("*/metrics.json"))) == 1
+
+
+def test_the_commands_of_the_documentation_run(finished: tuple[Path, str], stopped: Path, tmp_path: Path) -> None:
+    """The page of docs/report.md, with these runs in the places of its examples."""
+    shutil.copytree(finished[0], tmp_path / "outputs" / "demo" / "57ed8c528a742a28")
+    shutil.copytree(stopped, tmp_path / "outputs" / "demo" / "91b0c2a4d6e8f013")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "distill").write_text(f'#!/bin/sh\nexec {sys.executable} -m distill "$@"\n')
+    (folder / "distill").chmod(0o755)
+    env = environment() | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    for script in fenced("docs/report.md", "sh"):
+        command = ["bash", "-euc", script]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "outputs" / "demo" / "comparison.html").exists()
+    assert (tmp_path / "compared.html").exists()

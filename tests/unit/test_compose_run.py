@@ -1,0 +1,81 @@
+"""`run=DIR`: a run's own configuration is where a command starts from, and single settings go on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.choices import Stage
+from distill.compose import compose
+from distill.config import fingerprint, identity, to_yaml
+from distill.errors import ConfigError
+
+OF_RUN = ("teacher=resnet18", "data=imagefolder", "data.root=/images", "seed=3", "launch.nproc_per_node=4")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with = and , in its path, as sweeps make them."""
+    folder = tmp_path_factory.mktemp("runs") / "seed=3,rank=2"
+    folder.mkdir()
+    config = compose([*OF_RUN, "stage=plan", "run.dir=elsewhere"])
+    (folder / "resolved.yaml").write_text(to_yaml(config))
+    return str(folder)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    return str(caught.value)
+
+
+def test_it_is_the_run_s_configuration_in_that_directory(run: str) -> None:
+    config = compose([f"run={run}"])
+    assert config.run.dir == run
+    assert config.launch.nproc_per_node == 4
+    assert identity(config) == identity(compose(OF_RUN))
+    assert fingerprint(config) != fingerprint(compose([]))
+
+
+def test_how_far_it_goes_is_asked_anew(run: str) -> None:
+    assert compose([f"run={run}"]).stage is Stage.all
+    assert compose([f"run={run}", "stage=deliver"]).stage is Stage.deliver
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_single_settings_go_on_top_wherever_they_stand(run: str, first: bool) -> None:
+    settings = ["launch.nproc_per_node=1", "data.root=/there", "+teacher.options.zero_init_residual=true"]
+    config = compose([f"run={run}", *settings] if first else [*settings, f"run={run}"])
+    assert config.launch.nproc_per_node == 1
+    assert config.data.root == "/there"
+    assert config.teacher.options == {"zero_init_residual": True}
+    assert config.seed == 3
+
+
+@pytest.mark.parametrize("override", ["teacher=resnet50", "student=separable_x2", "data=digits", "experiment=mine"])
+def test_a_group_is_refused(run: str, override: str) -> None:
+    group, _, choice = override.partition("=")
+    told = refusal(f"run={run}", override)
+    assert told.startswith(f"{group}: got '{choice}'; expected single settings")
+
+
+def test_mistakes_are_explained_as_usual(run: str) -> None:
+    assert "'distill.lr' (the nearest)" in refusal(f"run={run}", "distill.lrr=1")
+    assert "'distill.lr' (the nearest)" in refusal(f"run={run}", "+distill.lrr=1")
+    assert refusal(f"run={run}", "distill.steps=0").startswith("distill.steps: got 0")
+    assert refusal(f"run={run}", "seed=three").startswith("seed: got 'three'; expected an integer")
+    assert "'deliver' (the nearest)" in refusal(f"run={run}", "stage=delivr")
+
+
+@pytest.mark.parametrize("folder", ["", "nowhere", "."])
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(f"run={folder}").startswith(f"run: got '{folder}'; expected a run directory")
+
+
+@pytest.mark.parametrize("content", ["distill: {stepz: 3}", "a: [", "seed: three", "\x00"])
+def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "resolved.yaml").write_text(content)
+    told = refusal(f"run={tmp_path}")
+    assert told.startswith(f"run: got '{tmp_path}'; expected a run that this version can read")

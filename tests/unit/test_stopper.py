@@ -1,0 +1,56 @@
+"""What a signal to stop does to a program: it passes whoever goes on after failures, and is not lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from distill.stopper import SIGNALS, Stop, stoppable
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_ends_what_goes_on_after_exceptions(signum: signal.Signals) -> None:
+    def job() -> None:
+        try:
+            os.kill(os.getpid(), signum)
+        except Exception:
+            pytest.fail("a launcher would have gone on with the next job")
+
+    with pytest.raises(Stop) as stop, stoppable():
+        job()
+    assert (stop.value.code, stop.value.signal) == (128 + signum, signum.name)
+
+
+def test_a_signal_that_something_swallowed_is_found_again() -> None:
+    with stoppable() as stopper:
+        stopper.check()
+        with pytest.raises(Stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stop):
+            stopper.check()
+
+
+def test_afterwards_signals_mean_what_they_meant() -> None:
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    with stoppable() as outer:
+        with stoppable() as inner:
+            assert inner is outer
+        assert signal.getsignal(signal.SIGTERM) is outer, "the inner one leaves the outer one in place"
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+def test_in_another_thread_nothing_is_installed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work() -> None:
+        with stoppable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
