@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -105,12 +106,13 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         ledger = Ledger(context.run.path)
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
         names = _candidates(context, blocks)
-        costs = _planning_costs(context, blocks, seconds, speeds)
-        if "ddp" in names:
-            costs = replace(costs, student_bytes=tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks)))))
+        sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
+        costs = replace(_planning_costs(context, blocks, seconds, speeds), student_bytes=sizes)
         plans = rank_plans(names, costs, spans, context.world_size)
         plan = plans[0]
         _show_ranking(context, plans)
+        write_text(context.run.path / "plan.json", plan.to_json())
+        write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs))
         _show(context, blocks, plan, seconds, flops)
         context.control.set("plan", plan.to_json())
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan"))
@@ -162,12 +164,22 @@ def _planning_costs(context: Context, blocks: Blocks, seconds: BlockCosts, speed
     return Costs(seconds.teacher, seconds.student, sizes, wire, slowness=speeds)
 
 
+def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
+    """Return what `distill simulate` and the report need to know of the costs."""
+    return {
+        "blocks": [block.name for block in blocks.chain.blocks],
+        "seconds": asdict(seconds),
+        "flops": asdict(flops),
+        "boundary_bytes": costs.boundary_bytes,
+        "student_bytes": costs.student_bytes,
+        "wire_s_per_byte": costs.wire_s_per_byte,
+    }
+
+
 def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flops: BlockCosts) -> None:
-    """Write plan.json and costs.json and print the plan."""
+    """Print the plan."""
     names = [block.name for block in blocks.chain.blocks]
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
-    write_text(context.run.path / "plan.json", plan.to_json())
-    write_json(context.run.path / "costs.json", {"blocks": names, "seconds": asdict(seconds), "flops": asdict(flops)})
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
         teaches = plan.strategy != "broadcast" or rank == 0

@@ -15,7 +15,7 @@ SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"job", "launcher", "multirun", "report", "sweep"},
+    "__main__": {"forecast", "job", "launcher", "multirun", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
@@ -34,6 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": set(),
     "placement": {"plan"},
     "strategies": {"placement", "plan"},
+    "simulate": {"plan", "protocol"},
+    "forecast": {"errors", "files", "plan", "simulate", "strategies"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -88,6 +90,8 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "plan",
     "placement",
     "strategies",
+    "simulate",
+    "forecast",
     "protocol",
     "report",
     "errors",
