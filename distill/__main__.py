@@ -1,5 +1,5 @@
-"""`report` draws pages and `jobs` lists a sweep's jobs. Else this process is one rank under torchrun; without it, it
-composes the job, or with --multirun the jobs of a sweep, and launches."""
+"""`report` draws pages, `simulate` imagines clusters and `jobs` lists a sweep's jobs. Else this process is one rank
+under torchrun; without it, it composes the job, or with --multirun the jobs of a sweep, and launches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ def main() -> int:
         from distill.report.command import main as report
 
         return report(arguments[1:])
+    if command == ["simulate"]:
+        from distill.forecast import main as simulate
+
+        return simulate(arguments[1:])
     if command == ["jobs"]:
         from distill.sweep import list_jobs
 

@@ -71,11 +71,18 @@ class Chain(ABC):
     first_convolution: str | None  # the path of the nn.Conv2d that the network runs first, in a block or not
 
     @abstractmethod
-    def run(self, x: Tensor, *, last: int, keep: Collection[int]) -> dict[int, Tensor]:
-        """Return the boundaries `keep`, all <= `last`, for the network's input `x` (B, ...); runs none behind `last`.
+    def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
+        """Return the boundaries `keep`, all in `first` .. `last`, for boundary `first` = `x` (B, ...; 0 is the
+        network's input); runs no block before or behind them.
 
         No gradients. Each is in the recorded form of its boundary, for any batch size B, and never changes afterwards.
+        Raises NotImplementedError for `first` > 0 where the chain is not `divisible`.
         """
+
+    @property
+    @abstractmethod
+    def divisible(self) -> bool:
+        """Whether every block can run alone, so that the teacher can be spread over ranks."""
 
     @abstractmethod
     def run_block(self, index: int, x: Tensor) -> Tensor:

@@ -80,12 +80,16 @@ class TracedChain(Chain):
         self._state_names = set(traced.root.state_dict())
         self._modules = [self._named(fx.GraphModule(traced.root, _graph(one), "Block")).eval() for one in groups]
 
-    def run(self, x: Tensor, *, last: int, keep: Collection[int]) -> dict[int, Tensor]:
-        assert all(0 <= boundary <= last <= len(self.blocks) for boundary in keep), (last, keep)
+    @property
+    def divisible(self) -> bool:
+        return True
+
+    def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
+        assert all(first <= boundary <= last <= len(self.blocks) for boundary in keep), (first, last, keep)
         kept = {}
-        x = self.boundaries[0].conform(x)
-        for boundary in range(last + 1):
-            if boundary > 0:
+        x = self.boundaries[first].conform(x)
+        for boundary in range(first, last + 1):
+            if boundary > first:
                 x = self.run_block(boundary - 1, x)
             if boundary in keep:
                 kept[boundary] = x

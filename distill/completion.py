@@ -10,8 +10,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from typing import NamedTuple
 
 from distill.control import POLL_S, Control
 from distill.errors import DistillError
@@ -63,6 +64,49 @@ class Deliverer:
             self._error = edge.broken(self._control.rank, "handing a finished block to", error)
 
 
+class Announcement(NamedTuple):
+    """A finished block: its ledger entry, still without a checksum, and the size of its weights in bytes."""
+
+    entry: Entry
+    bytes: int
+
+
+class Announcements:
+    """Which blocks have been announced as finished, watched in a thread over a connection of its own."""
+
+    def __init__(
+        self, control: Control, *, blocks: Collection[int], heard: Callable[[int, Announcement], None]
+    ) -> None:
+        """Call `heard` in the thread for each of `blocks` once."""
+        self._control, self._missing, self._heard = control, set(blocks), heard
+        self._closed = threading.Event()
+        self.error: DistillError | None = None
+        if self._missing and control.world_size > 1:
+            threading.Thread(target=self._watch, name="announcements", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        rank = self._control.rank
+        try:
+            control, seen = self._control.second(), 0
+            while self._missing and not self._closed.is_set():
+                count = control.count("done")
+                if count > seen:
+                    seen = count
+                    for block in sorted(self._missing):
+                        message = control.get(f"done/{block}")
+                        if message is not None:
+                            self._missing.discard(block)
+                            self._heard(block, Announcement(Entry(**message["entry"]), int(message["bytes"])))
+                time.sleep(POLL_S)
+        except Exception as error:  # whatever it is, the main thread must hear of it
+            self.error = DistillError(
+                f"rank {rank}: watching for finished blocks failed ({error!r}); read logs/rank{rank}.log"
+            )
+
+
 class Collector:
     """Rank 0's side: watches for announcements, receives weights (one thread per owner) and writes the ledger."""
 
@@ -71,78 +115,65 @@ class Collector:
         control: Control,
         ledger: Ledger,
         *,
-        blocks: set[int],
+        own: Collection[int],
+        elsewhere: Mapping[int, int],
         wake: threading.Event,
         on_recorded: Callable[[Entry], None],
         trace: Trace,
     ) -> None:
+        """Collect the blocks `own` of rank 0 and those trained `elsewhere` (block -> rank)."""
         self._control, self._trace = control, trace
         self._ledger = ledger
-        self._unannounced = set(blocks)
-        self._missing = set(blocks)
+        self._missing = {*own, *elsewhere}
+        self._elsewhere = dict(elsewhere)  # those that have not been announced yet
         self._wake = wake
         self._on_recorded = on_recorded
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._error: DistillError | None = None
-        self._closed = threading.Event()
         self._queues: dict[int, queue.SimpleQueue[tuple[Entry, bytes | int] | None]] = {}
-        if control.world_size > 1:
-            threading.Thread(target=self._watch, name="announcements", daemon=True).start()
+        self._announcements = Announcements(control, blocks=elsewhere, heard=self._announced)
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
         """Take a block that rank 0 has trained itself; it is written in the background."""
-        self._unannounced.discard(entry.block)
         self._hand_to_thread(0, entry, blob)
 
     def finished_elsewhere(self) -> list[int]:
         """Return the blocks announced since the last call; raises what a background thread met."""
-        if self._error is not None:
-            raise self._error
+        error = self._error or self._announcements.error
+        if error is not None:
+            raise error
         news = []
         while not self._news.empty():
             news.append(self._news.get())
         return news
 
     def wait(self) -> None:
-        """Wait until every block is in the ledger, at most plan.timeout_s for the next one: all have been announced or
-        had their last batch, so only weights are still on their way."""
+        """Wait until every block is in the ledger: for a block in training as long as its rank is alive, for weights on
+        their way at most plan.timeout_s."""
         missing, since = len(self._missing) + 1, time.monotonic()
         while self._missing:
             self.finished_elsewhere()
-            if len(self._missing) < missing:
+            training = sorted(set(self._elsewhere.values()))
+            if training or len(self._missing) < missing:
                 missing, since = len(self._missing), time.monotonic()
             elif time.monotonic() - since > self._control.timeout_s:
                 raise DistillError(
                     f"rank 0: the weights of blocks {sorted(self._missing)} have not come for "
                     f"{self._control.timeout_s:g} s; read the logs of their ranks (plan.json), or raise plan.timeout_s"
                 )
+            for rank in training:
+                self._control.expect(rank, purpose="finished blocks")
             self._wake.wait(POLL_S)
             self._wake.clear()
-        self._closed.set()
+        self._announcements.close()
         for owner in self._queues.values():
             owner.put(None)
 
-    def _watch(self) -> None:
-        try:
-            control, seen = self._control.second(), 0
-            while not self._closed.is_set():
-                count = control.count("done")
-                if count > seen:
-                    seen = count
-                    for block in sorted(self._unannounced):
-                        self._announced(block, control.get(f"done/{block}"))
-                time.sleep(POLL_S)
-        except Exception as error:  # whatever it is, the main thread must hear of it
-            self._fail(DistillError(f"rank 0: watching for finished blocks failed ({error!r}); read logs/rank0.log"))
-
-    def _announced(self, block: int, message: dict[str, object] | None) -> None:
-        if message is None:
-            return
-        entry, size = Entry(**message["entry"]), int(message["bytes"])  # type: ignore[arg-type, call-overload]
-        self._unannounced.discard(block)
+    def _announced(self, block: int, announcement: Announcement) -> None:
+        self._elsewhere.pop(block)
         self._news.put(block)
-        self._hand_to_thread(entry.rank, entry, size)
+        self._hand_to_thread(announcement.entry.rank, announcement.entry, announcement.bytes)
         self._wake.set()
 
     def _hand_to_thread(self, owner: int, entry: Entry, content: bytes | int) -> None:

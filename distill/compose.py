@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distill.config import JobConfig, Stage, from_yaml, load, setting_kinds
+from distill.choices import Stage
+from distill.config import JobConfig, from_yaml, load, setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError
 

@@ -1,7 +1,7 @@
 """The schema of a job: one dataclass a section, and load(), the only door from Hydra's config to it. Knows no torch.
 
-Every setting carries its one-line explanation; docs/configuration.md is generated from them. The file is long because
-it is one flat table: to find a setting, look for its section.
+Every setting carries its one-line explanation; docs/configuration.md is generated from them. To find a setting, look
+for its section; its choices are in choices.py.
 """
 
 from __future__ import annotations
@@ -19,110 +19,26 @@ from typing import Any, cast, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.choices import (
+    Amp,
+    AugmentName,
+    BlockLoss,
+    Cost,
+    DataName,
+    Device,
+    GranularityName,
+    Init,
+    OptimizerName,
+    RecipeName,
+    Schedule,
+    Stage,
+    Stop,
+    Strategy,
+    TeacherSource,
+    WireDtype,
+)  # fmt: skip
 from distill.config_errors import explain
 from distill.errors import ConfigError
-
-
-class Choice(Enum):
-    """A setting's choices; a member reads as its name, also in an interpolation such as ${data.name}."""
-
-    def __str__(self) -> str:
-        return self.name
-
-
-class Stage(Choice):
-    """How far a job goes."""
-
-    all = "all"
-    teacher = "teacher"
-    plan = "plan"
-    distill = "distill"
-    deliver = "deliver"
-
-
-class Device(Choice):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class TeacherSource(Choice):
-    cifar = "cifar"
-    torchvision = "torchvision"
-    timm = "timm"
-    factory = "factory"
-
-
-class DataName(Choice):
-    digits = "digits"
-    cifar10 = "cifar10"
-    cifar100 = "cifar100"
-    imagefolder = "imagefolder"
-    hf = "hf"
-
-
-class AugmentName(Choice):
-    none = "none"
-    crop = "crop"
-    crop_flip = "crop_flip"
-    resized_crop_flip = "resized_crop_flip"
-
-
-class GranularityName(Choice):
-    conv = "conv"
-    residual = "residual"
-    resolution = "resolution"
-    modules = "modules"
-
-
-class RecipeName(Choice):
-    separable = "separable"
-    separable_x2 = "separable_x2"
-
-
-class Init(Choice):
-    teacher = "teacher"
-    random = "random"
-
-
-class BlockLoss(Choice):
-    normalized_mse = "normalized_mse"
-    mse = "mse"
-
-
-class OptimizerName(Choice):
-    adam = "adam"
-    sgd = "sgd"
-    rmsprop = "rmsprop"
-
-
-class Schedule(Choice):
-    cosine = "cosine"
-    constant = "constant"
-
-
-class Amp(Choice):
-    off = "off"
-    bf16 = "bf16"
-
-
-class Stop(Choice):
-    steps = "steps"
-    plateau = "plateau"
-
-
-class Strategy(Choice):
-    broadcast = "broadcast"
-
-
-class Cost(Choice):
-    measured = "measured"
-    flops = "flops"
-
-
-class WireDtype(Choice):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def setting(default: Any, explanation: str) -> Any:

@@ -94,14 +94,20 @@ class Control:
         self._beats.pop(peer, None)
         started = time.monotonic()
         while (value := self.get(key)) is None:
-            silence_s, waited_s = self.silence_s(peer), time.monotonic() - started
-            if silence_s > self.timeout_s or waited_s > limit_s:
-                raise PeerLostError(
-                    f"rank {self.rank}: no {purpose} from rank {peer} after {waited_s:.0f} s; it was last heard of "
-                    f"{silence_s:.0f} s ago; read logs/rank{peer}.log, or raise plan.timeout_s ({self.timeout_s:g} s)"
-                )
+            waited_s = time.monotonic() - started
+            self.expect(peer, purpose=purpose, waited_s=waited_s, limit_s=limit_s)
             time.sleep(POLL_S)
         return value
+
+    def expect(self, peer: int, *, purpose: str, waited_s: float = 0.0, limit_s: float = math.inf) -> None:
+        """Raise PeerLostError if `peer` has not beaten for plan.timeout_s, or has been waited for longer than
+        `limit_s`."""
+        silence_s = self.silence_s(peer)
+        if silence_s > self.timeout_s or waited_s > limit_s:
+            raise PeerLostError(
+                f"rank {self.rank}: no {purpose} from rank {peer} after {waited_s:.0f} s; it was last heard of "
+                f"{silence_s:.0f} s ago; read logs/rank{peer}.log, or raise plan.timeout_s ({self.timeout_s:g} s)"
+            )
 
     def store_for(self, purpose: str) -> dist.Store:
         """Return a new connection that sees only this attempt's keys for `purpose`."""

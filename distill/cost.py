@@ -22,6 +22,7 @@ REPEAT_S = 0.4  # timing one call stops after this long, but not before three re
 LONG_S = 2.0  # or fewer that took this long together: 64 images of 224 pixels take a ResNet50 10 s on a CPU core
 BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds
 MIN_ROUNDS = 3
+SAME = 0.1  # ranks whose speeds differ by less are planned as equals
 # By how much sending slows rank 0 down, gloo over loopback with both cores training (ResNet-20, 2 cores, 2026-11-21):
 # with 0.4 ns a byte rank 1 idled 4 to 19 % of the stage, with 1.2 ns rank 0 idled 10 to 14 %.
 WIRE_S_PER_BYTE = 0.8e-9
@@ -99,6 +100,18 @@ def calibrated(flops: BlockCosts, chain: Chain, sample: Tensor) -> BlockCosts:
     seconds = measure_seconds(lambda: chain.run(sample, last=last, keep=(last,)), sample.device)
     scale = seconds / max(1.0, sum(flops.teacher))
     return BlockCosts(tuple(f * scale for f in flops.teacher), tuple(f * scale for f in flops.student))
+
+
+def slowness(costs: Sequence[BlockCosts]) -> tuple[float, ...]:
+    """Return how much longer each rank takes than the mean, the median over blocks; differences up to SAME are taken
+    for noise."""
+    mean = average(costs)
+    usual = mean.teacher + mean.student
+    ratios = [
+        statistics.median(own / one for own, one in zip(c.teacher + c.student, usual, strict=True) if one)
+        for c in costs
+    ]
+    return tuple(ratio if abs(ratio - 1) > SAME else 1.0 for ratio in ratios)
 
 
 def average(costs: Sequence[BlockCosts]) -> BlockCosts:

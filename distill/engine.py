@@ -8,9 +8,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from safetensors.torch import save
+from safetensors.torch import save as to_bytes
 
-from distill.checkpoint import CheckpointFolder, contiguous
+from distill.checkpoint import Checkpoint, contiguous
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
 from distill.stream import Stream
@@ -27,7 +27,7 @@ def distill(
     rank: int,
     generation: int,
     checks: Checks,
-    checkpoints: CheckpointFolder,
+    save: Callable[[Checkpoint], None],
     checkpoint_every: int,
     deliver: Callable[[Entry, bytes], None],
     report: Callable[[Reading], None],
@@ -35,7 +35,8 @@ def distill(
 ) -> None:
     """Train this rank's blocks until all have been handed over. Runs on every rank; none waits for another's end.
 
-    `deliver` takes a finished block's ledger entry and weights (safetensors bytes); `report` takes every reading.
+    `deliver` takes a finished block's ledger entry and weights (safetensors bytes), `save` the state of an unfinished
+    one every `checkpoint_every` steps, `report` every reading.
     """
     started = time.monotonic()
     first = {trainer.block: trainer.step for trainer in trainers}
@@ -55,7 +56,7 @@ def distill(
             if reading is not None:
                 report(reading)
             if not trainer.finished and trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
-                _save(trainer, checkpoints)  # reads the losses, and so may find that the block has diverged
+                _save(trainer, save)  # reads the losses, and so may find that the block has diverged
             if trainer.finished:
                 stream.finish(trainer.block)
                 seconds = time.monotonic() - started
@@ -71,10 +72,10 @@ def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int,
     return due
 
 
-def _save(trainer: BlockTrainer, checkpoints: CheckpointFolder) -> None:
+def _save(trainer: BlockTrainer, save: Callable[[Checkpoint], None]) -> None:
     state = trainer.checkpoint()
     if state is not None:
-        checkpoints.save(state)
+        save(state)
 
 
 def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: float) -> tuple[Entry, bytes]:
@@ -98,4 +99,4 @@ def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: 
         generation=generation,
         diverged_at=trainer.diverged_at,
     )
-    return entry, save(contiguous(final.weights))
+    return entry, to_bytes(contiguous(final.weights))

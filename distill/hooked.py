@@ -76,8 +76,14 @@ class HookedChain(Chain):
         convolutions = tuple(inner for inner, one in inside if isinstance(one, nn.Conv2d))
         return Block(index, name, convolutions, tuple(parameter_owners(module, path)))
 
+    @property
+    def divisible(self) -> bool:
+        return False
+
     @torch.no_grad()
-    def run(self, x: Tensor, *, last: int, keep: Collection[int]) -> dict[int, Tensor]:
+    def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
+        if first > 0:
+            raise NotImplementedError("a network that is only hooked runs from its input")
         assert all(0 <= boundary <= last <= len(self.blocks) for boundary in keep), (last, keep)
         x = self.boundaries[0].conform(x)
         heard = {0: x}

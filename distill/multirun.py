@@ -26,8 +26,9 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 from rich.console import Console
 
+from distill.choices import Stage
 from distill.compose import compose, register_schema
-from distill.config import JobConfig, Stage, identity, load, run_directory
+from distill.config import JobConfig, identity, load, run_directory
 from distill.errors import ConfigError, DistillError
 from distill.files import read_json, write_json
 from distill.launcher import Outcome, launch

@@ -10,30 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-
-from distill.blocks import Chain
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.completion import Collector, Deliverer
-from distill.control import Control
-from distill.data import Dataset
 from distill.engine import distill
 from distill.ledger import Entry, Ledger
-from distill.plan import Plan, boundaries_of
-from distill.protocol import Checks, Feed, Schedule
-from distill.stream import RemoteStream, Stream, TeacherStream
-from distill.trace import Trace
+from distill.routes import News, Setting, Streams
 from distill.trainer import BlockTrainer, Reading
-from distill.transport import BoundaryReceiver, BoundarySender, Edge, Wire
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """How one rank spent the stage, in seconds: on its own part, of that waiting for batches, and of CPU time."""
+    """How one rank spent the stage: seconds on its own part, of these waiting for batches and running the teacher, and
+    of CPU time; batches that its stretch of the teacher computed, and bytes of activations that it sent."""
 
     seconds: float
     waited_s: float
     cpu_s: float
+    teacher_s: float
+    teacher_passes: int
+    bytes_sent: int
 
 
 @dataclass(frozen=True)
@@ -42,9 +37,6 @@ class SessionReport:
 
     makespan_s: float
     ranks: dict[int, RankReport]
-    teacher_passes: int
-    teacher_s: float
-    bytes_sent: int
 
     def idle_share(self, rank: int) -> float:
         """Return the share of the makespan in which `rank` did not work; a rank without blocks was idle throughout."""
@@ -53,113 +45,93 @@ class SessionReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
-    """What all ranks of a distill stage have in common; run() is called once on each of them."""
+class Session(Setting):
+    """One rank's distill stage: lead() on rank 0, follow() on every other."""
 
-    control: Control
-    chain: Chain
-    dataset: Dataset
-    plan: Plan
-    budget: int
-    checks: Checks
-    wire_dtype: torch.dtype
-    wire_backend: str
-    device: torch.device
-    window: int
-    timeout_s: float
     checkpoints: CheckpointFolder
     checkpoint_every: int
     report: Callable[[Reading], None]
-    trace: Trace
 
     def lead(
         self, trainers: Sequence[BlockTrainer], ledger: Ledger, *, on_recorded: Callable[[Entry], None]
     ) -> SessionReport:
-        """Rank 0: teach everybody, train `trainers`, collect all blocks; returns when the ledger has them all."""
-        started, cpu_started = time.monotonic(), time.process_time()
+        """Rank 0: do its part, collect all blocks; returns when the ledger has them all."""
+        started = time.monotonic()
         wake = threading.Event()
 
         def recorded(entry: Entry) -> None:
             self.checkpoints.remove(block_name(entry.block))
             on_recorded(entry)
 
-        blocks = {span.block for span in self.plan.spans}
-        collector = Collector(self.control, ledger, blocks=blocks, wake=wake, on_recorded=recorded, trace=self.trace)
-        senders = {
-            rank: self._sender(rank, wake) for rank in range(1, self.plan.world_size) if self.plan.spans_of(rank)
-        }
-        feeds = [Feed(rank, self.plan.spans_of(rank), self.checks) for rank in (0, *senders)]
-        stream = TeacherStream(
-            chain=self.chain,
-            dataset=self.dataset,
-            schedule=Schedule(feeds),
-            senders=senders,
-            wire_dtype=self.wire_dtype,
-            finished_elsewhere=collector.finished_elsewhere,
+        ranks = range(1, self.plan.world_size)
+        collector = Collector(
+            self.control,
+            ledger,
+            own=self.plan.owners[0],
+            elsewhere={span.block: rank for rank in ranks for span in self.plan.spans_of(rank)},
             wake=wake,
-            budget=self.budget,
-            timeout_s=self.timeout_s,
+            on_recorded=recorded,
             trace=self.trace,
         )
-        self._train(stream, trainers, collector.deliver)
-        own_s = time.monotonic() - started
+        reports = {0: self._work(trainers, collector.deliver, collector.finished_elsewhere, wake)}
         collector.wait()
         makespan_s = time.monotonic() - started
-        reports = {0: RankReport(own_s, self.trace.seconds("wait"), time.process_time() - cpu_started)}
-        for rank in senders:
-            reports[rank] = RankReport(**self.control.wait(f"rank/{rank}", peer=rank, purpose="report"))
-        bytes_sent = sum(sender.bytes_sent for sender in senders.values())
-        return SessionReport(makespan_s, reports, stream.passes, self.trace.seconds("teacher"), bytes_sent)
+        for rank in ranks:
+            if self.plan.has_work(rank):
+                reports[rank] = RankReport(**self.control.wait(f"rank/{rank}", peer=rank, purpose="report"))
+        return SessionReport(makespan_s, reports)
 
     def follow(self, trainers: Sequence[BlockTrainer]) -> None:
-        """Any other rank: train `trainers` on what arrives; returns when rank 0 has confirmed all of them. A rank
-        without blocks returns at once."""
+        """Any other rank: do its part; returns when rank 0 has confirmed all of its blocks. A rank without blocks
+        returns at once."""
         if not trainers:
             return
+        wake = threading.Event()
+        if self.plan.shared:
+            report = self._work(trainers, lambda *_: None, list, wake)  # rank 0 delivers
+        else:
+            deliverer, news = Deliverer(self.control, self.trace), News(self.control, self.plan)
+            report = self._work(trainers, deliverer.deliver, news.finished_elsewhere, wake)
+            deliverer.close()
+            news.close()
+        self.control.set(f"rank/{self.control.rank}", asdict(report))
+
+    def _work(
+        self,
+        trainers: Sequence[BlockTrainer],
+        deliver: Callable[[Entry, bytes], None],
+        finished_elsewhere: Callable[[], list[int]],
+        wake: threading.Event,
+    ) -> RankReport:
+        """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
         started, cpu_started = time.monotonic(), time.process_time()
-        rank, store = self.control.rank, self.control.store_for("edges")
-        receiver = BoundaryReceiver(
-            self._edge(rank),
-            store,
-            self._wire(),
-            boundaries={k: self.chain.boundaries[k] for k in boundaries_of(trainer.block for trainer in trainers)},
-            num_boundaries=len(self.chain.boundaries),
-            trace=self.trace,
+        streams = Streams(self, finished_elsewhere, wake)
+        speaks = self.control.rank == 0 or not self.plan.shared
+        if self.plan.shared and self.control.world_size > 1:
+            average = streams.averager()
+            for trainer in trainers:
+                trainer.share(average)
+        groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
+        if not self.plan.one_by_one:
+            groups = [trainers] if self.plan.has_work(self.control.rank) else []
+        for group in groups:
+            distill(
+                streams.of([trainer.block for trainer in group]),
+                group,
+                rank=self.control.rank,
+                generation=self.control.generation,
+                checks=self.checks,
+                save=self.checkpoints.save if speaks else lambda _: None,
+                checkpoint_every=self.checkpoint_every,
+                deliver=deliver,
+                report=self.report if speaks else lambda _: None,
+                trace=self.trace,
+            )
+        return RankReport(
+            seconds=time.monotonic() - started,
+            waited_s=self.trace.seconds("wait"),
+            cpu_s=time.process_time() - cpu_started,
+            teacher_s=self.trace.seconds("teacher"),
+            teacher_passes=streams.passes,
+            bytes_sent=streams.bytes_sent,
         )
-        deliverer = Deliverer(self.control, self.trace)
-        self._train(RemoteStream(receiver, self.trace), trainers, deliverer.deliver)
-        own_s = time.monotonic() - started
-        deliverer.close()
-        own = RankReport(own_s, self.trace.seconds("wait"), time.process_time() - cpu_started)
-        self.control.set(f"rank/{rank}", asdict(own))
-
-    def _train(self, stream: Stream, trainers: Sequence[BlockTrainer], deliver: Callable[[Entry, bytes], None]) -> None:
-        distill(
-            stream,
-            trainers,
-            rank=self.control.rank,
-            generation=self.control.generation,
-            checks=self.checks,
-            checkpoints=self.checkpoints,
-            checkpoint_every=self.checkpoint_every,
-            deliver=deliver,
-            report=self.report,
-            trace=self.trace,
-        )
-
-    def _sender(self, rank: int, wake: threading.Event) -> BoundarySender:
-        return BoundarySender(
-            self._edge(rank),
-            self.control.store_for("edges"),
-            self._wire(),
-            num_boundaries=len(self.chain.boundaries),
-            window=self.window,
-            on_free=wake.set,
-            trace=self.trace,
-        )
-
-    def _edge(self, rank: int) -> Edge:
-        return Edge(0, rank, self.control.generation, self.timeout_s)
-
-    def _wire(self) -> Wire:
-        return Wire(dtype=self.wire_dtype, device=self.device, backend=self.wire_backend)

@@ -36,8 +36,10 @@ class Stream(Protocol):
 class TrainingBatches:
     """Teacher inputs by step; going forward they come from a prefetching iterator, going back by random access."""
 
-    def __init__(self, dataset: Dataset, *, stop: int) -> None:
+    def __init__(self, dataset: Dataset, *, stop: int, part: int = 0, num_parts: int = 1) -> None:
+        """Of every batch the rows part::num_parts, up to step `stop`."""
         self._dataset = dataset
+        self._part, self._num_parts = part, num_parts
         self._stop = stop
         self._next = -1
         self._iterator: Iterator[Tensor] = iter(())
@@ -45,9 +47,10 @@ class TrainingBatches:
     def images(self, step: int) -> Tensor:
         if step > self._next:
             self._next = step
-            self._iterator = (batch.images for batch in self._dataset.train_batches(step, self._stop))
+            batches = self._dataset.train_batches(step, self._stop, self._part, self._num_parts)
+            self._iterator = (batch.images for batch in batches)
         if step < self._next:
-            return self._dataset.train_batch(step).images
+            return self._dataset.train_batch(step, self._part, self._num_parts).images
         self._next += 1
         return next(self._iterator)
 

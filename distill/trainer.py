@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -151,11 +151,16 @@ class BlockTrainer:
         self._losses: list[Tensor] = []
         self._errors: list[Tensor] = []
         self._held_out: list[Tensor] = []
+        self._average: Callable[[list[Tensor]], None] | None = None
         self._finite = self._snapshot()
 
     @property
     def finished(self) -> bool:
         return self.step >= self.budget or self.stopped_early or self.diverged_at is not None
+
+    def share(self, average: Callable[[list[Tensor]], None]) -> None:
+        """Train this block together with other ranks: `average` replaces gradients by their mean over all of them."""
+        self._average = average
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
         """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
@@ -169,6 +174,8 @@ class BlockTrainer:
             error = relative_error(outputs, targets)
             loss = error if self._loss is relative_error else self._loss(outputs, targets)
             loss.backward()  # type: ignore[no-untyped-call]
+            if self._average is not None:
+                self._average([p.grad for p in self.module.parameters() if p.grad is not None])
             if self._options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
             self._optimizer.step()

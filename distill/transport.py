@@ -383,6 +383,31 @@ class BoundaryReceiver:
         return buffers, event
 
 
+class Averager:
+    """Means over all ranks, by one all-reduce of everything flattened."""
+
+    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
+        """Blocks until every rank has made its own."""
+        prefix, timeout = dist.PrefixStore(f"average/{backend}", store), timedelta(seconds=timeout_s)
+        make = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._group: Any = make(prefix, rank, world_size, timeout)  # type: ignore[arg-type]
+
+    def __call__(self, tensors: list[Tensor]) -> None:
+        """Replace every tensor by its mean; all ranks must call with tensors of the same sizes."""
+        joined = torch.cat([flat(tensor) for tensor in tensors])
+        try:
+            self._group.allreduce([joined]).wait()
+        except RuntimeError as error:
+            raise TransportError(
+                f"rank {self._rank}: averaging gradients failed ({_reason(error)}); read the other ranks' logs, or "
+                f"raise plan.timeout_s ({self._timeout_s:g} s)"
+            ) from error
+        joined /= self._world_size
+        for tensor, mean in zip(tensors, torch.split(joined, [tensor.numel() for tensor in tensors]), strict=True):
+            flat(tensor).copy_(mean)
+
+
 def send_blob(group: PairGroup, blob: bytes) -> None:
     """Send bytes whose length the receiver knows (finished weights); returns when they have arrived."""
     for work in send_tensor(group, torch.frombuffer(bytearray(blob), dtype=torch.uint8)):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import distill
 from distill.checkpoint import CheckpointFolder
-from distill.config import JobConfig, Stage, fingerprint, identity
+from distill.choices import Stage
+from distill.config import JobConfig, fingerprint, identity
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.energy import joules_per_image, summarize

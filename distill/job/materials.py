@@ -14,7 +14,8 @@ from torch import nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.checkpoint import CheckpointFolder, contiguous
-from distill.config import AugmentName, JobConfig
+from distill.choices import AugmentName
+from distill.config import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, one_of

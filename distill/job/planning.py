@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.config import Cost, JobConfig, Stop, WireDtype
-from distill.cost import WIRE_S_PER_BYTE, BlockCosts, average, calibrated, flop_costs, measured_costs
+from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.config import JobConfig
+from distill.cost import (
+    WIRE_S_PER_BYTE,
+    BlockCosts,
+    average,
+    calibrated,
+    flop_costs,
+    measured_costs,
+    slowness,
+)  # fmt: skip
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
+from distill.errors import ConfigError
 from distill.files import write_json, write_text
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
-from distill.plan import Costs, Plan, Span, plan_broadcast
+from distill.plan import Costs, Plan, Span
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
+from distill.strategies import rank_plans
 from distill.trainer import BlockTrainer, TrainerOptions
 
 log = logging.getLogger(__name__)
@@ -68,6 +81,11 @@ class Trainers:
             trainer.resume(checkpoint)
         return trainer
 
+    def student_bytes(self, block: int) -> int:
+        """Return the bytes of a student's parameters, 0 where the block has none."""
+        trainer = self.fresh(block)
+        return sum(parameter.nbytes for parameter in trainer.module.parameters()) if trainer else 0
+
     def span(self, block: int) -> Span:
         """Return the steps a block has still to do."""
         checkpoint = self._checkpoints.load(block_name(block))
@@ -81,20 +99,52 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
     """
     sample = dataset.train_batch(0).images
     flops = flop_costs(blocks.chain, trainers.fresh, sample) if context.leads else None
-    seconds = _measure(context, blocks, trainers, sample) if context.config.plan.cost is Cost.measured else None
+    measured = _measure(context, blocks, trainers, sample) if context.config.plan.cost is Cost.measured else None
     if context.leads:
         assert flops is not None
-        seconds = seconds or calibrated(flops, blocks.chain, sample)
+        seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
         ledger = Ledger(context.run.path)
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
-        plan = plan_broadcast(_planning_costs(context, blocks, seconds), spans, context.world_size)
+        names = _candidates(context, blocks)
+        sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
+        costs = replace(_planning_costs(context, blocks, seconds, speeds), student_bytes=sizes)
+        plans = rank_plans(names, costs, spans, context.world_size)
+        plan = plans[0]
+        _show_ranking(context, plans)
+        write_text(context.run.path / "plan.json", plan.to_json())
+        write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs))
         _show(context, blocks, plan, seconds, flops)
         context.control.set("plan", plan.to_json())
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan"))
 
 
-def _measure(context: Context, blocks: Blocks, trainers: Trainers, sample: torch.Tensor) -> BlockCosts | None:
-    """Return every block's mean seconds over the ranks on rank 0, None elsewhere."""
+def _candidates(context: Context, blocks: Blocks) -> list[str]:
+    """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
+    wanted = context.config.plan.strategy
+    divisible = blocks.chain.divisible
+    if wanted is Strategy.relay and not divisible:
+        raise ConfigError(
+            "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
+        )
+    if wanted is Strategy.ddp and context.config.distill.stop is Stop.plateau:
+        raise ConfigError(
+            "plan.strategy", "ddp", "another strategy with distill.stop=plateau: its ranks could disagree"
+        )
+    if wanted is not Strategy.auto:
+        return [wanted.name]
+    return ["broadcast", "replicate", *(["relay"] if divisible else [])]
+
+
+def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
+    if len(plans) > 1:
+        ranking = ", ".join(f"{plan.strategy} {plan.predicted_makespan_s:.1f} s" for plan in plans)
+        context.say(f"plan: predicted makespans: {ranking}")
+
+
+def _measure(
+    context: Context, blocks: Blocks, trainers: Trainers, sample: torch.Tensor
+) -> tuple[BlockCosts, tuple[float, ...]] | None:
+    """Return every block's mean seconds over the ranks and how slow each rank is, on rank 0; None elsewhere."""
     control = context.control
     control.set(f"measuring/{context.rank}", True)
     for peer in range(context.world_size):
@@ -102,29 +152,41 @@ def _measure(context: Context, blocks: Blocks, trainers: Trainers, sample: torch
     control.set(f"costs/{context.rank}", asdict(measured_costs(blocks.chain, trainers.fresh, sample)))
     if not context.leads:
         return None
-    found = [control.wait(f"costs/{peer}", peer=peer, purpose="costs") for peer in range(context.world_size)]
-    return average([BlockCosts(tuple(costs["teacher"]), tuple(costs["student"])) for costs in found])
+    answers = [control.wait(f"costs/{peer}", peer=peer, purpose="costs") for peer in range(context.world_size)]
+    found = [BlockCosts(tuple(costs["teacher"]), tuple(costs["student"])) for costs in answers]
+    return average(found), slowness(found)
 
 
-def _planning_costs(context: Context, blocks: Blocks, seconds: BlockCosts) -> Costs:
+def _planning_costs(context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...]) -> Costs:
     scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
     sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
     wire = WIRE_S_PER_BYTE if context.device.type == "cpu" else 0.0
-    return Costs(seconds.teacher, seconds.student, sizes, wire)
+    return Costs(seconds.teacher, seconds.student, sizes, wire, slowness=speeds)
+
+
+def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
+    """Return what `distill simulate` and the report need to know of the costs."""
+    return {
+        "blocks": [block.name for block in blocks.chain.blocks],
+        "seconds": asdict(seconds),
+        "flops": asdict(flops),
+        "boundary_bytes": costs.boundary_bytes,
+        "student_bytes": costs.student_bytes,
+        "wire_s_per_byte": costs.wire_s_per_byte,
+    }
 
 
 def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flops: BlockCosts) -> None:
-    """Write plan.json and costs.json and print the plan."""
+    """Print the plan."""
     names = [block.name for block in blocks.chain.blocks]
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
-    write_text(context.run.path / "plan.json", plan.to_json())
-    write_json(context.run.path / "costs.json", {"blocks": names, "seconds": asdict(seconds), "flops": asdict(flops)})
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        role = "teacher and students" if rank == 0 else "students"
+        teaches = plan.strategy != "broadcast" or rank == 0
+        role = "teacher and students" if teaches and plan.has_work(rank) else "students"
         context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
     context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
-    idle = [str(rank) for rank, owned in enumerate(plan.owners) if not owned and rank > 0]
+    idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
 

@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from distill.choices import Device, Stage
 from distill.compose import compose
-from distill.config import Device, JobConfig, Stage, from_yaml, identity, run_directory, to_yaml
+from distill.config import JobConfig, from_yaml, identity, run_directory, to_yaml
 from distill.control import Control, StoreAddress, ranks_of
 from distill.data import Dataset
 from distill.device_clock import DeviceClock

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder
-from distill.config import Stage, Stop
+from distill.choices import Stage, Stop
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.job.context import Context
@@ -58,7 +58,7 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             report=readings.add,
             trace=context.trace,
         )
-        trainers = [makers.resumed(span.block) for span in plan.spans_of(context.rank)]
+        trainers = [makers.resumed(span.block) for span in plan.trained_by(context.rank)]
         if context.leads:
             _lead(context, session, blocks, Ledger(context.run.path), trainers)
         else:
@@ -93,9 +93,9 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
         "seconds": report.makespan_s,
         "makespan_predicted_s": plan.predicted_makespan_s,
         "images_per_second": images / report.makespan_s,
-        "teacher_passes": report.teacher_passes,
-        "teacher_seconds": report.teacher_s,
-        "bytes_sent": report.bytes_sent,
+        "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
+        "teacher_seconds": sum(rank.teacher_s for rank in report.ranks.values()),
+        "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "idle_share": [report.idle_share(rank) for rank in range(plan.world_size)],
         "cpu_seconds": sum(rank.cpu_s for rank in report.ranks.values()),
     }

@@ -96,6 +96,7 @@ class Toy:
     run_dir: str
     owners: tuple[tuple[int, ...], ...]
     budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
+    strategy: str = "broadcast"
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
     optimizer: str = "adam"
@@ -138,7 +139,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         chain = toy_chain(dataset.train_batch(0).images)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
-        trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.spans_of(rank)]
+        trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.trained_by(rank)]
         readings: list[Reading] = []
         session = Session(
             control=control,
@@ -183,9 +184,17 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
             checkpoint = checkpoints.load(block_name(block))
             if block not in ledger.entries:
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
-        plan = Plan("broadcast", toy.owners, tuple(spans), 1.0, (1.0,) * len(toy.owners))
+        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * len(toy.owners), _starts(toy))
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
+
+
+def _starts(toy: Toy) -> tuple[int, ...]:
+    """Where each rank's stretch of a relay begins: with the first of its blocks, but for the first rank's."""
+    if toy.strategy != "relay":
+        return ()
+    first = next(rank for rank, owned in enumerate(toy.owners) if owned)
+    return tuple(0 if rank == first or not owned else min(owned) for rank, owned in enumerate(toy.owners))
 
 
 def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> BlockTrainer:
@@ -229,8 +238,8 @@ class FaultyTrainer(BlockTrainer):
 def _write_report(run_dir: Path, report: SessionReport, recorded: list[int]) -> None:
     facts = {
         "makespan_s": report.makespan_s,
-        "teacher_passes": report.teacher_passes,
-        "bytes_sent": report.bytes_sent,
+        "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
+        "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "recorded": recorded,
         "idle_share": [report.idle_share(rank) for rank in sorted(report.ranks)],
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from distill.ledger import Entry
+from distill.ledger import Entry, Ledger
 from distill.protocol import Checks
 from tests.dist.ranks import Toy, run_toy
 
@@ -39,10 +39,46 @@ def test_any_placement_and_window_gives_the_bits_of_one_rank(
     assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, window=window))) == alone
 
 
+STRATEGIES = [
+    ("replicate", ((0, 3), (1, 2))),
+    ("layerwise", ((3, 0), (1, 2))),
+    ("serial", ALONE),
+    ("relay", ((0, 1), (2, 3))),
+    ("relay", ((), (0, 1, 2), (), (3,))),
+    ("relay", ((0,), (1,), (2, 3))),
+]
+
+
+@pytest.mark.parametrize(("strategy", "owners"), STRATEGIES)
+def test_any_strategy_gives_the_bits_of_one_rank(
+    tmp_path: Path, alone: dict[int, str], strategy: str, owners: tuple[tuple[int, ...], ...]
+) -> None:
+    assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, strategy=strategy))) == alone
+
+
+def test_ranks_that_share_every_block_come_close_to_one_rank(tmp_path: Path, alone: dict[int, str]) -> None:
+    alike = Toy(run_dir=str(tmp_path / "one"), owners=ALONE, strategy="ddp")
+    assert bits(run_toy(alike)) == alone
+    run_toy(Toy(run_dir=str(tmp_path / "two"), owners=(*ALONE, ()), strategy="ddp"))
+    one, two = Ledger(tmp_path / "one"), Ledger(tmp_path / "two")
+    assert set(two.entries) == set(one.entries)
+    for block in one.entries:
+        assert two.entries[block].rel_error_last == pytest.approx(one.entries[block].rel_error_last, rel=0.2)
+        for name, expected in one.weights(block).items():
+            if expected.is_floating_point() and "running" not in name:
+                moved = (two.weights(block)[name] - expected).abs().max()
+                assert 0 <= moved < 0.1, name
+    assert bits(two.entries) != alone, "each rank has trained on everything"
+
+
 def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path, alone: dict[int, str]) -> None:
     here = bits(run_toy(Toy(run_dir=str(tmp_path / "a"), owners=ALONE, wire_dtype=torch.bfloat16)))
     there = bits(run_toy(Toy(run_dir=str(tmp_path / "b"), owners=((0,), (1, 2, 3)), wire_dtype=torch.bfloat16)))
     assert here == there
+    relayed = Toy(
+        run_dir=str(tmp_path / "c"), owners=((0, 1), (2, 3)), wire_dtype=torch.bfloat16, strategy="relay"
+    )
+    assert bits(run_toy(relayed)) == here
     assert not set(here.values()) & set(alone.values())
 
 
@@ -70,6 +106,8 @@ def test_the_plateau_rule_stops_blocks_at_the_same_step_on_any_layout(tmp_path: 
     rule = {"checks": Checks(every=2, batches=2), "patience": 1, "budgets": dict.fromkeys(range(4), 40)}
     here = run_toy(Toy(run_dir=str(tmp_path / "a"), owners=ALONE, **rule))
     there = run_toy(Toy(run_dir=str(tmp_path / "b"), owners=((2,), (0, 1, 3)), **rule))
-    assert bits(here) == bits(there)
+    relayed = run_toy(Toy(run_dir=str(tmp_path / "c"), owners=((0,), (1, 2), (3,)), strategy="relay", **rule))
+    alone = run_toy(Toy(run_dir=str(tmp_path / "d"), owners=((0, 1), (2, 3)), strategy="layerwise", **rule))
+    assert bits(here) == bits(there) == bits(relayed) == bits(alone)
     assert any(entry.steps < 40 for entry in here.values()), "the rule stopped nobody: the test shows nothing"
     assert all(entry.rel_error_held_out is not None for entry in here.values())

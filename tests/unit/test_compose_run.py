@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from distill.choices import Stage
 from distill.compose import compose
-from distill.config import Stage, fingerprint, identity, to_yaml
+from distill.config import fingerprint, identity, to_yaml
 from distill.errors import ConfigError
 
 OF_RUN = ("teacher=resnet18", "data=imagefolder", "data.root=/images", "seed=3", "launch.nproc_per_node=4")

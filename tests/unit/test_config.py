@@ -184,7 +184,7 @@ class TestWrongType:
         [
             ("distill.optimizer=adm", "expected 'adam' (the nearest), or one of adam, sgd, rmsprop"),
             ("distill.amp=fp16", "expected 'bf16' (the nearest), or one of off, bf16"),
-            ("plan.strategy=relay", "expected broadcast"),
+            ("plan.strategy=xyz", "expected one of auto, broadcast, relay, replicate, layerwise, serial, ddp"),
         ],
     )
     def test_unknown_enum_member_lists_the_members(self, override: str, message: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.blocks import Chain
 from distill.chain import Granularity, cut
-from distill.cost import BlockCosts, average, calibrated, count_flops, flop_costs, measured_costs
+from distill.cost import BlockCosts, average, calibrated, count_flops, flop_costs, measured_costs, slowness
 from distill.trainer import BlockTrainer, TrainerOptions
 
 BATCH, SIZE = 4, 6
@@ -84,3 +84,10 @@ def test_what_lies_between_hooked_modules_is_priced_as_the_difference_it_makes()
     assert by_name["first"] == 2 * 9 * 3 * 5 * pixels
     assert by_name["second"] == 2 * 9 * 5 * 5 * pixels
     assert sum(found.teacher) == count_flops(lambda: hooked.run(SAMPLE, last=len(hooked.blocks), keep=()))
+
+
+def test_a_rank_is_slow_by_the_median_over_its_blocks_and_small_differences_are_noise() -> None:
+    usual = BlockCosts((1.0, 1.0, 1.0), (2.0, 0.0, 2.0))
+    slow = BlockCosts((2.0, 2.0, 2.0), (4.0, 0.0, 40.0))
+    assert slowness([usual, slow]) == pytest.approx((2 / 3, 4 / 3))
+    assert slowness([usual, BlockCosts((1.1, 1.1, 1.1), (2.1, 0.0, 2.1))]) == (1.0, 1.0)

@@ -10,26 +10,32 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distill"
-SETTINGS = {"config", "compose", "launcher", "sweep", "multirun"}  # where configuration objects are seen
+SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # where configuration objects are seen
 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"job", "launcher", "multirun", "report", "sweep"},
+    "__main__": {"forecast", "job", "launcher", "multirun", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
-    "config": {"config_errors", "errors"},
-    "compose": {"config", "config_errors", "errors"},
+    "choices": set(),
+    "config": {"choices", "config_errors", "errors"},
+    "compose": {"choices", "config", "config_errors", "errors"},
     "launcher": {"compose", "config", "errors", "stopper"},
     "stopper": set(),
     "multirun": {
-        "compose", "config", "errors", "files", "launcher", "report", "rundir", "stopper", "submitted", "sweep",
+        "choices", "compose", "config", "errors", "files", "launcher", "report", "rundir", "stopper", "submitted",
+        "sweep",
     },
     "submitted": set(),
     "sweep": {"compose", "config", "config_errors", "errors"},
     # plans, no torch
     "plan": set(),
+    "placement": {"plan"},
+    "strategies": {"placement", "plan"},
+    "simulate": {"plan", "protocol"},
+    "forecast": {"errors", "files", "plan", "simulate", "strategies"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -63,10 +69,13 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {"blocks", "errors", "protocol", "trace"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
+    "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
+    "routes": {
+        "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+    },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
-        "blocks", "checkpoint", "completion", "control", "data", "engine", "ledger", "plan", "protocol", "stream",
-        "trace", "trainer", "transport",
+        "checkpoint", "completion", "engine", "ledger", "routes", "trainer",
     },
     # the whole student
     "assemble": {"recipes"},
@@ -79,6 +88,10 @@ ALLOWED: dict[str, set[str]] = {
 WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "config_errors",
     "plan",
+    "placement",
+    "strategies",
+    "simulate",
+    "forecast",
     "protocol",
     "report",
     "errors",

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from distill.chain import HookedChain, TracedChain
+from distill.choices import AugmentName, BlockLoss, OptimizerName, RecipeName, Schedule
 from distill.compose import compose
-from distill.config import AugmentName, BlockLoss, JobConfig, OptimizerName, RecipeName, Schedule
+from distill.config import JobConfig
 from distill.job.materials import architecture_of, cut_blocks
 from distill.job.planning import step_budget, trainer_options
 from distill.teachers import build_architecture

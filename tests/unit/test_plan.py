@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.plan import Costs, Plan, Span, boundaries_of, plan_broadcast, rank_seconds, teacher_seconds
+from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.strategies import broadcast_problem, plan_broadcast
 
 
 def costs(teacher: list[float], student: list[float], *, wire: float = 0.0, size: int = 1000) -> Costs:
@@ -21,8 +22,9 @@ def whole(budget: int, blocks: int) -> list[Span]:
 
 def optimum(problem: Costs, spans: list[Span], world_size: int) -> float:
     """The smallest makespan over every placement, tried one by one."""
+    arithmetic = broadcast_problem(problem, spans, world_size)
     return min(
-        max(rank_seconds(dict(zip([s.block for s in spans], ranks, strict=True)), problem, spans, world_size))
+        max(arithmetic.seconds(dict(zip([s.block for s in spans], ranks, strict=True))))
         for ranks in itertools.product(range(world_size), repeat=len(spans))
     )
 
@@ -63,7 +65,7 @@ class TestPlacement:
         price, spans, world_size = problem
         plan = plan_broadcast(*problem)
         placement = {block: rank for rank, owned in enumerate(plan.owners) for block in owned}
-        assert plan.predicted_rank_s == tuple(rank_seconds(placement, price, spans, world_size))
+        assert plan.predicted_rank_s == tuple(broadcast_problem(price, spans, world_size).seconds(placement))
         assert plan.predicted_makespan_s == max(plan.predicted_rank_s)
 
     def test_seven_blocks_on_three_ranks_are_placed_optimally(self) -> None:
@@ -169,11 +171,12 @@ class TestRankSeconds:
     def test_the_wire_costs_the_sender_and_a_shared_boundary_travels_once(self) -> None:
         price = Costs((0.0,) * 3, (0.0,) * 3, (1, 10, 100, 1000), 1.0)
         spans = whole(2, 3)
-        assert rank_seconds({0: 0, 1: 1, 2: 1}, price, spans, 2) == [2 * 1110.0, 0.0]
+        assert broadcast_problem(price, spans, 2).seconds({0: 0, 1: 1, 2: 1}) == [2 * 1110.0, 0.0]
 
     def test_steps_already_done_are_not_counted(self) -> None:
         price = costs([1.0, 1.0], [3.0, 5.0])
-        assert rank_seconds({0: 0, 1: 1}, price, [Span(0, 8, 10), Span(1, 6, 10)], 2) == [8.0 + 2 * 3.0, 4 * 5.0]
+        resumed = broadcast_problem(price, [Span(0, 8, 10), Span(1, 6, 10)], 2)
+        assert resumed.seconds({0: 0, 1: 1}) == [8.0 + 2 * 3.0, 4 * 5.0]
 
 
 class TestPlan:

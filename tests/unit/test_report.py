@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from distill.errors import DistillError
-from distill.plan import Costs, Span, plan_broadcast
+from distill.plan import Costs, Span
 from distill.report import plan_table, result_table, write_report
+from distill.strategies import plan_broadcast
 from tests.run_directories import EVIL, block, energy, huge, metrics, network, planned, run_directory, traced
 
 

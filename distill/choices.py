@@ -1,0 +1,113 @@
+"""The choices that settings have: one enumeration a setting. Users type the member's name."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Choice(Enum):
+    """A setting's choices; a member reads as its name, also in an interpolation such as ${data.name}."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Stage(Choice):
+    """How far a job goes."""
+
+    all = "all"
+    teacher = "teacher"
+    plan = "plan"
+    distill = "distill"
+    deliver = "deliver"
+
+
+class Device(Choice):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TeacherSource(Choice):
+    cifar = "cifar"
+    torchvision = "torchvision"
+    timm = "timm"
+    factory = "factory"
+
+
+class DataName(Choice):
+    digits = "digits"
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    imagefolder = "imagefolder"
+    hf = "hf"
+
+
+class AugmentName(Choice):
+    none = "none"
+    crop = "crop"
+    crop_flip = "crop_flip"
+    resized_crop_flip = "resized_crop_flip"
+
+
+class GranularityName(Choice):
+    conv = "conv"
+    residual = "residual"
+    resolution = "resolution"
+    modules = "modules"
+
+
+class RecipeName(Choice):
+    separable = "separable"
+    separable_x2 = "separable_x2"
+
+
+class Init(Choice):
+    teacher = "teacher"
+    random = "random"
+
+
+class BlockLoss(Choice):
+    normalized_mse = "normalized_mse"
+    mse = "mse"
+
+
+class OptimizerName(Choice):
+    adam = "adam"
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+
+
+class Schedule(Choice):
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Amp(Choice):
+    off = "off"
+    bf16 = "bf16"
+
+
+class Stop(Choice):
+    steps = "steps"
+    plateau = "plateau"
+
+
+class Strategy(Choice):
+    auto = "auto"
+    broadcast = "broadcast"
+    relay = "relay"
+    replicate = "replicate"
+    layerwise = "layerwise"
+    serial = "serial"
+    ddp = "ddp"
+
+
+class Cost(Choice):
+    measured = "measured"
+    flops = "flops"
+
+
+class WireDtype(Choice):
+    fp32 = "fp32"
+    bf16 = "bf16"

@@ -1,0 +1,191 @@
+"""What comes to a rank under a plan and what it passes on: from a plan to the streams and edges of one rank."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distill.blocks import Chain
+from distill.completion import Announcement, Announcements
+from distill.control import Control
+from distill.data import Dataset
+from distill.plan import Plan, boundaries_of
+from distill.protocol import Checks, Feed, Schedule
+from distill.relay import Next, OwnBatches, PassedOn, RelayStream
+from distill.stream import RemoteStream, Stream, TeacherStream
+from distill.trace import Trace
+from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
+
+
+class News:
+    """Which blocks behind this rank in a relay have finished, so that the teacher stops computing for them."""
+
+    def __init__(self, control: Control, plan: Plan) -> None:
+        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._announcements = Announcements(control, blocks=plan.blocks_behind(control.rank), heard=self._heard)
+
+    def finished_elsewhere(self) -> list[int]:
+        """Return the blocks announced since the last call; raises what the watching thread met."""
+        if self._announcements.error is not None:
+            raise self._announcements.error
+        news = []
+        while not self._queue.empty():
+            news.append(self._queue.get())
+        return news
+
+    def close(self) -> None:
+        self._announcements.close()
+
+    def _heard(self, block: int, _: Announcement) -> None:
+        self._queue.put(block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all ranks of a distill stage have in common."""
+
+    control: Control
+    chain: Chain
+    dataset: Dataset
+    plan: Plan
+    budget: int
+    checks: Checks
+    wire_dtype: torch.dtype
+    wire_backend: str
+    device: torch.device
+    window: int
+    timeout_s: float
+    trace: Trace
+
+
+class Streams:
+    """Makes the streams of this rank, and counts what they computed and sent."""
+
+    def __init__(self, setting: Setting, finished_elsewhere: Callable[[], list[int]], wake: threading.Event) -> None:
+        self._setting, self._finished_elsewhere, self._wake = setting, finished_elsewhere, wake
+        self._rank = setting.control.rank
+        self._senders: list[BoundarySender] = []
+        self._teachers: list[TeacherStream | RelayStream] = []
+
+    @property
+    def passes(self) -> int:
+        """Batches that this rank's stretch of the teacher has computed."""
+        return sum(stream.passes for stream in self._teachers)
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(sender.bytes_sent for sender in self._senders)
+
+    def of(self, blocks: Sequence[int]) -> Stream:
+        """Return the stream for these blocks of this rank."""
+        plan = self._setting.plan
+        if plan.strategy != "broadcast":
+            return self._relay(blocks)
+        return (
+            self._broadcast()
+            if self._rank == 0
+            else RemoteStream(self._receiver(0, boundaries_of(blocks)), self._setting.trace)
+        )
+
+    def averager(self) -> Averager:
+        """Return what averages gradients over all ranks, who must all ask for it."""
+        setting = self._setting
+        return Averager(
+            setting.control.store_for("average"),
+            rank=self._rank,
+            world_size=setting.plan.world_size,
+            timeout_s=setting.timeout_s,
+            backend=setting.wire_backend,
+        )
+
+    def _broadcast(self) -> TeacherStream:
+        """Rank 0 of a broadcast: the whole teacher, for everybody."""
+        setting, plan = self._setting, self._setting.plan
+        senders = {
+            rank: self._sender(rank, setting.wire_dtype) for rank in range(1, plan.world_size) if plan.spans_of(rank)
+        }
+        feeds = [Feed(rank, plan.spans_of(rank), setting.checks) for rank in (0, *senders)]
+        stream = TeacherStream(
+            chain=setting.chain,
+            dataset=setting.dataset,
+            schedule=Schedule(feeds),
+            senders=senders,
+            wire_dtype=setting.wire_dtype,
+            finished_elsewhere=self._finished_elsewhere,
+            wake=self._wake,
+            budget=setting.budget,
+            timeout_s=setting.timeout_s,
+            trace=setting.trace,
+        )
+        self._teachers.append(stream)
+        return stream
+
+    def _relay(self, blocks: Sequence[int]) -> RelayStream:
+        """A stretch of the teacher: all of it from the images, or in a relay this rank's own."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        before, after = plan.rank_before(rank), plan.rank_after(rank)
+        first = plan.starts[rank] if before is not None else 0
+        own = Feed(rank, [span for span in plan.trained_by(rank) if span.block in blocks], setting.checks)
+        following = None
+        if after is not None:
+            behind = plan.blocks_behind(rank)
+            following = Next(
+                Feed(after, [span for span in plan.spans if span.block in behind], setting.checks),
+                plan.starts[after],
+                self._sender(after, torch.float32),
+            )
+        feeds = (own,) if following is None else (own, following.feed)
+        if before is None:
+            part, num_parts = (rank, plan.world_size) if plan.shared else (0, 1)
+            origin: OwnBatches | PassedOn = OwnBatches(
+                setting.dataset, budget=setting.budget, feeds=feeds, part=part, num_parts=num_parts
+            )
+        else:
+            origin = PassedOn(self._receiver(before, {first}), first, setting.trace)
+        stream = RelayStream(
+            chain=setting.chain,
+            origin=origin,
+            first=first,
+            own=own,
+            after=following,
+            finished_elsewhere=self._finished_elsewhere,
+            rounded_to=setting.wire_dtype,
+            wake=self._wake,
+            timeout_s=setting.timeout_s,
+            trace=setting.trace,
+        )
+        self._teachers.append(stream)
+        return stream
+
+    def _sender(self, target: int, dtype: torch.dtype) -> BoundarySender:
+        setting = self._setting
+        sender = BoundarySender(
+            Edge(self._rank, target, setting.control.generation, setting.timeout_s),
+            setting.control.store_for("edges"),
+            self._wire(dtype),
+            num_boundaries=len(setting.chain.boundaries),
+            window=setting.window,
+            on_free=self._wake.set,
+            trace=setting.trace,
+        )
+        self._senders.append(sender)
+        return sender
+
+    def _receiver(self, source: int, boundaries: Collection[int]) -> BoundaryReceiver:
+        setting = self._setting
+        relayed = setting.plan.strategy == "relay"
+        return BoundaryReceiver(
+            Edge(source, self._rank, setting.control.generation, setting.timeout_s),
+            setting.control.store_for("edges"),
+            self._wire(torch.float32 if relayed else setting.wire_dtype),
+            boundaries={k: setting.chain.boundaries[k] for k in boundaries},
+            num_boundaries=len(setting.chain.boundaries),
+            trace=setting.trace,
+        )
+
+    def _wire(self, dtype: torch.dtype) -> Wire:
+        return Wire(dtype=dtype, device=self._setting.device, backend=self._setting.wire_backend)

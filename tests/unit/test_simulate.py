@@ -1,0 +1,119 @@
+"""The simulated clock: it agrees with the arithmetic of plans where that is exact, and knows links and windows."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.forecast import main, measured
+from distill.plan import Costs, Span
+from distill.simulate import SAMPLE_STEPS, Link, simulate
+from distill.strategies import PLANNERS, plan_broadcast, plan_relay
+
+COSTS = Costs((1.0, 2.0, 1.0, 3.0), (3.0, 5.0, 4.0, 2.0), (100, 200, 300, 400, 500))
+seconds = st.floats(0.1, 10.0).map(lambda value: round(value, 2))
+
+
+def whole(steps: int, blocks: int = 4) -> list[Span]:
+    return [Span(block, 0, steps) for block in range(blocks)]
+
+
+@pytest.mark.parametrize("strategy", ["broadcast", "relay", "replicate", "layerwise", "serial"])
+def test_one_rank_alone_takes_exactly_what_its_plan_says(strategy: str) -> None:
+    plan = PLANNERS[strategy](COSTS, whole(20), 1)
+    found = simulate(plan, COSTS)
+    assert found.makespan_s == pytest.approx(plan.predicted_makespan_s)
+    assert found.mean_idle_share == pytest.approx(0.0, abs=1e-9)
+    assert found.bytes_sent == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(seconds, seconds), min_size=2, max_size=7), st.integers(2, 3))
+def test_several_ranks_take_what_their_plan_says_and_a_few_steps_to_fill(
+    costs: list[tuple[float, float]], ranks: int
+) -> None:
+    teacher, student = (tuple(values) for values in zip(*costs, strict=True))
+    problem = Costs(teacher, student, (0,) * (len(costs) + 1))
+    for planner in (plan_broadcast, plan_relay):
+        plan = planner(problem, whole(50, len(costs)), ranks)
+        found = simulate(plan, problem)
+        # A rank that is left behind costs rank 0 passes beyond its plan, from time that it has to spare.
+        surplus = found.busy_s[0] - plan.predicted_rank_s[0]
+        assert surplus >= -1e-6
+        assert planner is plan_broadcast or surplus < 1e-6
+        assert found.busy_s[1:] == pytest.approx(plan.predicted_rank_s[1:])
+        longest, step = max(plan.predicted_rank_s), sum(teacher) + sum(student)
+        assert longest - 1e-6 <= found.makespan_s <= longest + 8 * step
+
+
+def test_a_slow_link_sets_the_pace() -> None:
+    plan = plan_broadcast(COSTS, whole(100), 2)
+    sent = simulate(plan, COSTS).bytes_sent
+    assert sent > 0
+    slow = simulate(plan, COSTS, link=Link(bytes_per_s=10.0))
+    assert slow.makespan_s >= slow.bytes_sent / 10.0
+    assert slow.makespan_s < 1.2 * slow.bytes_sent / 10.0
+    relayed = simulate(plan_relay(COSTS, whole(100), 2), COSTS, link=Link(bytes_per_s=10.0))
+    assert relayed.bytes_sent < sent
+    assert relayed.makespan_s < slow.makespan_s
+
+
+def test_latency_is_paid_once_and_not_by_every_step() -> None:
+    plan = plan_relay(COSTS, whole(100), 2)
+    here, far = simulate(plan, COSTS), simulate(plan, COSTS, link=Link(latency_s=1.0))
+    assert 0 < far.makespan_s - here.makespan_s < 5.0
+
+
+def test_every_batch_is_taught_once_to_ranks_in_step() -> None:
+    assert simulate(plan_broadcast(COSTS, whole(60), 3), COSTS).teacher_passes == 60
+
+
+def test_a_rank_far_too_slow_is_left_behind_and_costs_passes_of_its_own() -> None:
+    slow = Costs(COSTS.teacher_s, COSTS.student_s, COSTS.boundary_bytes, slowness=(1.0, 1.0))
+    plan = plan_broadcast(slow, whole(60), 2)
+    crawling = Costs(COSTS.teacher_s, COSTS.student_s, COSTS.boundary_bytes, slowness=(1.0, 20.0))
+    assert simulate(plan, crawling).teacher_passes > 60
+
+
+def test_long_plans_are_continued_at_the_pace_of_a_sample() -> None:
+    long = 30 * SAMPLE_STEPS
+    plan = plan_relay(COSTS, whole(long), 2)
+    found = simulate(plan, COSTS)
+    assert found.makespan_s == pytest.approx(plan.predicted_makespan_s, rel=0.01)
+    assert found.bytes_sent == pytest.approx(long * COSTS.boundary_bytes[plan.starts[1]])
+    assert found.teacher_passes == long
+
+
+def run_directory(folder: Path) -> Path:
+    folder.mkdir()
+    plan = plan_broadcast(COSTS, whole(80), 1)
+    (folder / "plan.json").write_text(plan.to_json())
+    facts = {
+        "seconds": {"teacher": COSTS.teacher_s, "student": COSTS.student_s},
+        "boundary_bytes": COSTS.boundary_bytes, "student_bytes": [8, 8, 8, 8], "wire_s_per_byte": 0.0,
+    }  # fmt: skip
+    (folder / "costs.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_command_tells_of_every_number_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_directory(tmp_path / "run")
+    assert main([str(run), "--ranks", "1", "4", "--strategies", "broadcast", "relay", "--gbit", "1"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["1", "broadcast"], ["1", "relay"], ["4", "broadcast"], ["4", "relay"]]
+    assert rows[0][3] == "1.00x"
+    costs, spans = measured(run, speed=2.0, steps=None)
+    assert math.isclose(sum(costs.student_s), sum(COSTS.student_s) / 2)
+    assert {span.budget for span in spans} == {80}
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "no plan is there" in capsys.readouterr().err
+    run = run_directory(tmp_path / "run")
+    (run / "costs.json").write_text('{"seconds": {"teacher": [], "student": []}}')
+    assert main([str(run)]) == 2
+    assert "written by an older version" in capsys.readouterr().err

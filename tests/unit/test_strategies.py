@@ -1,0 +1,160 @@
+"""Every strategy's plan: its arithmetic, and that no placement beats it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.placement import Problem
+from distill.plan import Costs, Plan, Span, teacher_seconds
+from distill.strategies import (
+    PLANNERS,
+    layerwise_problem,
+    plan_layerwise,
+    plan_relay,
+    plan_replicate,
+    plan_serial,
+    rank_plans,
+    replicate_problem,
+)
+
+Instance = tuple[Costs, list[Span], int]
+seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda value: round(value, 3))
+slowness = st.sampled_from([0.5, 1.0, 2.0])
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> Instance:
+    blocks, world_size = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    per_block = st.lists(seconds, min_size=blocks, max_size=blocks)
+    sizes = draw(st.lists(st.integers(0, 1000), min_size=blocks + 1, max_size=blocks + 1))
+    slow = draw(st.lists(slowness, min_size=world_size, max_size=world_size))
+    costs = Costs(
+        tuple(draw(per_block)), tuple(draw(per_block)), tuple(sizes), draw(st.sampled_from([0.0, 1e-3])), tuple(slow)
+    )
+    trained = draw(st.sets(st.integers(0, blocks - 1), min_size=1))
+    firsts = {block: draw(st.integers(0, 9)) for block in sorted(trained)}
+    return costs, [Span(block, first, 10) for block, first in firsts.items()], world_size
+
+
+def brute_force(problem: Problem) -> float:
+    blocks = [span.block for span in problem.spans]
+    placements = itertools.product(range(problem.world_size), repeat=len(blocks))
+    return min(max(problem.seconds(dict(zip(blocks, ranks, strict=True)))) for ranks in placements)
+
+
+@pytest.mark.parametrize(
+    ("planner", "problem"), [(plan_replicate, replicate_problem), (plan_layerwise, layerwise_problem)]
+)
+@settings(max_examples=40, deadline=None)
+@given(instance=instances())
+def test_no_placement_beats_the_plan(
+    planner: Callable[..., Plan], problem: Callable[..., Problem], instance: Instance
+) -> None:
+    assert planner(*instance).predicted_makespan_s <= brute_force(problem(*instance)) * (1 + 1e-9) + 1e-9
+
+
+def relay_seconds(costs: Costs, spans: Sequence[Span], ends: Sequence[int]) -> list[float]:
+    """Every rank's seconds where rank r has the blocks from ends[r] up to ends[r + 1], counted step by step."""
+    loads = []
+    depth = ends[-1]
+    for rank, (start, end) in enumerate(itertools.pairwise(ends)):
+        total = 0.0
+        for step in range(10):
+            deepest = max((s.block for s in spans if s.first <= step < s.budget), default=-1)
+            total += sum(costs.teacher_s[start : min(end, deepest + 1)])
+            if start < end < depth and deepest >= end:
+                total += costs.boundary_bytes[end] * costs.wire_s_per_byte
+        total += sum(costs.student_s[s.block] * s.steps for s in spans if start <= s.block < end)
+        loads.append(total * costs.slowness_of(rank))
+    return loads
+
+
+@settings(max_examples=60, deadline=None)
+@given(instance=instances())
+def test_no_contiguous_placement_beats_the_relay(instance: Instance) -> None:
+    costs, spans, world_size = instance
+    plan = plan_relay(costs, spans, world_size)
+    depth = max(span.block for span in spans) + 1
+    trained = {span.block for span in spans}
+    possible = [
+        (0, *cuts, depth)
+        for cuts in itertools.combinations_with_replacement(range(depth + 1), world_size - 1)
+        if all(a == b or trained & set(range(a, b)) for a, b in itertools.pairwise((0, *cuts, depth)))
+    ]
+    best = min(max(relay_seconds(costs, spans, ends)) for ends in possible)
+    assert max(plan.predicted_rank_s) == pytest.approx(best, rel=1e-9, abs=1e-9)
+    ends = [*plan.starts, depth]
+    assert list(plan.predicted_rank_s) == pytest.approx(relay_seconds(costs, spans, ends), abs=1e-9)
+    assert sorted(block for owned in plan.owners for block in owned) == sorted(trained)
+
+
+def test_a_relay_counts_the_time_until_its_last_rank_begins() -> None:
+    costs = Costs((1.0,) * 4, (3.0,) * 4, (0,) * 5)
+    plan = plan_relay(costs, [Span(block, 0, 10) for block in range(4)], 2)
+    assert plan.owners == ((0, 1), (2, 3))
+    assert plan.starts == (0, 2)
+    assert plan.predicted_rank_s == (80.0, 80.0)
+    assert plan.predicted_makespan_s == 82.0
+
+
+def test_serial_pays_the_teachers_prefix_for_every_block() -> None:
+    costs = Costs((1.0, 2.0, 4.0), (0.5, 0.5, 0.5), (0,) * 4)
+    plan = plan_serial(costs, [Span(block, 0, 10) for block in range(3)], 2)
+    assert plan.predicted_makespan_s == 10 * (1 + 3 + 7 + 1.5)
+    assert plan.owners == ((0, 1, 2), ())
+
+
+def test_a_slow_rank_gets_less() -> None:
+    costs = Costs((0.0,) * 6, (1.0,) * 6, (0,) * 7, slowness=(1.0, 2.0))
+    spans = [Span(block, 0, 1) for block in range(6)]
+    for name in ("broadcast", "replicate", "layerwise", "relay"):
+        plan = PLANNERS[name](costs, spans, 2)
+        assert [len(owned) for owned in plan.owners] == [4, 2], name
+        assert plan.predicted_makespan_s == 4.0
+
+
+def test_the_ranking_begins_with_the_fastest() -> None:
+    cheap_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5)
+    dear_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5, wire_s_per_byte=100.0)
+    spans = [Span(block, 0, 10) for block in range(4)]
+    names = ("broadcast", "replicate", "relay")
+    assert rank_plans(names, cheap_wire, spans, 4)[0].strategy == "relay"
+    ranking = rank_plans(names, dear_wire, spans, 4)
+    assert ranking[0].strategy == "replicate"
+    makespans = [plan.predicted_makespan_s for plan in ranking]
+    assert makespans == sorted(makespans)
+    assert len(ranking) == 3
+
+
+def test_two_hundred_blocks_on_a_thousand_ranks_are_relayed_in_two_seconds() -> None:
+    generator = np.random.default_rng(0)
+    costs = Costs(tuple(generator.uniform(1, 5, 200)), tuple(generator.uniform(1, 9, 200)), (1000,) * 201, 1e-6)
+    start = time.process_time()
+    plan = plan_relay(costs, [Span(block, 0, 100) for block in range(200)], 1024)
+    assert time.process_time() - start < 2.0
+    assert max(plan.predicted_rank_s) >= 100 * max(np.array(costs.teacher_s) + costs.student_s)
+
+
+def test_teacher_of_a_replica_is_only_as_deep_as_its_own_blocks() -> None:
+    costs = Costs((1.0, 1.0, 8.0), (1.0, 1.0, 1.0), (0,) * 4)
+    spans = [Span(block, 0, 10) for block in range(3)]
+    plan = plan_replicate(costs, spans, 2)
+    assert plan.owners in (((0, 1), (2,)), ((2,), (0, 1)))
+    assert sorted(plan.predicted_rank_s) == [40.0, 110.0]
+    assert teacher_seconds(costs, spans[:2]) == 20.0
+
+
+def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
+    costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, wire_s_per_byte=0.01, student_bytes=(100, 50))
+    spans = [Span(0, 0, 10), Span(1, 0, 10)]
+    plan = PLANNERS["ddp"](costs, spans, 2)
+    assert plan.owners == ((0, 1), ())
+    assert plan.trained_by(1) == plan.trained_by(0) == tuple(spans)
+    assert plan.predicted_makespan_s == pytest.approx(10 * (1 + 2 + 2 + 2) / 2 + 0.01 * 150 * 10)
