@@ -87,17 +87,17 @@ class Plan:
 
     def rank_before(self, rank: int) -> int | None:
         """The rank that passes activations on to `rank` in a relay; None where it begins with the images."""
-        return max((r for r in range(rank) if self.starts and self.owners[r]), default=None)
+        return max((r for r in range(rank) if self.starts and self.spans_of(r)), default=None)
 
     def rank_after(self, rank: int) -> int | None:
         """The rank that `rank` passes activations on to in a relay."""
         later = range(rank + 1, self.world_size)
-        return min((r for r in later if self.starts and self.owners[r]), default=None)
+        return min((r for r in later if self.starts and self.spans_of(r)), default=None)
 
     def blocks_behind(self, rank: int) -> frozenset[int]:
         """The blocks of all ranks behind `rank` in a relay."""
-        later = self.owners[rank + 1 :] if self.starts else ()
-        return frozenset(block for owned in later for block in owned)
+        later = range(rank + 1, self.world_size) if self.starts else ()
+        return frozenset(span.block for r in later for span in self.spans_of(r))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -67,7 +67,7 @@ class Session(Setting):
         collector = Collector(
             self.control,
             ledger,
-            own=self.plan.owners[0],
+            own=[span.block for span in self.plan.spans_of(0)],
             elsewhere={span.block: rank for rank in ranks for span in self.plan.spans_of(rank)},
             wake=wake,
             on_recorded=recorded,

@@ -64,6 +64,33 @@ def test_a_killed_rank_is_named_with_its_log(tmp_path: Path) -> None:
     assert "read logs/rank1.log" in out.read_text()
 
 
+def test_both_neighbours_of_a_rank_killed_in_a_relay_name_it(tmp_path: Path) -> None:
+    toy = Toy(
+        run_dir=str(tmp_path / "run"),
+        owners=((0,), (1, 2), (3,)),
+        budgets=dict.fromkeys(range(4), 500),
+        kill_at=(1, 3),
+        strategy="relay",
+        slow={0: 0.01},
+    )
+    contexts = run_ranks(neighbours_tell, 3, toy, str(tmp_path), join=False)
+    assert contexts is not None
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        _join(contexts)
+    for rank in (0, 2):
+        told = tmp_path / f"{rank}.txt"
+        deadline = time.monotonic() + 20
+        while not told.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert f"rank {rank}: " in told.read_text()
+        assert "rank 1 failed" in told.read_text()
+        assert "read logs/rank1.log" in told.read_text()
+
+
+def neighbours_tell(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy, folder: str) -> None:
+    follower_dies(rank, world_size, environment, toy, f"{folder}/{rank}.txt")
+
+
 def _join(context: ProcessContext) -> None:
     while not context.join(grace_period=20):
         pass

@@ -82,8 +82,13 @@ def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path,
     assert not set(here.values()) & set(alone.values())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
-def test_a_crash_and_a_restart_on_another_world_size_leave_no_trace(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "before", "after"),
+    [("adam", "broadcast", "broadcast"), ("sgd", "relay", "replicate"), ("rmsprop", "layerwise", "relay")],
+)
+def test_a_crash_and_a_restart_on_another_layout_leave_no_trace(
+    tmp_path: Path, optimizer: str, before: str, after: str
+) -> None:
     plain = Toy(run_dir=str(tmp_path / "plain"), owners=ALONE, optimizer=optimizer)
     expected = bits(run_toy(plain))
     broken = Toy(
@@ -92,12 +97,14 @@ def test_a_crash_and_a_restart_on_another_world_size_leave_no_trace(tmp_path: Pa
         optimizer=optimizer,
         checkpoint_every=2,
         fail_at=(1, 5),
+        strategy=before,
     )
     with pytest.raises(ProcessRaisedException, match="injected on rank 1 at step 5"):
         run_toy(broken)
     assert list((tmp_path / "broken" / "checkpoints").glob("*.safetensors"))
+    owners = ((0,), (1,), (2, 3)) if after == "relay" else ((3,), (0,), (1, 2))
     again = Toy(
-        run_dir=broken.run_dir, owners=((3,), (0,), (1, 2)), optimizer=optimizer, checkpoint_every=2, generation=2
+        run_dir=broken.run_dir, owners=owners, optimizer=optimizer, checkpoint_every=2, generation=2, strategy=after
     )
     assert bits(run_toy(again)) == expected
 
