@@ -102,7 +102,7 @@ class RelayStream:
             keep = set(self._own.boundaries_at(address)) if ours else set()
             if theirs:
                 assert self._after is not None
-                self._wait_for(self._after.sender, address)
+                self._wait_for(self._after, address)
                 keep.add(self._after.boundary)
             if not keep:
                 continue
@@ -139,15 +139,15 @@ class RelayStream:
             with self._trace.span("wait", "for the last batches to be taken"):
                 self._after.sender.join()
 
-    def _wait_for(self, sender: BoundarySender, address: Address) -> None:
-        if sender.ready:
+    def _wait_for(self, after: Next, address: Address) -> None:
+        if after.sender.ready:
             return
-        start = time.perf_counter()
-        while not sender.ready:
+        start, rank = time.perf_counter(), after.feed.rank
+        while not after.sender.ready:
             if time.perf_counter() - start > self._timeout_s:
                 raise DistillError(
-                    f"a relay's next rank has taken no batch for {self._timeout_s:g} s; read its log, or raise "
-                    "plan.timeout_s"
+                    f"rank {self._own.rank}: rank {rank} has taken no batch for {self._timeout_s:g} s; read "
+                    f"logs/rank{rank}.log, or raise plan.timeout_s"
                 )
             self._wake.wait(WAKE_S)
             self._wake.clear()
