@@ -28,6 +28,10 @@ class PeerLostError(DistillError):
     """A rank that somebody waits for has stopped beating."""
 
 
+class LeaderFailedError(PeerLostError):
+    """Rank 0 has failed, and has told why: it said so, or the store that it serves is gone."""
+
+
 class StoreAddress:
     """How to open connections to the job's store. One client is one lock, so every thread opens its own."""
 
@@ -83,7 +87,12 @@ class Control:
     def get(self, key: str) -> Any:
         """Return the value of `key`, or None where nobody has set it yet."""
         name = self._key(key)
-        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+        try:
+            return json.loads(self._store.get(name)) if self._store.check([name]) else None
+        except dist.DistNetworkError as error:
+            raise LeaderFailedError(
+                f"rank {self.rank}: the job's store is gone, and rank 0 with it; read logs/rank0.log"
+            ) from error
 
     def wait(self, key: str, *, peer: int, purpose: str, limit_s: float = math.inf) -> Any:
         """Wait for `peer` to set `key`: as long as it beats (at most plan.timeout_s after its last heartbeat), and at
@@ -95,6 +104,9 @@ class Control:
         started = time.monotonic()
         while (value := self.get(key)) is None:
             waited_s = time.monotonic() - started
+            if peer == 0 and self.get("failed"):
+                self.set(f"mourned/{self.rank}", True)
+                raise LeaderFailedError(f"rank {self.rank}: rank 0 has failed; read logs/rank0.log")
             self.expect(peer, purpose=purpose, waited_s=waited_s, limit_s=limit_s)
             time.sleep(POLL_S)
         return value

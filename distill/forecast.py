@@ -20,7 +20,7 @@ from distill.strategies import PLANNERS
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
 EPILOG = """\
 examples:
-  distill simulate outputs/demo/57ed8c528a742a28
+  distill simulate outputs/demo/a0c1d91ac40707f4
   distill simulate RUN --ranks 1 4 16 --strategies broadcast relay --gbit 10 --latency-us 50
   distill simulate RUN --speed 30          ranks thirty times as fast as those of the run
 

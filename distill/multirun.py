@@ -234,8 +234,8 @@ def _tell(jobs: Sequence[Job], folder: Path) -> None:
         tail = f" (exit status {job.exit_status}: {job.reason})" if job.reason else ""
         place = f" {os.path.relpath(job.run_dir)}" if job.run_dir else ""
         _say(f"  {job.number:>3} {job.status:<9}{job.seconds:>8.1f} s  {_shown(job)}{place}{tail}")
-    runs = [Path(job.run_dir) for job in jobs if job.run_dir and Path(job.run_dir).is_dir()]
-    if runs:
+    runs = [Path(job.run_dir) for job in jobs if job.run_dir]
+    if any(run.is_dir() for run in runs):
         wide = None if sys.stdout.isatty() else WIDTH
         Console(width=wide).print(comparison_table(runs))
         _say(f"comparison: {write_comparison(runs, folder / 'comparison.html')}")

@@ -22,8 +22,12 @@ class RunDirectory:
         Raises ConfigError on run.dir where another configuration's run lies there, before anything is written.
         """
         self.refuse_others(identity)
-        for folder in ("logs", "metrics", "stages"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in ("logs", "metrics", "stages"):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            allowed = f"a folder that can be written to ({error.strerror or error})"
+            raise ConfigError("run.dir", str(self.path), allowed) from error
         write_json(self.path / "identity.json", dict(identity))
         write_text(self.path / "resolved.yaml", resolved_yaml)
         generation = 1 + int(read_json(self.path / "generation.json") or 0)

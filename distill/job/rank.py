@@ -20,7 +20,7 @@ from torch import nn
 from distill.choices import Device, Stage
 from distill.compose import compose
 from distill.config import JobConfig, from_yaml, identity, run_directory, to_yaml
-from distill.control import Control, StoreAddress, ranks_of
+from distill.control import Control, LeaderFailedError, StoreAddress, ranks_of
 from distill.data import Dataset
 from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 EXCHANGE_S = 600.0  # for the exchange of the configuration, before its own time limits are known
 MOURNING_S = 10.0  # how long a failing rank waits for rank 0 to tell the same error
+FAREWELL_S = 2.0  # how long a failing rank 0 waits for the others to hear of it
 
 
 def run_rank(overrides: Sequence[str]) -> int:
@@ -53,13 +54,18 @@ def run_rank(overrides: Sequence[str]) -> int:
         control.timeout_s = config.plan.timeout_s
         _run(config, control)
     except DistillError as error:
-        _leave_word(str(error))
+        if not isinstance(error, LeaderFailedError):
+            _leave_word(str(error))
         _tell(error, control)
         return 1
     except Exception as error:
         _leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
         sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
+        if rank == 0:
+            with suppress(RuntimeError):  # the store may be what has failed
+                control.set("failed", True)
+                _await_peers(control)
         raise
     control.leave()
     return 0
@@ -89,18 +95,32 @@ def _tell(error: DistillError, control: Control) -> None:
     """Log an error, and print it once: the same mistake usually stops every rank."""
     if logging.getLogger("distill").handlers:
         log.error("%s", error)
+    if isinstance(error, LeaderFailedError):
+        time.sleep(MOURNING_S)  # rank 0 ends the job, with its own words
+        return
     if control.rank == 0:
         sys.stderr.write(f"distill: {error}\n")
-        if control.world_size > 1:
-            control.set("failed", True)
+        control.set("failed", True)
+        _await_peers(control)
         return
     deadline = time.monotonic() + MOURNING_S
-    with suppress(RuntimeError):  # the store has gone with rank 0
+    with suppress(LeaderFailedError):
         while time.monotonic() < deadline:
             if control.get("failed"):
+                control.set(f"mourned/{control.rank}", True)
+                time.sleep(MOURNING_S)
                 return
             time.sleep(0.1)
     sys.stderr.write(f"distill: {error}\n")
+
+
+def _await_peers(control: Control) -> None:
+    """Stay until those who wait for this rank know: it may serve the store, whose loss they would report instead."""
+    deadline = time.monotonic() + FAREWELL_S
+    peers = set(range(1, control.world_size))
+    while peers and time.monotonic() < deadline:
+        peers -= {peer for peer in peers if control.get(f"mourned/{peer}")}
+        time.sleep(0.05)
 
 
 def _run(config: JobConfig, control: Control) -> None:

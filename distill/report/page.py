@@ -71,11 +71,10 @@ def _exports(exports: Any) -> Markup:
     rows = []
     for name, export in exports.items():
         found = export if isinstance(export, dict) else {}
-        agreement = found.get("top1_agreement")
         rows.append(
             (name, str(found.get("file") or "-"), str(found.get("status", "-")),
              show(found.get("max_abs_difference"), "{:.2g}"),
-             show(100 * agreement if isinstance(agreement, int | float) else None, "{:.1f} %"),
+             show(found.get("top1_agreement"), "{:.2f} %"),
              show(found.get("images"), "{:,.0f}"), str(found.get("reason") or ""))
         )  # fmt: skip
     headings = ("format", "file", "status", "largest difference", "top-1 agreement", "images", "")

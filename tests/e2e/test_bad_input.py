@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distill.job import run_rank
-from tests.e2e.command import SMALL, environment
+from tests.e2e.command import SMALL, distill, environment
 
 FROM_ARGUMENTS = "import sys; from distill.job import run_rank; sys.exit(run_rank(sys.argv[1:]))"
 
@@ -166,3 +166,13 @@ def test_an_error_of_ours_is_told_in_one_line_as_well(
     with pytest.raises(ZeroDivisionError):
         run_rank([*SMALL, "run.dir=run"])
     assert "distill: rank 0: ZeroDivisionError: division by zero\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run_dir", ["taken", "/proc/nowhere"])
+def test_what_only_rank_0_meets_is_told_in_one_line_by_two_ranks(tmp_path: Path, run_dir: str) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("not a run")
+    result = distill("stage=distill", "teacher.fit.epochs=1", f"run.dir={run_dir}", cwd=tmp_path, ranks=2)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("distill: run.dir: got ")

@@ -204,7 +204,7 @@ def test_a_stopped_run_shows_how_far_it_got_and_the_command_that_goes_on(stopped
 
 def test_the_commands_of_the_documentation_run(finished: tuple[Path, str], stopped: Path, tmp_path: Path) -> None:
     """The page of docs/report.md, with these runs in the places of its examples."""
-    shutil.copytree(finished[0], tmp_path / "outputs" / "demo" / "57ed8c528a742a28")
+    shutil.copytree(finished[0], tmp_path / "outputs" / "demo" / "a0c1d91ac40707f4")
     shutil.copytree(stopped, tmp_path / "outputs" / "demo" / "91b0c2a4d6e8f013")
     folder = tmp_path / "bin"
     folder.mkdir()

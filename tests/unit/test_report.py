@@ -101,12 +101,12 @@ class TestFinishedRun:
 
     def test_exports_are_listed_with_what_was_found(self, tmp_path: Path) -> None:
         exports = {
-            "pt2": {"file": "student.pt2", "status": "ok", "max_abs_difference": 1e-6, "top1_agreement": 1.0,
+            "pt2": {"file": "student.pt2", "status": "ok", "max_abs_difference": 1e-6, "top1_agreement": 100.0,
                     "images": 64},
             "onnx": {"file": None, "status": "failed", "reason": EVIL},
         }  # fmt: skip
         page = drawn(run_directory(tmp_path, metrics(exports=exports)))
-        assert "pt2 student.pt2 ok 1e-06 100.0 % 64" in page.words
+        assert "pt2 student.pt2 ok 1e-06 100.00 % 64" in page.words
         assert "onnx - failed - - -" in page.words
 
     def test_configuration_and_environment_are_there(self, tmp_path: Path) -> None:
