@@ -148,19 +148,20 @@ class Collector:
             news.append(self._news.get())
         return news
 
-    def wait(self) -> None:
-        """Wait until every block is in the ledger: for a block in training as long as its rank is alive, for weights on
-        their way at most plan.timeout_s."""
+    def wait(self, *, all_fed: bool) -> None:
+        """Wait until every block is in the ledger. Where all ranks are `all_fed`, at most plan.timeout_s for the next
+        one: each has been announced or had its last batch, so only weights are still on their way. Ranks that run the
+        teacher themselves may train on for long: these are waited for as long as they are alive."""
         missing, since = len(self._missing) + 1, time.monotonic()
         while self._missing:
             self.finished_elsewhere()
             training = sorted(set(self._elsewhere.values()))
-            if training or len(self._missing) < missing:
+            if (training and not all_fed) or len(self._missing) < missing:
                 missing, since = len(self._missing), time.monotonic()
             elif time.monotonic() - since > self._control.timeout_s:
                 raise DistillError(
-                    f"rank 0: the weights of blocks {sorted(self._missing)} have not come for "
-                    f"{self._control.timeout_s:g} s; read the logs of their ranks (plan.json), or raise plan.timeout_s"
+                    f"rank 0: blocks {sorted(self._missing)} have not come for {self._control.timeout_s:g} s; read the "
+                    "logs of their ranks (plan.json), or raise plan.timeout_s"
                 )
             for rank in training:
                 self._control.expect(rank, purpose="finished blocks")

@@ -29,7 +29,7 @@ class PeerLostError(DistillError):
 
 
 class LeaderFailedError(PeerLostError):
-    """Rank 0 has failed, and has told why: it said so, or the store that it serves is gone."""
+    """Rank 0 has said that it failed, or the job's store, which it may serve, is gone."""
 
 
 class StoreAddress:
@@ -86,13 +86,8 @@ class Control:
 
     def get(self, key: str) -> Any:
         """Return the value of `key`, or None where nobody has set it yet."""
-        name = self._key(key)
-        try:
-            return json.loads(self._store.get(name)) if self._store.check([name]) else None
-        except dist.DistNetworkError as error:
-            raise LeaderFailedError(
-                f"rank {self.rank}: the job's store is gone, and rank 0 with it; read logs/rank0.log"
-            ) from error
+        value = self._read(self._key(key))
+        return None if value is None else json.loads(value)
 
     def wait(self, key: str, *, peer: int, purpose: str, limit_s: float = math.inf) -> Any:
         """Wait for `peer` to set `key`: as long as it beats (at most plan.timeout_s after its last heartbeat), and at
@@ -129,8 +124,8 @@ class Control:
         """Seconds by this rank's clock since `peer`'s heartbeat was last seen to change."""
         if peer == self.rank:
             return 0.0
-        name, now = f"{self._attempt}/beat/{peer}", time.monotonic()
-        count = int(self._store.get(name)) if self._store.check([name]) else -1
+        now = time.monotonic()
+        count = int(self._read(f"{self._attempt}/beat/{peer}") or -1)
         seen, since = self._beats.get(peer, (-2, now))
         if count != seen:
             self._beats[peer] = (count, now)
@@ -149,6 +144,15 @@ class Control:
                 for peer in range(1, self.world_size):
                     self.wait(f"left/{peer}", peer=peer, purpose="farewell")
         self._stop.set()
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self._store.get(name) if self._store.check([name]) else None
+        except dist.DistNetworkError as error:
+            raise LeaderFailedError(
+                f"rank {self.rank}: the job's store is gone, and with it the rank or node that served it; "
+                "read logs/rank0.log"
+            ) from error
 
     def _key(self, key: str) -> str:
         return f"{self._attempt}/{self.generation}/{key}"

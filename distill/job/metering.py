@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from distill.control import Control
+from distill.control import Control, PeerLostError
 from distill.counters import open_counters
 from distill.energy import describe, summarize
 from distill.meter import Meter, Place, by_host
@@ -92,7 +92,7 @@ def _following(control: Control, meter: Meter) -> Iterator[None]:
         try:
             while not stop.wait(FOLLOW_S):
                 meter.switch(control.get("energy/stage"))
-        except RuntimeError as error:
+        except (PeerLostError, RuntimeError) as error:
             log.warning("energy: cannot follow the stages any more, the job's store is gone (%s)", error)
 
     thread = threading.Thread(target=follow, name="energy-stage", daemon=True)

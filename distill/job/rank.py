@@ -54,8 +54,9 @@ def run_rank(overrides: Sequence[str]) -> int:
         control.timeout_s = config.plan.timeout_s
         _run(config, control)
     except DistillError as error:
-        if not isinstance(error, LeaderFailedError):
-            _leave_word(str(error))
+        if isinstance(error, LeaderFailedError) and rank != 0:
+            time.sleep(MOURNING_S)  # rank 0 ends the job with its own words; if it cannot, these are told after all
+        _leave_word(str(error))
         _tell(error, control)
         return 1
     except Exception as error:
@@ -63,9 +64,7 @@ def run_rank(overrides: Sequence[str]) -> int:
         log.exception("rank %d failed", rank)
         sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
         if rank == 0:
-            with suppress(RuntimeError):  # the store may be what has failed
-                control.set("failed", True)
-                _await_peers(control)
+            _let_peers_know(control)
         raise
     control.leave()
     return 0
@@ -95,32 +94,32 @@ def _tell(error: DistillError, control: Control) -> None:
     """Log an error, and print it once: the same mistake usually stops every rank."""
     if logging.getLogger("distill").handlers:
         log.error("%s", error)
-    if isinstance(error, LeaderFailedError):
-        time.sleep(MOURNING_S)  # rank 0 ends the job, with its own words
-        return
     if control.rank == 0:
         sys.stderr.write(f"distill: {error}\n")
-        control.set("failed", True)
-        _await_peers(control)
+        _let_peers_know(control)
         return
-    deadline = time.monotonic() + MOURNING_S
-    with suppress(LeaderFailedError):
-        while time.monotonic() < deadline:
-            if control.get("failed"):
-                control.set(f"mourned/{control.rank}", True)
-                time.sleep(MOURNING_S)
-                return
-            time.sleep(0.1)
+    if not isinstance(error, LeaderFailedError):
+        deadline = time.monotonic() + MOURNING_S
+        with suppress(LeaderFailedError):
+            while time.monotonic() < deadline:
+                if control.get("failed"):
+                    control.set(f"mourned/{control.rank}", True)
+                    time.sleep(MOURNING_S)
+                    return
+                time.sleep(0.1)
     sys.stderr.write(f"distill: {error}\n")
 
 
-def _await_peers(control: Control) -> None:
-    """Stay until those who wait for this rank know: it may serve the store, whose loss they would report instead."""
-    deadline = time.monotonic() + FAREWELL_S
-    peers = set(range(1, control.world_size))
-    while peers and time.monotonic() < deadline:
-        peers -= {peer for peer in peers if control.get(f"mourned/{peer}")}
-        time.sleep(0.05)
+def _let_peers_know(control: Control) -> None:
+    """Rank 0 stays until those who wait for it know that it has failed: it may serve the store, whose loss they would
+    report instead."""
+    with suppress(DistillError, RuntimeError):  # the store may be what has failed
+        control.set("failed", True)
+        deadline = time.monotonic() + FAREWELL_S
+        peers = set(range(1, control.world_size))
+        while peers and time.monotonic() < deadline:
+            peers -= {peer for peer in peers if control.get(f"mourned/{peer}")}
+            time.sleep(0.05)
 
 
 def _run(config: JobConfig, control: Control) -> None:

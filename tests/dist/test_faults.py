@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
 
 from distill.blocks import Boundary
-from distill.control import PeerLostError
+from distill.control import LeaderFailedError, PeerLostError
 from distill.protocol import Address
 from distill.trace import Trace
 from distill.transport import BoundaryReceiver, BoundarySender, Edge, TransportError, Wire
@@ -141,6 +143,39 @@ def silent_peer(rank: int, world_size: int, environment: Mapping[str, str]) -> N
 
 def test_a_wait_ends_when_the_peer_stops_beating() -> None:
     run_ranks(silent_peer, 2)
+
+
+def leader_fails(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
+    control = connect(rank, world_size, environment)
+    if rank == 0:
+        control.set("failed", True)
+        assert control.wait("mourned/1", peer=1, purpose="answer")
+        return
+    with pytest.raises(LeaderFailedError, match=r"rank 1: rank 0 has failed; read logs/rank0.log"):
+        control.wait("plan", peer=0, purpose="plan")
+
+
+def test_a_rank_that_waits_for_rank_0_hears_of_its_failure_and_says_so() -> None:
+    run_ranks(leader_fails, 2)
+
+
+def store_goes(rank: int, world_size: int, environment: Mapping[str, str], port: int) -> None:
+    """Rank 0 serves the store itself, as without torchrun's agent, and vanishes."""
+    own = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    control = connect(rank, world_size, {**environment, **own})
+    if rank == 0:
+        assert control.wait("here", peer=1, purpose="sign of life")
+        os._exit(0)
+    control.set("here", True)
+    with pytest.raises(LeaderFailedError, match=r"rank 1: the job's store is gone.*logs/rank0.log"):
+        control.wait("plan", peer=0, purpose="plan")
+
+
+def test_a_store_that_goes_with_rank_0_is_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_ranks(store_goes, 2, port)
 
 
 def long_pause(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
