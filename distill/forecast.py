@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.table import Table
 
 from distill.errors import DistillError
 from distill.files import read_json
+from distill.network import Link, Network
 from distill.plan import Costs, Span
-from distill.simulate import Link, Simulation, simulate
+from distill.simulate import Simulation, simulate
 from distill.strategies import PLANNERS
 
+FREE = Link()
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
 EPILOG = """\
 examples:
@@ -45,23 +48,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=_at_least_one, help="steps of every block (default: as the run has it)")
     options = parser.parse_args(arguments)
     try:
-        costs, spans = measured(options.run, speed=options.speed, steps=options.steps)
+        link = Link(options.gbit * 1e9 / 8 if options.gbit else float("inf"), options.latency_us * 1e-6)
+        costs, spans = measured(options.run, link=link, speed=options.speed, steps=options.steps)
     except DistillError as error:
         sys.stderr.write(f"distill simulate: {error}\n")
         return 2
-    link = Link(options.gbit * 1e9 / 8 if options.gbit else float("inf"), options.latency_us * 1e-6)
     found = [
-        simulate(PLANNERS[name](costs, spans, ranks), costs, link=link)
-        for ranks in options.ranks
-        for name in options.strategies
+        simulate(PLANNERS[name](costs, spans, ranks), costs) for ranks in options.ranks for name in options.strategies
     ]
     alone = simulate(PLANNERS["broadcast"](costs, spans, 1), costs)
     Console(width=None if sys.stdout.isatty() else 120).print(forecast_table(found, alone))
     return 0
 
 
-def measured(run_dir: Path, *, speed: float, steps: int | None) -> tuple[Costs, list[Span]]:
-    """Return the costs that a run has measured, for ranks `speed` times as fast, and all of its blocks from step 0.
+def measured(run_dir: Path, *, link: Link = FREE, speed: float, steps: int | None) -> tuple[Costs, list[Span]]:
+    """Return the costs that a run has measured, for ranks `speed` times as fast on such links, and all of its blocks
+    from step 0.
 
     Raises DistillError where the directory holds no plan, or one of an older version.
     """
@@ -80,8 +82,8 @@ def measured(run_dir: Path, *, speed: float, steps: int | None) -> tuple[Costs, 
             tuple(seconds / speed for seconds in costs["seconds"]["teacher"]),
             tuple(seconds / speed for seconds in costs["seconds"]["student"]),
             tuple(costs["boundary_bytes"]),
-            costs["wire_s_per_byte"] / speed,
             student_bytes=tuple(costs["student_bytes"]),
+            network=Network(within=replace(link, sender_s_per_byte=costs["sender_s_per_byte"] / speed)),
         ),
         [Span(block, 0, budget) for block in students],
     )

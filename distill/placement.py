@@ -16,21 +16,23 @@ Share = tuple[float, float]  # seconds of a rank's own work, and seconds that se
 class Problem:
     """Blocks to be placed and what a placement costs, by whatever rule a strategy has.
 
-    `work(span)` is a lower bound of what a span adds to the rank it is on; `share(spans)` what a rank with these spans
-    costs, `loads(shares)` the seconds of every rank; `base` their seconds before anything is placed, and ranks with the
-    same `kind` are alike as long as they are empty.
+    `work(span, rank)` is a lower bound of what a span adds to the rank it is on; `share(spans, rank)` what a rank with
+    these spans costs, `loads(shares)` the seconds of every rank; `base` their seconds before anything is placed, and
+    ranks with the same `kind` are alike as long as they are empty.
     """
 
     spans: Sequence[Span]
     world_size: int
     work: Callable[[Span, int], float]
-    share: Callable[[Sequence[Span]], Share]
+    share: Callable[[Sequence[Span], int], Share]
     loads: Callable[[Sequence[Share]], list[float]]
     base: Sequence[float]
     kind: Sequence[object]
 
     def shares(self, placement: Mapping[int, int]) -> list[Share]:
-        return [self.share([s for s in self.spans if placement[s.block] == rank]) for rank in range(self.world_size)]
+        return [
+            self.share([s for s in self.spans if placement[s.block] == rank], rank) for rank in range(self.world_size)
+        ]
 
     def seconds(self, placement: Mapping[int, int]) -> list[float]:
         """Return every rank's seconds under a placement (block -> rank)."""
@@ -79,7 +81,7 @@ def _improve(placement: dict[int, int], problem: Problem) -> dict[int, int]:
         for change in moves + swaps:
             candidate, changed = placement | change, list(shares)
             for rank in {*change.values(), *(placement[block] for block in change)}:
-                changed[rank] = problem.share([s for s in problem.spans if candidate[s.block] == rank])
+                changed[rank] = problem.share([s for s in problem.spans if candidate[s.block] == rank], rank)
             score = problem.score(changed)
             if score < best:
                 placement, shares, best, improved = candidate, changed, score, True

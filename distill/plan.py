@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+
+from distill.network import Network
 
 
 @dataclass(frozen=True)
 class Costs:
     """Per-batch costs. `teacher_s[k]` and `student_s[k]` in seconds, `boundary_bytes` has one entry more than blocks.
 
-    A byte on the wire costs the sending rank `wire_s_per_byte` seconds; a receiver takes it beside its training.
     Rank r takes `slowness[r]` times as long as that (1 for every rank that is not listed).
     """
 
     teacher_s: tuple[float, ...]
     student_s: tuple[float, ...]
     boundary_bytes: tuple[int, ...]
-    wire_s_per_byte: float = 0.0
     student_bytes: tuple[int, ...] = ()  # of the student's parameters, by block
     slowness: tuple[float, ...] = ()
+    network: Network = field(default_factory=Network)
 
     def slowness_of(self, rank: int) -> float:
         return self.slowness[rank] if rank < len(self.slowness) else 1.0

@@ -5,24 +5,17 @@ The order of events of a broadcast is the real one: the Schedule of protocol.py 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+from distill.network import Link
 from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.protocol import Address, Checks, Feed, Schedule
 
 RING_SLOTS = 2  # receive buffers of a rank: one being trained on, one being filled
 IMPATIENCE_S = 0.005  # how often rank 0 looks again while it waits for a slot, as in a run
 SAMPLE_STEPS = 200  # longer plans are simulated for this many steps and continued at the pace of their second half
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a rank's sends share: bandwidth in bytes per second, and the seconds until a first byte arrives."""
-
-    bytes_per_s: float = math.inf
-    latency_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +34,13 @@ class Simulation:
         return 1 - sum(self.busy_s) / (len(self.busy_s) * self.makespan_s) if self.makespan_s else 0.0
 
 
-def simulate(plan: Plan, costs: Costs, *, link: Link = Link(), window: int = 4) -> Simulation:
-    """Return how `plan` goes with these costs; plans much longer than SAMPLE_STEPS steps are extrapolated."""
+def simulate(plan: Plan, costs: Costs, *, window: int = 4) -> Simulation:
+    """Return how `plan` goes with these costs and links; plans much longer than SAMPLE_STEPS steps are extrapolated."""
     longest = max((span.steps for span in plan.spans), default=0)
     if longest <= 2 * SAMPLE_STEPS:
-        return _simulate(plan, costs, link, window)
-    half = _simulate(_shortened(plan, SAMPLE_STEPS / longest), costs, link, window)
-    whole = _simulate(_shortened(plan, 2 * SAMPLE_STEPS / longest), costs, link, window)
+        return _simulate(plan, costs, window)
+    half = _simulate(_shortened(plan, SAMPLE_STEPS / longest), costs, window)
+    whole = _simulate(_shortened(plan, 2 * SAMPLE_STEPS / longest), costs, window)
     more = (longest - 2 * SAMPLE_STEPS) / SAMPLE_STEPS
 
     def continued(short: float, long: float) -> float:
@@ -69,11 +62,11 @@ def _shortened(plan: Plan, share: float) -> Plan:
     return replace(plan, spans=spans, predicted_rank_s=scale)
 
 
-def _simulate(plan: Plan, costs: Costs, link: Link, window: int) -> Simulation:
+def _simulate(plan: Plan, costs: Costs, window: int) -> Simulation:
     if plan.strategy == "broadcast":
-        return _broadcast(plan, costs, link, window)
+        return _broadcast(plan, costs, window)
     if plan.strategy == "relay":
-        return _relay(plan, costs, link, window)
+        return _relay(plan, costs, window)
     passes = sum(span.steps for span in plan.spans) if plan.one_by_one else 0
     if not plan.one_by_one:
         passes = sum(max((span.steps for span in plan.spans_of(rank)), default=0) for rank in range(plan.world_size))
@@ -127,10 +120,10 @@ def _teacher_s(costs: Costs, rank: int, first: int, last: int) -> float:
     return sum(costs.teacher_s[first:last]) * costs.slowness_of(rank)
 
 
-def _broadcast(plan: Plan, costs: Costs, link: Link, window: int) -> Simulation:
+def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
     ranks = [rank for rank in range(plan.world_size) if rank == 0 or plan.spans_of(rank)]
-    line = _Line(link)
-    edges = {rank: _Edge(line, window) for rank in ranks if rank}
+    lines = {link: _Line(link) for link in (costs.network.within, costs.network.between)}
+    edges = {rank: _Edge(lines[costs.network.link(0, rank)], window) for rank in ranks if rank}
     schedule = Schedule([Feed(rank, plan.spans_of(rank), Checks()) for rank in ranks])
     busy, done = [0.0] * plan.world_size, [0.0] * plan.world_size
     now, passes = 0.0, 0
@@ -147,7 +140,7 @@ def _broadcast(plan: Plan, costs: Costs, link: Link, window: int) -> Simulation:
         for rank in service.ranks:
             if rank:
                 size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(blocks[rank]))
-                spent += size * costs.wire_s_per_byte
+                spent += size * costs.network.link(0, rank).sender_s_per_byte
                 arrived = edges[rank].send(size, now + spent)
                 work = _students_s(costs, rank, blocks[rank])
                 busy[rank] += work
@@ -157,12 +150,13 @@ def _broadcast(plan: Plan, costs: Costs, link: Link, window: int) -> Simulation:
         schedule.served(service, now + spent)
         busy[0] += spent
         now += spent
-    return Simulation(plan, max(now, *done), tuple(busy), line.bytes_sent, passes)
+    return Simulation(plan, max(now, *done), tuple(busy), sum(line.bytes_sent for line in lines.values()), passes)
 
 
-def _relay(plan: Plan, costs: Costs, link: Link, window: int) -> Simulation:
+def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
     chain = [rank for rank in range(plan.world_size) if plan.spans_of(rank)]
-    edges = {rank: _Edge(_Line(link), window) for rank in chain[1:]}  # by receiver; every sender has a line of its own
+    # by receiver; every sender has a line of its own
+    edges = {b: _Edge(_Line(costs.network.link(a, b)), window) for a, b in pairwise(chain)}
     feeds = {rank: Feed(rank, plan.spans_of(rank), Checks()) for rank in chain}
     busy, done = [0.0] * plan.world_size, [0.0] * plan.world_size
     everybody = Feed(-1, plan.spans, Checks())
@@ -183,7 +177,7 @@ def _relay(plan: Plan, costs: Costs, link: Link, window: int) -> Simulation:
             spent = _teacher_s(costs, rank, first, end)
             if target is not None:
                 size = costs.boundary_bytes[end]
-                spent += size * costs.wire_s_per_byte
+                spent += size * costs.network.link(rank, target).sender_s_per_byte
                 arrived = edges[target].send(size, begin + spent)
             if feeds[rank].cursor == address:
                 spent += _students_s(costs, rank, feeds[rank].blocks_at(address))

@@ -52,7 +52,10 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     share = 1 / world_size
     slowest = max(costs.slowness_of(rank) for rank in range(world_size))
     wire_s = (
-        sum(costs.student_bytes[span.block] * span.steps for span in spans) * 2 * (1 - share) * costs.wire_s_per_byte
+        sum(costs.student_bytes[span.block] * span.steps for span in spans)
+        * 2
+        * (1 - share)
+        * costs.network.link(0, world_size - 1).sender_s_per_byte
     )
     seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
     owners = alone.owners + ((),) * (world_size - 1)
@@ -96,7 +99,7 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     for block in range(depth):
         steps = _steps_from(spans, block)
         teacher[block + 1] = costs.teacher_s[block] * steps
-        passed_on[block] = costs.boundary_bytes[block] * costs.wire_s_per_byte * steps
+        passed_on[block] = costs.boundary_bytes[block] * costs.network.within.sender_s_per_byte * steps
     for span in spans:
         student[span.block + 1] += costs.student_s[span.block] * span.steps
         trained[span.block + 1] += 1
@@ -122,9 +125,9 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
     """Return what a placement costs where rank 0 runs the teacher for everybody."""
     teacher_s = teacher_seconds(costs, spans)
 
-    def share(owned: Sequence[Span]) -> Share:
+    def share(owned: Sequence[Span], rank: int) -> Share:
         size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
-        wire = max((span.steps for span in owned), default=0) * size * costs.wire_s_per_byte
+        wire = max((span.steps for span in owned), default=0) * size * costs.network.link(0, rank).sender_s_per_byte
         return sum(costs.student_s[span.block] * span.steps for span in owned), wire
 
     def loads(shares: Sequence[Share]) -> list[float]:
@@ -146,7 +149,7 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
 def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
     """Return what a placement costs where every rank runs the teacher for itself."""
 
-    def share(owned: Sequence[Span]) -> Share:
+    def share(owned: Sequence[Span], _rank: int) -> Share:
         return sum(map(work, owned)) + teacher_seconds(costs, owned), 0.0
 
     def work(span: Span) -> float:
@@ -162,14 +165,14 @@ def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
     def work(span: Span) -> float:
         return span.steps * (costs.student_s[span.block] + prefix[span.block + 1])
 
-    return _independent(costs, spans, world_size, lambda owned: (sum(map(work, owned)), 0.0), work)
+    return _independent(costs, spans, world_size, lambda owned, _rank: (sum(map(work, owned)), 0.0), work)
 
 
 def _independent(
     costs: Costs,
     spans: Sequence[Span],
     world_size: int,
-    share: Callable[[Sequence[Span]], Share],
+    share: Callable[[Sequence[Span], int], Share],
     work: Callable[[Span], float],
 ) -> Problem:
     """Return the problem of ranks that have nothing to do with each other."""

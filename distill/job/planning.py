@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from distill.checkpoint import CheckpointFolder, block_name
 from distill.choices import Cost, Stop, Strategy, WireDtype
 from distill.config import JobConfig
 from distill.cost import (
-    WIRE_S_PER_BYTE,
+    SENDER_S_PER_BYTE,
     BlockCosts,
     average,
     calibrated,
@@ -29,6 +29,7 @@ from distill.files import write_json, write_text
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
+from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
@@ -55,6 +56,7 @@ class Trainers:
 
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
+        self._student_bytes: dict[int, int] = {}
 
     def fresh(self, block: int) -> BlockTrainer | None:
         """Return a block's trainer at step 0, or None where the block gets no student.
@@ -70,6 +72,7 @@ class Trainers:
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
+        self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
         return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options)
 
     def resumed(self, block: int) -> BlockTrainer:
@@ -83,8 +86,9 @@ class Trainers:
 
     def student_bytes(self, block: int) -> int:
         """Return the bytes of a student's parameters, 0 where the block has none."""
-        trainer = self.fresh(block)
-        return sum(parameter.nbytes for parameter in trainer.module.parameters()) if trainer else 0
+        if block in self._blocks.replaced and block not in self._student_bytes:
+            self.fresh(block)
+        return self._student_bytes.get(block, 0)
 
     def span(self, block: int) -> Span:
         """Return the steps a block has still to do."""
@@ -107,7 +111,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
-        costs = replace(_planning_costs(context, blocks, seconds, speeds), student_bytes=sizes)
+        costs = _planning_costs(context, blocks, seconds, speeds, sizes)
         plans = rank_plans(names, costs, spans, context.world_size)
         plan = plans[0]
         _show_ranking(context, plans)
@@ -157,11 +161,13 @@ def _measure(
     return average(found), slowness(found)
 
 
-def _planning_costs(context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...]) -> Costs:
+def _planning_costs(
+    context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
+) -> Costs:
     scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
     sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
-    wire = WIRE_S_PER_BYTE if context.device.type == "cpu" else 0.0
-    return Costs(seconds.teacher, seconds.student, sizes, wire, slowness=speeds)
+    wire = Link(sender_s_per_byte=SENDER_S_PER_BYTE if context.device.type == "cpu" else 0.0)
+    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, Network(within=wire, between=wire))
 
 
 def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "flops": asdict(flops),
         "boundary_bytes": costs.boundary_bytes,
         "student_bytes": costs.student_bytes,
-        "wire_s_per_byte": costs.wire_s_per_byte,
+        "sender_s_per_byte": costs.network.within.sender_s_per_byte,
     }
 
 

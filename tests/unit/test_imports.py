@@ -31,11 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "submitted": set(),
     "sweep": {"compose", "config", "config_errors", "errors"},
     # plans, no torch
-    "plan": set(),
+    "network": set(),
+    "plan": {"network"},
     "placement": {"plan"},
     "strategies": {"placement", "plan"},
-    "simulate": {"plan", "protocol"},
-    "forecast": {"errors", "files", "plan", "simulate", "strategies"},
+    "simulate": {"network", "plan", "protocol"},
+    "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -87,6 +88,7 @@ ALLOWED: dict[str, set[str]] = {
 
 WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "config_errors",
+    "network",
     "plan",
     "placement",
     "strategies",

@@ -8,12 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
 from distill.strategies import broadcast_problem, plan_broadcast
 
 
+def priced(sender_s_per_byte: float) -> Network:
+    """Ranks of one host, where a byte costs its sender so much."""
+    return Network(within=Link(sender_s_per_byte=sender_s_per_byte))
+
+
 def costs(teacher: list[float], student: list[float], *, wire: float = 0.0, size: int = 1000) -> Costs:
-    return Costs(tuple(teacher), tuple(student), (size,) * (len(teacher) + 1), wire)
+    return Costs(tuple(teacher), tuple(student), (size,) * (len(teacher) + 1), network=priced(wire))
 
 
 def whole(budget: int, blocks: int) -> list[Span]:
@@ -39,7 +45,7 @@ def problems(draw: st.DrawFn) -> tuple[Costs, list[Span], int]:
     sizes = draw(st.lists(st.integers(0, 1000), min_size=blocks + 1, max_size=blocks + 1))
     wire = draw(st.sampled_from([0.0, 1e-3]))
     firsts = draw(st.lists(st.integers(0, 9), min_size=blocks, max_size=blocks))
-    problem = Costs(tuple(draw(per_block)), tuple(draw(per_block)), tuple(sizes), wire)
+    problem = Costs(tuple(draw(per_block)), tuple(draw(per_block)), tuple(sizes), network=priced(wire))
     return problem, [Span(block, first, 10) for block, first in enumerate(firsts)], draw(st.integers(1, 3))
 
 
@@ -169,7 +175,7 @@ class TestTeacherSeconds:
 
 class TestRankSeconds:
     def test_the_wire_costs_the_sender_and_a_shared_boundary_travels_once(self) -> None:
-        price = Costs((0.0,) * 3, (0.0,) * 3, (1, 10, 100, 1000), 1.0)
+        price = Costs((0.0,) * 3, (0.0,) * 3, (1, 10, 100, 1000), network=priced(1.0))
         spans = whole(2, 3)
         assert broadcast_problem(price, spans, 2).seconds({0: 0, 1: 1, 2: 1}) == [2 * 1110.0, 0.0]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.forecast import main, measured
+from distill.network import Link, Network
 from distill.plan import Costs, Span
-from distill.simulate import SAMPLE_STEPS, Link, simulate
+from distill.simulate import SAMPLE_STEPS, simulate
 from distill.strategies import PLANNERS, plan_broadcast, plan_relay
 
 COSTS = Costs((1.0, 2.0, 1.0, 3.0), (3.0, 5.0, 4.0, 2.0), (100, 200, 300, 400, 500))
+
+
+def on(link: Link) -> Costs:
+    """The same costs on ranks joined by such links."""
+    return replace(COSTS, network=Network(within=link))
+
+
 seconds = st.floats(0.1, 10.0).map(lambda value: round(value, 2))
 
 
@@ -53,17 +62,18 @@ def test_a_slow_link_sets_the_pace() -> None:
     plan = plan_broadcast(COSTS, whole(100), 2)
     sent = simulate(plan, COSTS).bytes_sent
     assert sent > 0
-    slow = simulate(plan, COSTS, link=Link(bytes_per_s=10.0))
+    costs = on(Link(bytes_per_s=10.0))
+    slow = simulate(plan, costs)
     assert slow.makespan_s >= slow.bytes_sent / 10.0
     assert slow.makespan_s < 1.2 * slow.bytes_sent / 10.0
-    relayed = simulate(plan_relay(COSTS, whole(100), 2), COSTS, link=Link(bytes_per_s=10.0))
+    relayed = simulate(plan_relay(COSTS, whole(100), 2), costs)
     assert relayed.bytes_sent < sent
     assert relayed.makespan_s < slow.makespan_s
 
 
 def test_latency_is_paid_once_and_not_by_every_step() -> None:
     plan = plan_relay(COSTS, whole(100), 2)
-    here, far = simulate(plan, COSTS), simulate(plan, COSTS, link=Link(latency_s=1.0))
+    here, far = simulate(plan, COSTS), simulate(plan, on(Link(latency_s=1.0)))
     assert 0 < far.makespan_s - here.makespan_s < 5.0
 
 
@@ -93,7 +103,7 @@ def run_directory(folder: Path) -> Path:
     (folder / "plan.json").write_text(plan.to_json())
     facts = {
         "seconds": {"teacher": COSTS.teacher_s, "student": COSTS.student_s},
-        "boundary_bytes": COSTS.boundary_bytes, "student_bytes": [8, 8, 8, 8], "wire_s_per_byte": 0.0,
+        "boundary_bytes": COSTS.boundary_bytes, "student_bytes": [8, 8, 8, 8], "sender_s_per_byte": 0.0,
     }  # fmt: skip
     (folder / "costs.json").write_text(json.dumps(facts))
     return folder

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.network import Link, Network
 from distill.placement import Problem
 from distill.plan import Costs, Plan, Span, teacher_seconds
 from distill.strategies import (
@@ -29,6 +30,11 @@ seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda value: round(value, 3
 slowness = st.sampled_from([0.5, 1.0, 2.0])
 
 
+def wire(sender_s_per_byte: float) -> Network:
+    """Ranks of one host, where a byte costs its sender so much."""
+    return Network(within=Link(sender_s_per_byte=sender_s_per_byte))
+
+
 @st.composite
 def instances(draw: st.DrawFn) -> Instance:
     blocks, world_size = draw(st.integers(1, 6)), draw(st.integers(1, 3))
@@ -36,7 +42,11 @@ def instances(draw: st.DrawFn) -> Instance:
     sizes = draw(st.lists(st.integers(0, 1000), min_size=blocks + 1, max_size=blocks + 1))
     slow = draw(st.lists(slowness, min_size=world_size, max_size=world_size))
     costs = Costs(
-        tuple(draw(per_block)), tuple(draw(per_block)), tuple(sizes), draw(st.sampled_from([0.0, 1e-3])), tuple(slow)
+        tuple(draw(per_block)),
+        tuple(draw(per_block)),
+        tuple(sizes),
+        slowness=tuple(slow),
+        network=wire(draw(st.sampled_from([0.0, 1e-3]))),
     )
     trained = draw(st.sets(st.integers(0, blocks - 1), min_size=1))
     firsts = {block: draw(st.integers(0, 9)) for block in sorted(trained)}
@@ -70,7 +80,7 @@ def relay_seconds(costs: Costs, spans: Sequence[Span], ends: Sequence[int]) -> l
             deepest = max((s.block for s in spans if s.first <= step < s.budget), default=-1)
             total += sum(costs.teacher_s[start : min(end, deepest + 1)])
             if start < end < depth and deepest >= end:
-                total += costs.boundary_bytes[end] * costs.wire_s_per_byte
+                total += costs.boundary_bytes[end] * costs.network.within.sender_s_per_byte
         total += sum(costs.student_s[s.block] * s.steps for s in spans if start <= s.block < end)
         loads.append(total * costs.slowness_of(rank))
     return loads
@@ -122,7 +132,7 @@ def test_a_slow_rank_gets_less() -> None:
 
 def test_the_ranking_begins_with_the_fastest() -> None:
     cheap_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5)
-    dear_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5, wire_s_per_byte=100.0)
+    dear_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5, network=wire(100.0))
     spans = [Span(block, 0, 10) for block in range(4)]
     names = ("broadcast", "replicate", "relay")
     assert rank_plans(names, cheap_wire, spans, 4)[0].strategy == "relay"
@@ -135,7 +145,9 @@ def test_the_ranking_begins_with_the_fastest() -> None:
 
 def test_two_hundred_blocks_on_a_thousand_ranks_are_relayed_in_two_seconds() -> None:
     generator = np.random.default_rng(0)
-    costs = Costs(tuple(generator.uniform(1, 5, 200)), tuple(generator.uniform(1, 9, 200)), (1000,) * 201, 1e-6)
+    costs = Costs(
+        tuple(generator.uniform(1, 5, 200)), tuple(generator.uniform(1, 9, 200)), (1000,) * 201, network=wire(1e-6)
+    )
     start = time.process_time()
     plan = plan_relay(costs, [Span(block, 0, 100) for block in range(200)], 1024)
     assert time.process_time() - start < 2.0
@@ -152,7 +164,7 @@ def test_teacher_of_a_replica_is_only_as_deep_as_its_own_blocks() -> None:
 
 
 def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
-    costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, wire_s_per_byte=0.01, student_bytes=(100, 50))
+    costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, network=wire(0.01), student_bytes=(100, 50))
     spans = [Span(0, 0, 10), Span(1, 0, 10)]
     plan = PLANNERS["ddp"](costs, spans, 2)
     assert plan.owners == ((0, 1), ())
