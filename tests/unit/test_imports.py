@@ -71,9 +71,11 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {"blocks", "errors", "protocol", "trace"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
+    "turns": {"errors", "protocol", "stream", "trace", "transport"},
     "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
     "routes": {
         "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+        "turns",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
