@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from distill.errors import DistillError
 from distill.protocol import Feed, Service, Turns
+from distill.receiver import BoundaryReceiver, Delivery
 from distill.stream import TeacherStream
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, Delivery
 
 
 class Source(Protocol):
