@@ -15,10 +15,13 @@ from distill.control import Control
 from distill.data import Dataset
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule
+from distill.receiver import BoundaryReceiver
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
+from distill.sender import BoundarySender
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.trace import Trace
-from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
+from distill.transport import Averager, Edge
+from distill.wire import Wire
 
 
 class News:

@@ -68,12 +68,16 @@ ALLOWED: dict[str, set[str]] = {
     "flops": set(),
     # between ranks
     "control": {"errors"},
-    "transport": {"blocks", "errors", "protocol", "trace"},
+    "transport": {"errors"},
+    "wire": {"blocks", "transport"},
+    "sender": {"protocol", "trace", "transport", "wire"},
+    "receiver": {"blocks", "protocol", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
-    "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
-    "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
+    "stream": {"blocks", "data", "errors", "protocol", "receiver", "sender", "trace"},
+    "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
-        "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+        "blocks", "completion", "control", "data", "plan", "protocol", "receiver", "relay", "sender", "stream",
+        "trace", "transport", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
@@ -163,7 +167,7 @@ def test_every_allowed_arrow_is_used(name: str) -> None:
 
 def test_arrows_form_no_circle() -> None:
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("plan") < order.index("protocol") < order.index("transport") < order.index("engine")
+    assert order.index("plan") < order.index("protocol") < order.index("sender") < order.index("engine")
 
 
 def test_configuration_objects_are_seen_by_the_job_and_the_launcher_only() -> None:
