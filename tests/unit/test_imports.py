@@ -64,7 +64,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "ledger": {"files"},
     "trainer": {"checkpoint", "losses"},
-    "cost": {"blocks", "trainer"},
+    "cost": {"blocks", "flops", "trainer"},
+    "flops": set(),
     # between ranks
     "control": {"errors"},
     "transport": {"errors"},
