@@ -61,6 +61,7 @@ class Setting:
     checks: Checks
     wire_dtype: torch.dtype
     wire_backend: str
+    shared_memory: bool
     device: torch.device
     window: int
     timeout_s: float
@@ -223,4 +224,10 @@ class Streams:
         )
 
     def _wire(self, dtype: torch.dtype) -> Wire:
-        return Wire(dtype=dtype, device=self._setting.device, backend=self._setting.wire_backend)
+        setting = self._setting
+        return Wire(
+            dtype=dtype,
+            device=setting.device,
+            backend=setting.wire_backend,
+            shared_memory=setting.shared_memory,
+        )

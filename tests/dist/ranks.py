@@ -100,6 +100,7 @@ class Toy:
     teacher_ranks: int = 1
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
+    shared_memory: bool = True
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
     patience: int = 0
@@ -151,6 +152,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             checks=toy.checks,
             wire_dtype=toy.wire_dtype,
             wire_backend="gloo",
+            shared_memory=toy.shared_memory,
             device=torch.device("cpu"),
             window=toy.window,
             timeout_s=TIMEOUT_S,
