@@ -27,7 +27,7 @@ def plan_table(
     """Return who trains what, with both costs of every block side by side: seconds and counted FLOPs."""
     owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
     spans = {span.block: span for span in plan.spans}
-    table = Table(title=f"plan: {plan.strategy} on {plan.world_size} ranks", title_justify="left", box=None)
+    table = Table(title=f"plan: {plan.label} on {plan.world_size} ranks", title_justify="left", box=None)
     for heading in ("block", "rank", "steps", "teacher ms", "student ms", "teacher MFLOP", "student MFLOP", "input MB"):
         table.add_column(heading, justify="left" if heading == "block" else "right")
     for block, name in enumerate(names):
