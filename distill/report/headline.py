@@ -180,15 +180,20 @@ def what_stopped(run: Run) -> Markup:
 
 
 def go_on_command(run: Run) -> str:
-    """Return a command for one node that starts from resolved.yaml and goes on in this run directory."""
+    """Return a command for one node that goes on in this run directory with the run's own configuration."""
     where = run.path.resolve()
-    given = run.settings.get("run.dir")
-    steps_up = 3 if given is None else len(Path(str(given)).parts)  # outputs/NAME/FINGERPRINT, or what run.dir said
+    given = Path(str(run.settings.get("run.dir") or where.relative_to(_above(where, 3))))  # outputs/NAME/FINGERPRINT
     lines = []
-    if given is None or not Path(str(given)).is_absolute():
-        base = where.parents[steps_up - 1] if len(where.parents) >= steps_up else where
-        lines.append(f"cd {shlex.quote(str(base))}")
-    ranks = run.settings.get("launch.nproc_per_node", run.world_size or 1)
-    record = shlex.quote(str(where / "resolved.yaml"))
-    lines.append(f"DISTILL_RESOLVED={record} torchrun --nproc-per-node={ranks} -m distill")
+    if given.is_absolute() or ".." in given.parts:  # where it was started is not known
+        given = where
+    else:
+        lines.append(f"cd {shlex.quote(str(_above(where, len(given.parts))))}")
+    stage = run.settings.get("stage", "all")
+    words = ["python", "-m", "distill", f"run={given}", *([f"stage={stage}"] if stage != "all" else [])]
+    words.append(f"launch.nproc_per_node={run.settings.get('launch.nproc_per_node', run.world_size or 1)}")
+    lines.append(shlex.join(words))
     return "\n".join(lines)
+
+
+def _above(path: Path, steps: int) -> Path:
+    return (path, *path.parents)[min(steps, len(path.parents))]

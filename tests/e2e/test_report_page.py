@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from distill.checkpoint import CheckpointFolder, block_name
 from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, SMALL, environment
 from tests.run_directories import energy, huge, metrics, planned, run_directory, traced
@@ -88,7 +89,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **quiet)
     try:
         deadline = time.monotonic() + LIMIT_S
-        while not list(cwd.glob("outputs/stopped/*/checkpoints/*.safetensors")):
+        while not list(cwd.glob("outputs/stopped/*/checkpoints/[0-9]*.safetensors")):
             assert process.poll() is None, "the run ended before it was stopped"
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -181,25 +182,29 @@ def test_the_page_drawn_again_is_the_one_that_the_run_drew(finished: tuple[Path,
     assert page.count('<path id="c') == 9
 
 
-def test_a_stopped_run_shows_how_far_it_got_and_the_command_that_goes_on(stopped: Path) -> None:
+def test_a_stopped_run_shows_how_far_it_got(stopped: Path) -> None:
     assert report(stopped, cwd=stopped).returncode == 0
     page = (stopped / "report.html").read_text()
     assert "unfinished: distill" in page
     assert "0 of 9 blocks are finished" in page
-    (command,) = re.findall(r"<pre[^>]*>(cd [^<]*torchrun[^<]*)</pre>", page)
-    # Its end is 100000 steps away: the same command on a copy of the record with fewer of them.
-    fewer = (
-        (stopped / "resolved.yaml").read_text().replace("steps: 100000", "steps: 4").replace(": stopped", ": goes_on")
-    )
-    record = stopped.parents[2] / "fewer.yaml"
-    record.write_text(fewer)
-    line = command.replace(str(stopped / "resolved.yaml"), str(record))
-    line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+
+
+def test_the_command_of_a_stopped_run_s_page_goes_on(stopped: Path) -> None:
+    run = shutil.copytree(stopped, stopped.with_name("copy"))
+    checkpoints = CheckpointFolder(run, generation=2)
+    begun = [checkpoint for block in range(9) if (checkpoint := checkpoints.load(block_name(block)))]
+    for file in ("resolved.yaml", "identity.json"):  # its end is 100000 steps away
+        near = (run / file).read_text().replace("100000", str(20 + max(checkpoint.step for checkpoint in begun)))
+        (run / file).write_text(near)
+    assert report(run, cwd=run).returncode == 0
+    (command,) = re.findall(r"<pre[^>]*>(cd [^<]*python -m distill[^<]*)</pre>", (run / "report.html").read_text())
+    command = command.replace("python", sys.executable)
     done = subprocess.run(
-        line, shell=True, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+        command, shell=True, cwd="/", env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((stopped.parents[2] / "outputs" / "goes_on").glob("*/metrics.json"))) == 1
+    assert "(attempt 2)" in done.stdout
+    assert (run / "student.safetensors").exists()
 
 
 def test_the_commands_of_the_documentation_run(finished: tuple[Path, str], stopped: Path, tmp_path: Path) -> None:

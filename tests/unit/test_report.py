@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from distill.errors import DistillError
 from distill.plan import Costs, Span
 from distill.report import plan_table, result_table, write_report
+from distill.report.headline import go_on_command
+from distill.report.run import Run
 from distill.strategies import plan_broadcast
 from tests.run_directories import EVIL, block, energy, huge, metrics, network, planned, run_directory, traced
 
@@ -227,7 +230,29 @@ class TestUnfinishedRun:
         page = drawn(self.begun(tmp_path, log))
         assert "failed in stage distill" in page.words
         assert "no activation &lt;5&gt; from rank 0 Traceback" in page.words
-        assert f"DISTILL_RESOLVED={tmp_path}/resolved.yaml torchrun --nproc-per-node=2 -m distill" in page.words
+        assert f"python -m distill run={tmp_path.relative_to(tmp_path.parents[2])} " in page.words
+
+    @pytest.mark.parametrize(
+        ("given", "cwd", "run"),
+        [
+            ("null", "", "outputs/it's/0a1b"),
+            ("outputs/it's/0a1b", "", "outputs/it's/0a1b"),
+            ("0a1b", "outputs/it's", "0a1b"),
+            (".", "outputs/it's/0a1b", "."),
+            ("../0a1b", None, None),
+            ("/elsewhere/0a1b", None, None),
+        ],
+    )
+    def test_going_on_starts_where_the_run_was_started(
+        self, tmp_path: Path, given: str, cwd: str | None, run: str | None
+    ) -> None:
+        folder = self.begun(tmp_path / "outputs" / "it's" / "0a1b")
+        record = f'stage: distill\nlaunch: {{nproc_per_node: 2}}\nrun: {{dir: "{given}"}}\n'.replace('"null"', "null")
+        (folder / "resolved.yaml").write_text(record)
+        *before, command = go_on_command(Run(folder)).splitlines()
+        assert [shlex.split(line) for line in before] == ([] if cwd is None else [["cd", str(tmp_path / cwd)]])
+        words = ["python", "-m", "distill", f"run={run or folder}", "stage=distill", "launch.nproc_per_node=2"]
+        assert shlex.split(command) == words
 
     def test_an_error_of_an_earlier_attempt_is_not_what_stopped_this_one(self, tmp_path: Path) -> None:
         log = "2030-01-01 09:59:59,000 [rank 1] ERROR distill: no activation\n"
