@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
+from distill.energy import job_joules
 from distill.files import write_text
-from distill.report.energy import show_joules, total_joules
+from distill.report.energy import show_joules
 from distill.report.markup import Markup, finite, join, section, show, show_seconds, show_short, table, tag
 from distill.report.page import document
 from distill.report.plot import Axis, chart, point
@@ -60,7 +61,7 @@ class Line:
         a, b = self.teacher("top1"), self.student("top1")
         distill: dict[str, Any] = self.run.part("distill") if self.run is not None else {}
         stages = self.run.stage_seconds if self.run is not None else {}
-        joules = total_joules(self.run.energy) if self.run is not None else None
+        joules = job_joules(self.run.energy) if self.run is not None else None
         return (
             f"{self.number} {self.name}",
             self.differs or "-",

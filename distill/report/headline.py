@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.report.energy import show_joules, total_joules
+from distill.energy import job_joules
+from distill.report.energy import show_joules
 from distill.report.markup import Markup, finite, folded, join, section, show, show_seconds, show_short, table, tag
 from distill.report.plot import bar
 from distill.report.run import STAGES, Run
@@ -73,7 +74,7 @@ def _tiles(run: Run) -> list[Markup]:
               f"predicted {show_seconds(distill.get('makespan_predicted_s'))}",
               f"{show_short(distill.get('images_per_second'))} images/s"),
     ]  # fmt: skip
-    joules = total_joules(run.energy)
+    joules = job_joules(run.energy)
     if joules is not None:
         tiles.append(_tile("energy", show_joules(joules), "measured stages", ""))
     return tiles

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pynvml
 import pytest
@@ -435,6 +436,18 @@ class TestSummary:
             "energy: teacher 1.0 J, distill 4.0 J, together 5.0 J; idle devices, not included: 60.0 J"
         )
         assert "; not measured: cpu on a: no RAPL package" in line
+
+    @pytest.mark.parametrize("stage", [None, 7, [], {}, {"joules": None}, {"joules": "many"}, {"joules": float("nan")}])
+    def test_what_a_damaged_summary_lacks_is_not_measured(self, stage: Any) -> None:
+        summary = {"stages": {"teacher": {"joules": 2.0}, "distill": stage}}
+        assert job_joules(summary) == 2.0
+        assert joules_per_image(summary, 4) == {"distill": None, "job": 0.5}
+
+    @pytest.mark.parametrize("summary", [{}, {"stages": None}, {"stages": {}}])
+    def test_a_summary_without_stages_is_not_measured(self, summary: dict[str, Any]) -> None:
+        assert job_joules(summary) is None
+        assert joules_per_image(summary, 4) == {"distill": None, "job": None}
+        assert joules_per_image(summary, None) == {"distill": None, "job": None}
 
     def test_counters_with_nothing_found_give_the_seconds_and_the_reasons(self, run_dir: Path) -> None:
         nothing = Counters((), (("gpu", "no driver"), ("cpu", "no RAPL")))
