@@ -44,10 +44,13 @@ p { margin: .4rem 0; } .lead { font-size: 1.08rem; max-width: 56rem; margin: .7r
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; min-width: min(100%, 26rem); }
 th, td { padding: .28rem 1.1rem .28rem 0; text-align: right; border-bottom: 1px solid var(--grid);
   white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } .word { text-align: left; } td:first-child { font-weight: 500; }
+th { color: var(--soft); font-weight: 600; white-space: pre; vertical-align: bottom; }
+.word { text-align: left; } td:first-child { font-weight: 500; }
 td.word { white-space: normal; min-width: 8.5rem; overflow-wrap: anywhere; }
 td.long { min-width: 15rem; overflow-wrap: normal; }
-@media (min-width: 40rem) { td.word:first-child { white-space: nowrap; } }
+@media (min-width: 40rem) { td.word:first-child { white-space: nowrap; }
+  .broad th:first-child, .broad td:first-child { position: sticky; left: 0; background: var(--paper); }
+  .broad th, .broad td { padding-right: .9rem; } }
 @media (max-width: 40rem) { table { font-size: .84rem; } th, td { padding-right: .7rem; }
   td.word { min-width: 6.4rem; } }
 a { color: var(--accent); }
