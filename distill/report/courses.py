@@ -25,7 +25,7 @@ def block_courses(run: Run) -> Markup:
     lines = []
     for n, block in enumerate(blocks):
         path = curve(block.course, x, y, most=most)
-        lines.append(f'<path id="c{n}" class="line" style="--p:{_place(n, len(blocks))}" d="{path}"/>')
+        lines.append(f'<path id="c{n}" class="line" style="{_colour(n, len(blocks))}" d="{path}"/>')
     label = f"relative error by step of {len(blocks)} blocks, from {tick_label(y.high)} down to {tick_label(y.low)}"
     y_title = "relative error of the block's output, logarithmic"
     overview = chart(stretched("".join(lines)), x, y, x_title="step", y_title=y_title, label=label, kind="wide")
@@ -40,17 +40,18 @@ def _drawable(block: BlockState) -> bool:
     return any(error > 0 and finite(error) is not None for _, error in block.course)
 
 
-def _place(index: int, number: int) -> str:
-    """Where a block lies between the first and the last, for its colour."""
-    return f"{100 * index / max(1, number - 1):.0f}%"
+def _colour(index: int, number: int) -> str:
+    """Say for the style sheet where a block lies between the first and the last; where each has its own entry in the
+    legend, every other one is nearer to the ink, so that neighbours differ in more than their hue."""
+    shade = ";--share:var(--shade)" if index % 2 and number <= MOST_NAMED else ""
+    return f"--p:{100 * index / max(1, number - 1):.0f}%{shade}"
 
 
 def _key(blocks: Sequence[BlockState]) -> Markup:
     if len(blocks) > MOST_NAMED:
         return tag("p", blocks[0].name, tag("i", class_="ramp"), blocks[-1].name, class_="legend ramped")
     items = [
-        tag("li", tag("i", class_="line", style=f"--p:{_place(n, len(blocks))}"), block.name)
-        for n, block in enumerate(blocks)
+        tag("li", tag("i", class_="line", style=_colour(n, len(blocks))), block.name) for n, block in enumerate(blocks)
     ]
     return tag("ul", *items, class_="legend")
 

@@ -63,6 +63,26 @@ for (const e of document.querySelectorAll('main *')) {
 return found;
 """
 
+# Every block's line: its contrast with the page (WCAG 2.1 asks 3 of what is drawn), and the least distance in OKLab
+# to another one of the same legend (0.02 is just noticeable).
+LINES = """
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+function linear(colour) { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255).map(
+    v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }
+const luminance = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
+const dot = (m, v) => m.map(row => row.reduce((sum, x, i) => sum + x * v[i], 0));
+const oklab = c => dot([[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059], [0.0259, 0.78277, -0.80868]],
+  dot([[0.41222, 0.53633, 0.05145], [0.2119, 0.6807, 0.1074], [0.0883, 0.28172, 0.62998]], c).map(Math.cbrt));
+const paper = luminance(linear(getComputedStyle(document.body).backgroundColor));
+const lines = [...document.querySelectorAll('.wide path.line')].map(e => linear(getComputedStyle(e).stroke));
+const named = [...document.querySelectorAll('.legend i.line')].map(e => linear(getComputedStyle(e).backgroundColor));
+const apart = (a, b) => Math.hypot(...oklab(a).map((v, i) => v - oklab(b)[i]));
+return {contrast: lines.map(luminance).map(l => (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05)),
+  apart: lines.flatMap((a, i) => lines.slice(i + 1).map(b => apart(a, b))),
+  astray: lines.map((line, i) => apart(line, named[i]))};
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -160,6 +180,17 @@ def test_words_are_legible_in_light_and_dark(browser: Any, pages: dict[str, Path
     assert [words for words in found if words[2] < 11] == []
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_blocks_are_told_apart_by_their_colours(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    show(browser, pages["finished"], scheme=scheme)
+    found = browser.execute_script(LINES)
+    assert len(found["contrast"]) == 9
+    assert min(found["contrast"]) >= 3
+    assert min(found["apart"]) > 0.08
+    assert max(found["astray"]) < 0.01, "the legend has other colours than the lines"
 
 
 @needs_chromium
