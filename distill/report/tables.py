@@ -28,8 +28,18 @@ def plan_table(
     owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
     spans = {span.block: span for span in plan.spans}
     table = Table(title=f"plan: {plan.strategy} on {plan.world_size} ranks", title_justify="left", box=None)
-    for heading in ("block", "rank", "steps", "teacher ms", "student ms", "teacher MFLOP", "student MFLOP", "input MB"):
-        table.add_column(heading, justify="left" if heading == "block" else "right")
+    # Headings of two lines leave 80 columns enough for a block's name.
+    for heading in (
+        "block",
+        "rank",
+        "steps",
+        "teacher\nms",
+        "student\nms",
+        "teacher\nMFLOP",
+        "student\nMFLOP",
+        "input\nMB",
+    ):
+        table.add_column(heading, justify="left" if heading == "block" else "right", overflow="fold")
     for block, name in enumerate(names):
         trained = block in spans
         table.add_row(

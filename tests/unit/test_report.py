@@ -330,6 +330,17 @@ class Costly:
         self.teacher, self.student = teacher, student
 
 
+def test_names_of_blocks_are_whole_on_80_columns() -> None:
+    names = ["features.2", "features.28", "layer4.2.conv2"]
+    plan = plan_broadcast(Costs((0.1,) * 3, (0.9,) * 3, (10,) * 4), [Span(block, 0, 46_890) for block in range(3)], 2)
+    costs, flops = Costly([0.1213] * 3, [1.0123] * 3), Costly([302e6] * 3, [1807e6] * 3)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(plan_table(plan, names, costs=costs, flops=flops, boundary_bytes=[100_000_000] * 4))
+    rows = console.export_text().splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == names
+    assert all(row.split()[2:] == ["0-46890", "121.3", "1012.3", "302", "1807", "100.00"] for row in rows)
+
+
 def test_plan_table_shows_both_costs_and_who_trains_what() -> None:
     plan = plan_broadcast(
         Costs((0.001, 0.001, 0.001), (0.0, 0.004, 0.004), (10,) * 4), [Span(1, 0, 9), Span(2, 5, 9)], 2
