@@ -14,7 +14,7 @@ from rich.table import Table
 from distill.energy import job_joules
 from distill.files import write_text
 from distill.report.energy import show_joules
-from distill.report.markup import Markup, finite, join, section, show, show_seconds, show_short, table, tag
+from distill.report.markup import Markup, finite, join, section, show, show_count, show_seconds, show_short, table, tag
 from distill.report.page import document
 from distill.report.plot import Axis, chart, point
 from distill.report.run import NoRunError, Run
@@ -82,7 +82,7 @@ class Line:
 def comparison_table(run_dirs: Sequence[Path]) -> Table:
     """Return one row a run, in the given order; a run that failed or is missing says so."""
     found, base = _lines(run_dirs)
-    result = Table(title=f"{len(found)} runs", title_justify="left", box=None)
+    result = Table(title=show_count(len(found), "run"), title_justify="left", box=None)
     for column, heading in enumerate(_headings(base)):
         result.add_column(heading, justify="left" if column in WORDS else "right", overflow="fold")
     for line in found:
@@ -94,10 +94,10 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     """Draw the page that compares these runs; return `path`."""
     found, base = _lines(run_dirs)
     finished = sum(line.run is not None and line.run.finished for line in found)
-    title = f"{len(found)} runs compared"
+    title = f"{show_count(len(found), 'run')} compared"
     heading = join(tag("h1", title), tag("p", _best(found) or "No run has a student yet.", class_="lead"))
     rows = [_linked(line, path) for line in found]
-    note = f"{finished} of {len(found)} runs are finished."
+    note = f"{finished} of {show_count(len(found), 'run')} finished."
     write_text(
         path,
         document(
@@ -224,7 +224,7 @@ def _scatter(
             ", ".join(str(students[m][2].number) for m in near) if near[0] == n else ""
         )  # one label for what overlaps
         dots.append(point(*places[n], kind="run", title=words, text=text))
-    label = f"top-1 accuracy against {name} of {len(students)} runs"
+    label = f"top-1 accuracy against {name} of {show_count(len(students), 'run')}"
     drawing = chart(join(*dots), x_axis, y_axis, label=label, x_title=x_title, y_title="top-1 accuracy, %")
     return tag("figure", tag("figcaption", tag("b", f"Accuracy against {name}")), drawing)
 
@@ -242,9 +242,9 @@ def _speed_ups(lines: Sequence[Line]) -> Markup:
         ideal = (f'<line class="ideal" x1="0" y1="100%" x2="{100 * x.at(reach):.2f}%" '
                  f'y2="{100 * (1 - y.at(reach / base)):.2f}%"/>')  # fmt: skip
     dots = [
-        point(x.at(ranks), y.at(up), kind="run", title=f"{line.number} {line.name}: {up:.2f}x on {ranks} ranks",
-              text=str(line.number))
+        point(x.at(ranks), y.at(up), kind="run", text=str(line.number),
+              title=f"{line.number} {line.name}: {up:.2f}x on {show_count(ranks, 'rank')}")
         for ranks, up, line in known
     ]  # fmt: skip
-    label = f"speed-up against ranks of {len(known)} runs, at most {max(up for _, up, _ in known):.2f}"
+    label = f"speed-up against ranks of {show_count(len(known), 'run')}, at most {max(up for _, up, _ in known):.2f}"
     return chart(join(Markup(ideal), *dots), x, y, label=label, x_title="ranks", y_title="speed-up", kind="wide")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill.report.markup import Markup, finite, folded, join, show, tag
+from distill.report.markup import Markup, finite, folded, join, show, show_count, tag
 from distill.report.plot import Axis, chart, curve, stretched, tick_label
 from distill.report.run import BlockState, Run
 
@@ -26,7 +26,8 @@ def block_courses(run: Run) -> Markup:
     for n, block in enumerate(blocks):
         path = curve(block.course, x, y, most=most)
         lines.append(f'<path id="c{n}" class="line" style="{_colour(n, len(blocks))}" d="{path}"/>')
-    label = f"relative error by step of {len(blocks)} blocks, from {tick_label(y.high)} down to {tick_label(y.low)}"
+    fall = f"from {tick_label(y.high)} down to {tick_label(y.low)}"
+    label = f"relative error by step of {show_count(len(blocks), 'block')}, {fall}"
     y_title = "relative error of the block's output, logarithmic"
     overview = chart(stretched("".join(lines)), x, y, x_title="step", y_title=y_title, label=label, kind="wide")
     small = [_small(n, block, x, y) for n, block in enumerate(blocks)]
@@ -58,12 +59,10 @@ def _key(blocks: Sequence[BlockState]) -> Markup:
 
 def _small(index: int, block: BlockState, x: Axis, y: Axis) -> Markup:
     use = f'<use href="#c{index}"/>'
-    label = (
-        f"{block.name}: {show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}, {block.steps} steps"
-    )
+    change = f"{show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}"
+    label = f"{block.name}: {change}, {show_count(block.steps, 'step')}"
     drawing = chart(stretched(use), x, y, label=label, x_title="", y_title="", ticks=(3, 4))
     bad = "" if block.status in ("finished", "training") else f" {block.status}"
-    change = f"{show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}"
     caption = tag("figcaption", tag("b", block.name), f" {change}", tag("strong", bad) if bad else Markup())
     return tag("figure", caption, drawing)
 
@@ -92,7 +91,7 @@ def _fit(run: Run, stage: str, title: str) -> Markup:
         for e, v in epochs[:200]
     )
     line = stretched(f'<path class="line solo" d="{curve(epochs, x, y)}"/>')
-    label = f"{title}: loss from {epochs[0][1]:.3g} to {epochs[-1][1]:.3g} in {len(epochs)} epochs"
+    label = f"{title}: loss from {epochs[0][1]:.3g} to {epochs[-1][1]:.3g} in {show_count(len(epochs), 'epoch')}"
     drawing = chart(join(line, Markup(dots)), x, y, label=label, x_title="epoch", y_title="loss, mean of the epoch")
     words = f" {epochs[0][1]:.3g} to {epochs[-1][1]:.3g}"
     return tag("figure", tag("figcaption", tag("b", title), words), drawing)

@@ -217,7 +217,7 @@ def test_a_stopped_run_shows_how_far_it_got(stopped: Path) -> None:
     assert report(stopped, cwd=stopped).returncode == 0
     page = (stopped / "report.html").read_text()
     assert "unfinished: distill" in page
-    assert "0 of 9 blocks are finished" in page
+    assert "0 of 9 blocks finished" in page
 
 
 def test_the_command_of_a_stopped_run_s_page_goes_on(stopped: Path) -> None:

@@ -87,7 +87,7 @@ class TestFinishedRun:
         words = drawn(run_directory(tmp_path, metrics())).words
         sentence = "The student reaches 88.50 % top-1 where its teacher has 90.00 %, with 25.0 % of the parameters"
         assert words.index(sentence) < words.index("Teacher against student")
-        assert "Its 3 blocks were distilled in 12.3 s on 2 ranks." in words
+        assert "Distilling 3 blocks took 12.3 s on 2 ranks." in words
         assert "4.00x smaller" in words
 
     def test_every_block_has_its_line_its_curve_and_its_ledger_entry(self, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ class TestUnfinishedRun:
     def test_it_tells_how_far_every_block_and_stage_is(self, tmp_path: Path) -> None:
         page = drawn(self.begun(tmp_path))
         assert "unfinished: distill" in page.words
-        assert "1 of 3 blocks are finished. Complete stages: teacher, plan." in page.words
+        assert "1 of 3 blocks finished. Complete stages: teacher, plan." in page.words
         assert re.search(r"layer0\.0 0 finished 200 of 200", page.words)
         assert re.search(r"layer2\.0 0 training 100 of 200", page.words)
         assert "What stopped it" not in page.sections
@@ -297,12 +297,12 @@ class TestTimeLine:
         run_directory(tmp_path, metrics())
         traced(tmp_path, ranks=4, steps=50, generation=1)
         page = drawn(traced(tmp_path, ranks=1, steps=50, generation=2))
-        assert "share of time by kind of 1 ranks" in page.text
+        assert "share of time by kind of 1 rank over" in page.text
 
     def test_a_rank_whose_trace_is_damaged_is_left_out(self, tmp_path: Path) -> None:
         traced(run_directory(tmp_path, metrics()), ranks=2, steps=20)
         (tmp_path / "traces" / "rank1.1.json").write_text('{"rank": 1')
-        assert "share of time by kind of 1 ranks" in drawn(tmp_path).text
+        assert "share of time by kind of 1 rank over" in drawn(tmp_path).text
 
 
 class TestEnergy:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from distill.report import comparison_table, write_comparison
 from distill.report.command import main
-from distill.report.markup import show, show_seconds, show_short
+from distill.report.markup import show, show_count, show_seconds, show_short
 from distill.report.plot import Axis
 from tests.run_directories import EVIL, metrics, network, planned, run_directory
 
@@ -191,3 +191,11 @@ def test_seconds_are_written_as_a_person_would_say_them(value: float | None, wor
 def test_counts_are_written_short(value: float | None, words: str) -> None:
     assert show_short(value) == words
     assert show(None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "words"),
+    [(0, "rank", "0 ranks"), (1, "epoch", "1 epoch"), (2, "epoch", "2 epochs"), (2, "batch", "2 batches")],
+)
+def test_one_of_a_thing_is_no_plural(number: int, noun: str, words: str) -> None:
+    assert show_count(number, noun) == words
