@@ -186,7 +186,9 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
             checkpoint = checkpoints.load(block_name(block))
             if block not in ledger.entries:
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
-        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * len(toy.owners), _starts(toy))
+        ranks = len(toy.owners)
+        groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else ()
+        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy), groups=groups)
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
 
