@@ -74,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"blocks", "transport"},
     "host": set(),
     "shared_ring": {"host", "transport"},
+    "probe": {"blocks", "protocol", "receiver", "sender", "trace", "transport", "wire"},
     "sender": {"protocol", "shared_ring", "trace", "transport", "wire"},
     "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
