@@ -204,6 +204,9 @@ class PlanConfig:
     )
     window: int = setting(4, "batches that a teacher rank may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
+    link_gbit: float | None = setting(
+        None, "bandwidth of a host's link to the others in Gbit/s; null: probed with plan.cost=measured, else unlimited"
+    )
     shared_memory: bool = setting(
         True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
     )
@@ -213,6 +216,8 @@ class PlanConfig:
         _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
         if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
             raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
+        if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
+            raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 
 
 @dataclass(kw_only=True)
@@ -302,7 +307,8 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.window", "plan.timeout_s", "plan.shared_memory",
+    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.window", "plan.timeout_s", "plan.link_gbit",
+    "plan.shared_memory",
     "distill.log_every",
 }  # fmt: skip
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
