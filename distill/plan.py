@@ -141,6 +141,17 @@ class Plan:
         )
 
 
+def gradient_seconds(costs: Costs, block: int, world_size: int) -> tuple[float, float]:
+    """Return (a, b) where a group of g ranks averages a block's gradients in (1 - 1 / g) a + (g - 1) b seconds: every
+    byte crosses twice, less a share, in two hops for every further rank.
+
+    Source: Patarasuk, Yuan 2009, ring all-reduce.
+    """
+    link = costs.network.link(0, world_size - 1)
+    size = costs.student_bytes[block] if costs.student_bytes else 0
+    return 2 * size * (link.sender_s_per_byte + 1 / link.bytes_per_s), 2 * link.latency_s
+
+
 def boundaries_of(blocks: Iterable[int]) -> frozenset[int]:
     """Return the boundaries that training these blocks needs: each block's input and target, shared ones once."""
     return frozenset(boundary for block in blocks for boundary in (block, block + 1))

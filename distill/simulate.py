@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from distill.network import Link
-from distill.plan import Costs, Plan, Span, boundaries_of
+from distill.plan import Costs, Plan, Span, boundaries_of, gradient_seconds
 from distill.protocol import Address, Checks, Feed, Schedule, Service, Turns
 
 RING_SLOTS = 2  # receive buffers of a rank: one being trained on, one being filled
@@ -143,6 +143,12 @@ def _teacher_s(costs: Costs, rank: int, first: int, last: int) -> float:
     return sum(costs.teacher_s[first:last]) * costs.slowness_of(rank)
 
 
+def _average_s(costs: Costs, block: int, num_ranks: int, world_size: int) -> float:
+    """Seconds in which a group averages a block's gradients once."""
+    moved, hop = gradient_seconds(costs, block, world_size)
+    return (1 - 1 / num_ranks) * moved + (num_ranks - 1) * hop
+
+
 def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
     teachers = [_Teacher(rank, plan, costs, window) for rank in range(plan.teacher_ranks)]
     receivers = [_Receiver(rank, plan, costs, teachers) for rank in range(plan.world_size)]
@@ -253,11 +259,15 @@ class _Receiver:
 
 
 def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
-    chain = [rank for rank in range(plan.world_size) if plan.spans_of(rank)]
-    # by receiver; every sender has a line of its own
-    edges = {b: _Edge(_Line(costs.network.link(a, b)), window) for a, b in pairwise(chain)}
-    feeds = {rank: Feed(rank, plan.spans_of(rank), Checks()) for rank in chain}
-    busy, done = [0.0] * plan.world_size, [0.0] * plan.world_size
+    chain = [plan.group_of(rank) for rank in range(plan.world_size) if plan.spans_of(rank)]
+    # a group goes in step, as its gradients make it; what it passes on leaves by the lines of its ranks at once
+    edges = {
+        b[0]: _Edge(_Line(replace(link, bytes_per_s=link.bytes_per_s * min(len(a), len(b)))), window)
+        for a, b in pairwise(chain)
+        for link in [costs.network.link(a[-1], b[0])]
+    }
+    feeds = {group[0]: Feed(group[0], plan.spans_of(group[0]), Checks()) for group in chain}
+    busy, done = dict.fromkeys(feeds, 0.0), dict.fromkeys(feeds, 0.0)
     everybody = Feed(-1, plan.spans, Checks())
     passes = 0
     while everybody.cursor is not None:
@@ -265,22 +275,25 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
         passes += 1
         deepest = max(everybody.blocks_at(address))
         arrived = 0.0
-        for rank, after in zip(chain, [*chain[1:], None], strict=True):
-            first = plan.starts[rank]
+        for group, after in zip(chain, [*chain[1:], None], strict=True):
+            rank, first = group[0], plan.starts[group[0]]
             if deepest < first:
                 break
             begin, end = max(done[rank], arrived), deepest + 1
-            target = after if after is not None and deepest >= plan.starts[after] else None
+            target = after[0] if after is not None and deepest >= plan.starts[after[0]] else None
             if target is not None:
                 begin, end = edges[target].ready_at(begin), plan.starts[target]
-            spent = _teacher_s(costs, rank, first, end)
+            slowest = max(group, key=costs.slowness_of)
+            spent = _teacher_s(costs, slowest, first, end) / len(group)
             if target is not None:
                 size = costs.boundary_bytes[end]
-                spent += size * costs.network.link(rank, target).sender_s_per_byte
+                spent += size * costs.network.link(rank, target).sender_s_per_byte / len(group)
                 edges[target].send(size, begin + spent)
                 arrived = edges[target].arrived_at[-1]
             if feeds[rank].cursor == address:
-                spent += _students_s(costs, rank, feeds[rank].blocks_at(address))
+                blocks = feeds[rank].blocks_at(address)
+                spent += _students_s(costs, slowest, blocks) / len(group)
+                spent += sum(_average_s(costs, block, len(group), plan.world_size) for block in blocks)
                 feeds[rank].advance()
             busy[rank] += spent
             done[rank] = begin + spent
@@ -288,4 +301,5 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
                 edges[rank].release(done[rank])
         everybody.advance()
     sent = sum(edge.line.bytes_sent for edge in edges.values())
-    return Simulation(plan, max(done), tuple(busy), sent, passes)
+    by_rank = tuple(busy.get(plan.group_of(rank)[0], 0.0) for rank in range(plan.world_size))
+    return Simulation(plan, max(done.values(), default=0.0), by_rank, sent, passes)

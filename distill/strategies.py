@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 
 from distill.placement import Problem, Share, largest_first, place
-from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.plan import Costs, Plan, Span, boundaries_of, gradient_seconds, teacher_seconds
 from distill.ranges import RangeCosts, best_ranges
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
@@ -69,17 +69,14 @@ def plan_serial(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
 
 def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
-    anew; gradients are averaged. The prediction takes a share of a batch to cost that share, and every gradient byte to
-    cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
+    anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
     share = 1 / world_size
     slowest = max(costs.slowness_of(rank) for rank in range(world_size))
-    wire_s = (
-        sum(costs.student_bytes[span.block] * span.steps for span in spans)
-        * 2
-        * (1 - share)
-        * costs.network.link(0, world_size - 1).sender_s_per_byte
-    )
+    wire_s = 0.0
+    for span in spans:
+        moved, hop = gradient_seconds(costs, span.block, world_size)
+        wire_s += span.steps * ((1 - share) * moved + (world_size - 1) * hop)
     seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
     owners = alone.owners + ((),) * (world_size - 1)
     everybody = (tuple(range(world_size)),)
@@ -118,15 +115,12 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     average their gradients. A share of a batch is taken to cost that share."""
     ordered = tuple(sorted(spans, key=lambda span: span.block))
     depth = max((span.block for span in ordered), default=-1) + 1
-    link = costs.network.link(0, world_size - 1)
-    moved, calls = np.zeros(depth + 1), np.zeros(depth + 1)
+    moved, hops = np.zeros(depth + 1), np.zeros(depth + 1)
     for span in ordered:
-        size = costs.student_bytes[span.block] if costs.student_bytes else 0
-        moved[span.block + 1] = 2 * size * span.steps * (link.sender_s_per_byte + 1 / link.bytes_per_s)
-        calls[span.block + 1] = 2 * span.steps * link.latency_s
-    range_costs = RangeCosts(
-        divided=_range_seconds(costs, ordered, depth), shared=_between(moved), hops=_between(calls)
-    )
+        once = gradient_seconds(costs, span.block, world_size)
+        moved[span.block + 1], hops[span.block + 1] = once[0] * span.steps, once[1] * span.steps
+    divided = _range_seconds(costs, ordered, depth)
+    range_costs = RangeCosts(divided=divided, shared=_between(moved), hops=_between(hops))
     slowness = [costs.slowness_of(rank) for rank in range(world_size)]
     ranges = best_ranges(range_costs, slowness, most=costs.batch_size or world_size)
     owners: list[tuple[int, ...]] = [()] * world_size
@@ -274,6 +268,7 @@ def _placed(strategy: str, problem: Problem) -> Plan:
 PLANNERS: Mapping[str, Planner] = {
     "broadcast": plan_teachers,
     "relay": plan_relay,
+    "groups": plan_groups,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
     "serial": plan_serial,
