@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "network": set(),
     "plan": {"network"},
     "placement": {"plan"},
-    "strategies": {"placement", "plan"},
+    "ranges": set(),
+    "strategies": {"placement", "plan", "ranges"},
     "simulate": {"network", "plan", "protocol"},
     "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
     "protocol": {"plan"},
@@ -65,15 +66,23 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "ledger": {"files"},
     "trainer": {"checkpoint", "losses"},
-    "cost": {"blocks", "trainer"},
+    "cost": {"blocks", "flops", "trainer"},
+    "flops": set(),
     # between ranks
     "control": {"errors"},
-    "transport": {"blocks", "errors", "protocol", "trace"},
+    "transport": {"errors"},
+    "wire": {"blocks", "transport"},
+    "host": set(),
+    "shared_ring": {"host", "transport"},
+    "probe": {"blocks", "protocol", "receiver", "sender", "trace", "transport", "wire"},
+    "sender": {"protocol", "shared_ring", "trace", "transport", "wire"},
+    "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
-    "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
-    "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
+    "stream": {"blocks", "data", "errors", "protocol", "receiver", "sender", "trace"},
+    "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
-        "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+        "blocks", "completion", "control", "data", "plan", "protocol", "receiver", "relay", "sender", "stream",
+        "trace", "transport", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
@@ -92,6 +101,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "network",
     "plan",
     "placement",
+    "ranges",
     "strategies",
     "simulate",
     "forecast",
@@ -104,6 +114,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "stopper",
     "submitted",
     "trace",
+    "host",
     "counters",
     "meter",
     "energy",
@@ -163,7 +174,7 @@ def test_every_allowed_arrow_is_used(name: str) -> None:
 
 def test_arrows_form_no_circle() -> None:
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("plan") < order.index("protocol") < order.index("transport") < order.index("engine")
+    assert order.index("plan") < order.index("protocol") < order.index("sender") < order.index("engine")
 
 
 def test_configuration_objects_are_seen_by_the_job_and_the_launcher_only() -> None:
