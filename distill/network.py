@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ class Network:
 
     def host_of(self, rank: int) -> int:
         return self.hosts[rank] if rank < len(self.hosts) else 0
+
+    @property
+    def hop(self) -> Link:
+        """The link that a hop from rank to rank takes at worst."""
+        return self.between if len(set(self.hosts)) > 1 else self.within
+
+    def dearer(self, part: float) -> Network:
+        """Return the network with `part` of the seconds that a byte is on its way added to what it costs its sender."""
+        within, between = (
+            replace(link, sender_s_per_byte=link.sender_s_per_byte + part / link.bytes_per_s)
+            for link in (self.within, self.between)
+        )
+        return replace(self, within=within, between=between)
 
     def link(self, source: int, target: int) -> Link:
         return self.within if self.host_of(source) == self.host_of(target) else self.between
