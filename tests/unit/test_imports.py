@@ -15,7 +15,7 @@ SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"forecast", "job", "launcher", "multirun", "report", "sweep"},
+    "__main__": {"devices", "forecast", "job", "launcher", "multirun", "plan", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "placement": {"plan"},
     "strategies": {"placement", "plan"},
     "simulate": {"network", "plan", "protocol"},
-    "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
+    "devices": {"errors", "network"},
+    "forecast": {"devices", "errors", "files", "network", "plan", "report", "simulate", "strategies"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -66,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"checkpoint", "losses"},
     "cost": {"blocks", "flops", "trainer"},
     "flops": set(),
+    "counting": {"devices", "flops"},
     # between ranks
     "control": {"errors"},
     "transport": {"errors"},
@@ -98,6 +100,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "placement",
     "strategies",
     "simulate",
+    "devices",
     "forecast",
     "protocol",
     "report",
