@@ -12,9 +12,10 @@ from torch import Tensor
 
 from distill.blocks import Boundary
 from distill.protocol import Address
+from distill.shared_ring import offer_ring
 from distill.trace import Trace
 from distill.transport import Edge, PairGroup, Store, TransportError, receive_tensor
-from distill.wire import HEADER_FIELDS, RING_SLOTS, Wire, empty_boundary
+from distill.wire import HEADER_FIELDS, RING_SLOTS, Wire, boundary_over, empty_boundary, filled
 
 
 @dataclass
@@ -41,10 +42,12 @@ class BoundaryReceiver:
         trace: Trace,
     ) -> None:
         self._edge, self._store, self._wire, self._trace = edge, store, wire, trace
+        self._num_boundaries = num_boundaries
         self._header_size = HEADER_FIELDS + num_boundaries
         self._boundaries = dict(boundaries)
-        self._ring = [self._buffers(wire.buffer_device) for _ in range(RING_SLOTS)]
-        self._staging = [self._buffers(wire.device) for _ in range(RING_SLOTS)] if wire.staged else self._ring
+        self._ring: list[dict[int, Tensor]] = []
+        self._staging: list[dict[int, Tensor]] = []
+        self._in_place = False  # whether the sender fills the ring itself
         self._free: queue.SimpleQueue[tuple[int, torch.cuda.Event | None]] = queue.SimpleQueue()
         for slot in range(RING_SLOTS):
             self._free.put((slot, None))
@@ -66,7 +69,9 @@ class BoundaryReceiver:
             if delivery is None or delivery.boundaries:
                 break
             self._free.put((delivery.slot, None))  # only a sign of life
-        if delivery is not None:
+        if delivery is None:
+            self._thread.join(self._edge.timeout_s)  # a process that ends while the connection is torn down is aborted
+        else:
             self._in_use = delivery.slot
             if delivery.ready is not None:
                 torch.cuda.current_stream(self._wire.device).wait_event(delivery.ready)
@@ -82,6 +87,24 @@ class BoundaryReceiver:
         self._free.put((self._in_use, event))
         self._in_use = None
 
+    def _prepare(self, headers: PairGroup) -> None:
+        """Make the ring: in memory that the sender maps too, where both are on one host, else of this rank's own."""
+        wire = self._wire
+        if wire.backend == "gloo":
+            sizes = [0] * self._num_boundaries
+            for k, boundary in self._boundaries.items():
+                sizes[k] = boundary.numel * wire.dtype.itemsize
+            shared = offer_ring(self._edge, headers, sizes, slots=RING_SLOTS, wanted=wire.shared_memory)
+            if shared is not None:
+                self._in_place = True
+                self._ring = [
+                    {k: boundary_over(shared.buffer(slot, k), b, wire.dtype) for k, b in self._boundaries.items()}
+                    for slot in range(RING_SLOTS)
+                ]
+                return
+        self._ring = [self._buffers(wire.buffer_device) for _ in range(RING_SLOTS)]
+        self._staging = [self._buffers(wire.device) for _ in range(RING_SLOTS)] if wire.staged else self._ring
+
     def _buffers(self, device: torch.device) -> dict[int, Tensor]:
         buffers = {k: empty_boundary(b, self._wire.dtype, device) for k, b in self._boundaries.items()}
         if self._wire.staged and device.type == "cpu":
@@ -93,6 +116,7 @@ class BoundaryReceiver:
         try:
             with self._wire.on_stream():
                 headers, data = self._wire.connect(edge, self._store, edge.target)
+                self._prepare(headers)
                 doing = "receiving the first batch from"
                 while (delivery := self._receive(headers, data)) is not None:
                     doing = f"receiving the batch after step {delivery.address.step} from"
@@ -119,9 +143,12 @@ class BoundaryReceiver:
             consumed.synchronize()
         buffers = {k: self._ring[slot][k][:rows] for k in rest[:count]}
         with self._trace.span("receive", f"from rank {self._edge.source}", step):
-            works = [work for tensor in buffers.values() for work in receive_tensor(data, tensor)]
-            for work in works:
-                work.wait()
+            if not self._in_place:
+                works = [work for tensor in buffers.values() for work in receive_tensor(data, tensor)]
+                for work in works:
+                    work.wait()
+            elif buffers:
+                headers.recv([filled()], 0, 0).wait()
         event = None
         if self._wire.stream is not None:
             buffers, event = self._arrived_on_device(slot, buffers)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from distill.protocol import Address
+from distill.shared_ring import SharedRing, accept_ring
 from distill.trace import Trace
 from distill.transport import Edge, PairGroup, Store, TransportError, send_tensor
-from distill.wire import HEADER_FIELDS, Wire
+from distill.wire import HEADER_FIELDS, RING_SLOTS, Wire, filled
 
 _Outgoing: TypeAlias = tuple[Address, dict[int, Tensor], "torch.cuda.Event | None"]  # the event: tensors are computed
 
@@ -33,7 +34,10 @@ class BoundarySender:
         trace: Trace,
     ) -> None:
         self._edge, self._store, self._wire, self._trace = edge, store, wire, trace
+        self._num_boundaries = num_boundaries
         self._header_size = HEADER_FIELDS + num_boundaries
+        self._ring: SharedRing | None = None
+        self._num_headers = 0
         self._window = window
         self._on_free = on_free
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
@@ -82,6 +86,8 @@ class BoundarySender:
         try:
             with self._wire.on_stream():
                 headers, data = self._wire.connect(edge, self._store, edge.source)
+                if self._wire.backend == "gloo":
+                    self._ring = accept_ring(headers, num_boundaries=self._num_boundaries, slots=RING_SLOTS)
                 while (item := self._next(headers)) is not None:
                     doing = f"sending step {item[0].step} to"
                     with self._trace.span("send", f"to rank {edge.target}", item[0].step):
@@ -103,14 +109,17 @@ class BoundarySender:
             try:
                 return self._queue.get(timeout=self._edge.timeout_s / 4)
             except queue.Empty:
-                headers.send([self._header(Address(0), 0, ())], 1, 0).wait()
+                self._send_header(headers, Address(0), 0, ())
 
-    def _header(self, address: Address, rows: int, boundaries: Iterable[int]) -> Tensor:
+    def _send_header(self, headers: PairGroup, address: Address, rows: int, boundaries: Iterable[int]) -> int:
+        """Send a header as soon as the receiver has a free slot for what follows; return the slot: they take turns."""
         keys = tuple(boundaries)
         fields = [self._edge.generation, address.step, address.check, rows, len(keys), *keys]
         header = torch.full((self._header_size,), -1, dtype=torch.int64)
         header[: len(fields)] = torch.tensor(fields)
-        return header
+        headers.send([header], 1, 0).wait()
+        self._num_headers += 1
+        return (self._num_headers - 1) % RING_SLOTS
 
     def _send(
         self,
@@ -121,8 +130,14 @@ class BoundarySender:
         event: torch.cuda.Event | None,
     ) -> None:
         rows = next(iter(boundaries.values())).shape[0]
-        headers.send([self._header(address, rows, boundaries)], 1, 0).wait()
+        slot = self._send_header(headers, address, rows, boundaries)
         tensors = list(boundaries.values())
+        self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
+        if self._ring is not None:
+            for boundary, tensor in boundaries.items():
+                self._ring.fill(slot, boundary, tensor)
+            headers.send([filled()], 1, 0).wait()
+            return
         if event is not None:
             assert self._wire.stream is not None
             self._wire.stream.wait_event(event)
@@ -134,7 +149,6 @@ class BoundarySender:
             work.wait()
         if self._wire.stream is not None:
             self._wire.stream.synchronize()  # the tensors may go back to the allocator only now
-        self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
