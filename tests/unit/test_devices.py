@@ -98,7 +98,7 @@ def test_a_cluster_of_ones_own_is_a_file(tmp_path: Path) -> None:
     [
         ("devices_per_node: 8", "devices_per_node: 0", "devices_per_node: got 0; expected an integer >= 1"),
         ("link_share: 0.8", "link_share: 1.5", "link_share: got 1.5; expected a number > 0 and <= 1"),
-        ("within_latency_s: 10.0e-6", "within_latency_s: fast", "within_latency_s: got 'fast'; expected a number"),
+        ("within_latency_s: 3.4e-6", "within_latency_s: fast", "within_latency_s: got 'fast'; expected a number"),
         ("devices_per_node", "gpus", "devices_per_node.*expected these settings and no others"),
         ("title:", "title: [", "expected a YAML file"),
     ],
