@@ -69,6 +69,10 @@ class Device:
             for one in operations
         )
 
+    def gaps_s(self, operations: Iterable[Operation]) -> float:
+        """Return how much of those seconds is gaps: it does not depend on the size of a batch."""
+        return sum(self.launch_s for _ in operations)
+
     def joules(self, busy_s: Iterable[float], makespan_s: float) -> float:
         """Return the energy of devices that are busy for these seconds of a makespan and idle for the rest of it."""
         busy_watts = self.board_watts * self.busy_share

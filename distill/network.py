@@ -30,3 +30,7 @@ class Network:
 
     def link(self, source: int, target: int) -> Link:
         return self.within if self.host_of(source) == self.host_of(target) else self.between
+
+    def hop_latency_s(self, ranks: int) -> float:
+        """Return the mean latency between neighbours among that many ranks: those of a group talk in a ring."""
+        return sum(self.link(rank, rank + 1).latency_s for rank in range(ranks - 1)) / max(1, ranks - 1)

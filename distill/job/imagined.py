@@ -46,6 +46,11 @@ def imagined_costs(overrides: Sequence[str], device: Device, *, steps: int | Non
         tuple(device.seconds(students[block][1]) if block in students else 0.0 for block in range(len(teacher))),
         tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries),
         tuple(students[block][0] if block in students else 0 for block in range(len(teacher))),
+        batch_size=config.data.batch_size if blocks.chain.divisible else None,
+        teacher_fixed_s=tuple(map(device.gaps_s, teacher)),
+        student_fixed_s=tuple(
+            device.gaps_s(students[block][1]) if block in students else 0.0 for block in range(len(teacher))
+        ),
     )
     return costs, [Span(block, 0, budget) for block in blocks.replaced]
 
