@@ -100,6 +100,7 @@ class Cluster:
             within=Link(self.within_bytes_per_s * self.link_share, self.within_latency_s),
             between=Link(self.between_bytes_per_s * self.link_share, self.between_latency_s),
             hosts=tuple(rank // self.devices_per_node for rank in range(ranks)),
+            own_adapters=True,
         )
 
 

@@ -29,7 +29,7 @@ def price_of_student(costs: Costs, block: int, world_size: int) -> Price:
     """Return what sharing one step of a block's student costs."""
     size = costs.student_bytes[block] if costs.student_bytes else 0
     fixed = costs.student_fixed_s[block] if costs.student_fixed_s else 0.0
-    link = costs.network.link(0, world_size - 1)
+    link = costs.network.hop
     moved = 2 * size * (link.sender_s_per_byte + 1 / link.bytes_per_s)
     return Price(moved + fixed, 2 * costs.network.hop_latency_s(world_size))
 
