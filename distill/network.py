@@ -25,15 +25,20 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Ranks on hosts. All that leaves a host shares its one link `between` hosts; ranks that are not listed in `hosts`
-    are on host 0."""
+    """Ranks on hosts. All that leaves a host shares its one link `between` hosts, unless its ranks have their
+    `own_adapters`; ranks that are not listed in `hosts` are on host 0."""
 
     within: Link = Link()
     between: Link = Link()
     hosts: tuple[int, ...] = ()
+    own_adapters: bool = False
 
     def host_of(self, rank: int) -> int:
         return self.hosts[rank] if rank < len(self.hosts) else 0
+
+    def way_out(self, rank: int) -> int:
+        """Return what tells apart the links to other hosts: ranks with the same way out share one."""
+        return rank if self.own_adapters else self.host_of(rank)
 
     @property
     def hop(self) -> Link:
@@ -50,3 +55,7 @@ class Network:
 
     def link(self, source: int, target: int) -> Link:
         return self.within if self.host_of(source) == self.host_of(target) else self.between
+
+    def hop_latency_s(self, ranks: int) -> float:
+        """Return the mean latency between neighbours among that many ranks: those of a group talk in a ring."""
+        return sum(self.link(rank, rank + 1).latency_s for rank in range(ranks - 1)) / max(1, ranks - 1)

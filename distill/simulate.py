@@ -12,6 +12,7 @@ from itertools import pairwise
 from distill.network import Link
 from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.protocol import Address, Checks, Feed, Schedule
+from distill.sharing import as_single_ranks, gradient_bytes
 
 RING_SLOTS = 2  # receive buffers of a rank: one being trained on, one being filled
 IMPATIENCE_S = 0.005  # how often rank 0 looks again while it waits for a slot, as in a run
@@ -66,7 +67,7 @@ def _simulate(plan: Plan, costs: Costs, window: int) -> Simulation:
     if plan.strategy == "broadcast":
         return _broadcast(plan, costs, window)
     if plan.strategy == "relay":
-        return _relay(plan, costs, window)
+        return _relay_of_groups(plan, costs, window) if plan.groups else _relay(plan, costs, window)
     passes = sum(span.steps for span in plan.spans) if plan.one_by_one else 0
     if not plan.one_by_one:
         passes = sum(max((span.steps for span in plan.spans_of(rank)), default=0) for rank in range(plan.world_size))
@@ -189,3 +190,20 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
         everybody.advance()
     sent = sum(edge.line.bytes_sent for edge in edges.values())
     return Simulation(plan, max(done), tuple(busy), sent, passes)
+
+
+def _relay_of_groups(plan: Plan, costs: Costs, window: int) -> Simulation:
+    """A relay whose ranges have groups of ranks, each as one rank that is as much faster as they are together."""
+    single = _relay(*as_single_ranks(plan, costs), window)
+    firsts = [rank for rank in range(plan.world_size) if plan.owners[rank]]
+    busy = [0.0] * plan.world_size
+    passed_on = 0.0
+    for index, first in enumerate(firsts):
+        for rank in plan.group_of(first):
+            busy[rank] = single.busy_s[index]
+        if index:
+            steps = max(span.steps for span in plan.spans if span.block >= plan.starts[first])
+            passed_on += costs.boundary_bytes[plan.starts[first]] * steps
+    return Simulation(
+        plan, single.makespan_s, tuple(busy), passed_on + gradient_bytes(plan, costs), single.teacher_passes
+    )

@@ -14,6 +14,7 @@ import numpy as np
 from distill.placement import Problem, Share, largest_first, place
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
 from distill.ranges import RangeCosts, best_ranges
+from distill.sharing import price_of_student, price_of_teacher
 from distill.traffic import busiest_line_s, over_links
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
@@ -126,12 +127,13 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     average their gradients. A share of a batch is taken to cost that share."""
     ordered = tuple(sorted(spans, key=lambda span: span.block))
     depth = max((span.block for span in ordered), default=-1) + 1
-    link = costs.network.link(0, world_size - 1)
     moved, calls = np.zeros(depth + 1), np.zeros(depth + 1)
+    for block in range(depth):
+        moved[block + 1] = price_of_teacher(costs, block).shared * _steps_from(ordered, block)
     for span in ordered:
-        size = costs.student_bytes[span.block] if costs.student_bytes else 0
-        moved[span.block + 1] = 2 * size * span.steps * (link.sender_s_per_byte + 1 / link.bytes_per_s)
-        calls[span.block + 1] = 2 * span.steps * link.latency_s
+        price = price_of_student(costs, span.block, world_size)
+        moved[span.block + 1] += price.shared * span.steps
+        calls[span.block + 1] = price.hop * span.steps
     range_costs = RangeCosts(
         divided=_range_seconds(costs, ordered, depth), shared=_between(moved), hops=_between(calls)
     )

@@ -53,8 +53,8 @@ def busiest_line_s(plan: Plan, costs: Costs) -> float:
         if source == target:
             lines["inside", flow.source] += seconds
         else:
-            lines["out", source] += seconds
-            lines["in", target] += seconds
+            lines["out", network.way_out(flow.source)] += seconds
+            lines["in", network.way_out(flow.target)] += seconds
     return max(lines.values(), default=0.0)
 
 

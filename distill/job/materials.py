@@ -140,12 +140,12 @@ class Blocks:
         return [path for block in sorted(self.replaced) for path in self.replaced[block]]
 
 
-def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: torch.device) -> Blocks:
-    """Cut the teacher and choose the blocks that get students.
+def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device) -> Blocks:
+    """Cut the teacher for images of that shape (channels, height, width) and choose the blocks that get students.
 
     Raises ConfigError where patterns name no block, or where the recipe finds nothing to replace.
     """
-    sample = torch.zeros(config.data.batch_size, *dataset.image_shape, device=device)
+    sample = torch.zeros(config.data.batch_size, *image_shape, device=device)
     chain = cut(
         teacher,
         sample.to(memory_format=torch.channels_last),
