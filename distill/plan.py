@@ -28,6 +28,8 @@ class Costs:
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
     batch_size: int | None = None  # images of a batch, where ranks may share them out
+    teacher_fixed_s: tuple[float, ...] = ()  # of those seconds, what a share of the batch costs as much as all of it
+    student_fixed_s: tuple[float, ...] = ()
 
     def slowness_of(self, rank: int) -> float:
         return self.slowness[rank] if rank < len(self.slowness) else 1.0
@@ -139,17 +141,6 @@ class Plan:
             teacher_ranks=raw.get("teacher_ranks", 1),  # plans of earlier versions have neither of these
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
         )
-
-
-def gradient_seconds(costs: Costs, block: int, world_size: int) -> tuple[float, float]:
-    """Return (a, b) where a group of g ranks averages a block's gradients in (1 - 1 / g) a + (g - 1) b seconds: every
-    byte crosses twice, less a share, in two hops for every further rank.
-
-    Source: Patarasuk, Yuan 2009, ring all-reduce.
-    """
-    link = costs.network.link(0, world_size - 1)
-    size = costs.student_bytes[block] if costs.student_bytes else 0
-    return 2 * size * (link.sender_s_per_byte + 1 / link.bytes_per_s), 2 * link.latency_s
 
 
 def boundaries_of(blocks: Iterable[int]) -> frozenset[int]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from distill.network import Link
-from distill.plan import Costs, Plan, Span, boundaries_of, gradient_seconds
+from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.protocol import Address, Checks, Feed, Schedule, Service, Turns
+from distill.sharing import as_single_ranks, gradient_bytes
 
 RING_SLOTS = 2  # receive buffers of a rank: one being trained on, one being filled
 IMPATIENCE_S = 0.005  # how often rank 0 looks again while it waits for a slot, as in a run
@@ -67,7 +68,7 @@ def _simulate(plan: Plan, costs: Costs, window: int) -> Simulation:
     if plan.strategy == "broadcast":
         return _broadcast(plan, costs, window)
     if plan.strategy == "relay":
-        return _relay(plan, costs, window)
+        return _relay_of_groups(plan, costs, window) if plan.groups else _relay(plan, costs, window)
     passes = sum(span.steps for span in plan.spans) if plan.one_by_one else 0
     if not plan.one_by_one:
         passes = sum(max((span.steps for span in plan.spans_of(rank)), default=0) for rank in range(plan.world_size))
@@ -141,12 +142,6 @@ def _students_s(costs: Costs, rank: int, blocks: Sequence[int]) -> float:
 def _teacher_s(costs: Costs, rank: int, first: int, last: int) -> float:
     """Seconds from boundary `first` to boundary `last`."""
     return sum(costs.teacher_s[first:last]) * costs.slowness_of(rank)
-
-
-def _average_s(costs: Costs, block: int, num_ranks: int, world_size: int) -> float:
-    """Seconds in which a group averages a block's gradients once."""
-    moved, hop = gradient_seconds(costs, block, world_size)
-    return (1 - 1 / num_ranks) * moved + (num_ranks - 1) * hop
 
 
 def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
@@ -259,15 +254,11 @@ class _Receiver:
 
 
 def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
-    chain = [plan.group_of(rank) for rank in range(plan.world_size) if plan.spans_of(rank)]
-    # a group goes in step, as its gradients make it; what it passes on leaves by the lines of its ranks at once
-    edges = {
-        b[0]: _Edge(_Line(replace(link, bytes_per_s=link.bytes_per_s * min(len(a), len(b)))), window)
-        for a, b in pairwise(chain)
-        for link in [costs.network.link(a[-1], b[0])]
-    }
-    feeds = {group[0]: Feed(group[0], plan.spans_of(group[0]), Checks()) for group in chain}
-    busy, done = dict.fromkeys(feeds, 0.0), dict.fromkeys(feeds, 0.0)
+    chain = [rank for rank in range(plan.world_size) if plan.spans_of(rank)]
+    # by receiver; every sender has a line of its own
+    edges = {b: _Edge(_Line(costs.network.link(a, b)), window) for a, b in pairwise(chain)}
+    feeds = {rank: Feed(rank, plan.spans_of(rank), Checks()) for rank in chain}
+    busy, done = [0.0] * plan.world_size, [0.0] * plan.world_size
     everybody = Feed(-1, plan.spans, Checks())
     passes = 0
     while everybody.cursor is not None:
@@ -275,25 +266,22 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
         passes += 1
         deepest = max(everybody.blocks_at(address))
         arrived = 0.0
-        for group, after in zip(chain, [*chain[1:], None], strict=True):
-            rank, first = group[0], plan.starts[group[0]]
+        for rank, after in zip(chain, [*chain[1:], None], strict=True):
+            first = plan.starts[rank]
             if deepest < first:
                 break
             begin, end = max(done[rank], arrived), deepest + 1
-            target = after[0] if after is not None and deepest >= plan.starts[after[0]] else None
+            target = after if after is not None and deepest >= plan.starts[after] else None
             if target is not None:
                 begin, end = edges[target].ready_at(begin), plan.starts[target]
-            slowest = max(group, key=costs.slowness_of)
-            spent = _teacher_s(costs, slowest, first, end) / len(group)
+            spent = _teacher_s(costs, rank, first, end)
             if target is not None:
                 size = costs.boundary_bytes[end]
-                spent += size * costs.network.link(rank, target).sender_s_per_byte / len(group)
+                spent += size * costs.network.link(rank, target).sender_s_per_byte
                 edges[target].send(size, begin + spent)
                 arrived = edges[target].arrived_at[-1]
             if feeds[rank].cursor == address:
-                blocks = feeds[rank].blocks_at(address)
-                spent += _students_s(costs, slowest, blocks) / len(group)
-                spent += sum(_average_s(costs, block, len(group), plan.world_size) for block in blocks)
+                spent += _students_s(costs, rank, feeds[rank].blocks_at(address))
                 feeds[rank].advance()
             busy[rank] += spent
             done[rank] = begin + spent
@@ -301,5 +289,21 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
                 edges[rank].release(done[rank])
         everybody.advance()
     sent = sum(edge.line.bytes_sent for edge in edges.values())
-    by_rank = tuple(busy.get(plan.group_of(rank)[0], 0.0) for rank in range(plan.world_size))
-    return Simulation(plan, max(done.values(), default=0.0), by_rank, sent, passes)
+    return Simulation(plan, max(done), tuple(busy), sent, passes)
+
+
+def _relay_of_groups(plan: Plan, costs: Costs, window: int) -> Simulation:
+    """A relay whose ranges have groups of ranks, each as one rank that is as much faster as they are together."""
+    single = _relay(*as_single_ranks(plan, costs), window)
+    firsts = [rank for rank in range(plan.world_size) if plan.owners[rank]]
+    busy = [0.0] * plan.world_size
+    passed_on = 0.0
+    for index, first in enumerate(firsts):
+        for rank in plan.group_of(first):
+            busy[rank] = single.busy_s[index]
+        if index:
+            steps = max(span.steps for span in plan.spans if span.block >= plan.starts[first])
+            passed_on += costs.boundary_bytes[plan.starts[first]] * steps
+    return Simulation(
+        plan, single.makespan_s, tuple(busy), passed_on + gradient_bytes(plan, costs), single.teacher_passes
+    )

@@ -16,7 +16,7 @@ SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"forecast", "job", "launcher", "multirun", "report", "sweep"},
+    "__main__": {"devices", "forecast", "job", "launcher", "multirun", "plan", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
@@ -37,9 +37,12 @@ ALLOWED: dict[str, set[str]] = {
     "placement": {"plan"},
     "ranges": set(),
     "rows": set(),
-    "strategies": {"placement", "plan", "ranges"},
-    "simulate": {"network", "plan", "protocol"},
-    "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
+    "traffic": {"plan"},
+    "strategies": {"placement", "plan", "ranges", "sharing", "traffic"},
+    "sharing": {"network", "plan"},
+    "simulate": {"network", "plan", "protocol", "sharing"},
+    "devices": {"errors", "network"},
+    "forecast": {"devices", "errors", "files", "network", "plan", "report", "simulate", "strategies"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -69,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"checkpoint", "losses"},
     "cost": {"blocks", "flops", "trainer"},
     "flops": set(),
+    "counting": {"devices", "flops"},
     # between ranks
     "control": {"errors"},
     "transport": {"errors"},
@@ -106,7 +110,10 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "ranges",
     "rows",
     "strategies",
+    "traffic",
+    "sharing",
     "simulate",
+    "devices",
     "forecast",
     "protocol",
     "report",
