@@ -169,8 +169,7 @@ class BlockTrainer:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             self._optimizer.zero_grad(set_to_none=True)
-            with self._autocast():
-                outputs = self.module(inputs)
+            outputs = self._forward(inputs)
             error = relative_error(outputs, targets)
             loss = error if self._loss is relative_error else self._loss(outputs, targets)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -209,8 +208,8 @@ class BlockTrainer:
     def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
         """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
         self.module.eval()
-        with torch.no_grad(), self._autocast():
-            self._held_out.append(relative_error(self.module(inputs), targets))
+        with torch.no_grad():
+            self._held_out.append(relative_error(self._forward(inputs), targets))
         self._training_mode()
         if not last:
             return
@@ -288,5 +287,10 @@ class BlockTrainer:
             if isinstance(part, (nn.modules.dropout._DropoutNd, StochasticDepth)):
                 part.eval()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._options.amp == "bf16")
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """Return the student's activation. With amp the input is rounded once for all who read it: what passes by the
+        convolutions would otherwise stay float32, and every sum with it."""
+        if self._options.amp == "off":
+            return self.module(inputs)  # type: ignore[no-any-return]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return self.module(inputs.bfloat16())  # type: ignore[no-any-return]
