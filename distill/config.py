@@ -81,6 +81,7 @@ class TeacherConfig:
     options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
     mean: list[float] | None = setting(None, "input mean per channel that the weights expect; null: data.mean")
     std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
+    amp: Amp = setting(Amp.off, "precision of the teacher and of the activations that it gives to students")
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
@@ -296,6 +297,8 @@ _NOT_IN_FINGERPRINT = {
     "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s",
     "distill.log_every",
 }  # fmt: skip
+# Settings that came after others had run: left out at the value that computes what was computed without them.
+_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"),)
 
 
 def load(cfg: DictConfig) -> JobConfig:
@@ -333,7 +336,8 @@ def identity(config: JobConfig) -> dict[str, Any]:
             return found
         return {prefix: value.name if isinstance(value, Enum) else value}
 
-    return walk("", asdict(config))
+    found = walk("", asdict(config))
+    return {key: value for key, value in found.items() if (key, value) not in _NOT_IN_FINGERPRINT_AT}
 
 
 def fingerprint(config: JobConfig) -> str:

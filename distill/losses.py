@@ -35,7 +35,8 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     Shapes: both (batch, ...), equal. Returns a float32 scalar without unit. This is the normalised loss that is
     trained by default, because it makes blocks comparable, and the relative error that every report shows.
     """
-    variance = teacher.float().var(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    teacher = teacher.float()
+    variance = teacher.var(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
     return mean_squared_error(student, teacher) / variance
 
 

@@ -105,7 +105,7 @@ class TeacherStream:
                     self._senders[rank].send(service.address, {k: boundaries[k] for k in keys})
             self._schedule.served(service, time.monotonic())
             if 0 in wanted:
-                yield Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]})
+                yield Delivery(service.address, {k: boundaries[k] for k in wanted[0]})
             idle_since, waiting = time.perf_counter(), False
         with self._trace.span("wait", "for the last batches to be taken"):
             for sender in self._senders.values():
@@ -158,8 +158,7 @@ class RemoteStream:
             self._trace.since(start, "wait", "for a batch", None if delivery is None else delivery.address.step)
             if delivery is None:
                 return
-            boundaries = {k: tensor.float() for k, tensor in delivery.boundaries.items()}
-            yield Delivery(delivery.address, boundaries)
+            yield delivery
 
     def finish(self, block: int) -> None:
         """Nothing to do: rank 0 hears of it by the announcement of the finished block."""

@@ -291,6 +291,6 @@ class BlockTrainer:
         """Return the student's activation. With amp the input is rounded once for all who read it: what passes by the
         convolutions would otherwise stay float32, and every sum with it."""
         if self._options.amp == "off":
-            return self.module(inputs)  # type: ignore[no-any-return]
+            return self.module(inputs.float())  # type: ignore[no-any-return]
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             return self.module(inputs.bfloat16())  # type: ignore[no-any-return]

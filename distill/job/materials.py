@@ -14,7 +14,7 @@ from torch import nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.checkpoint import CheckpointFolder, contiguous
-from distill.choices import AugmentName
+from distill.choices import Amp, AugmentName
 from distill.config import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
@@ -22,6 +22,7 @@ from distill.errors import ConfigError, one_of
 from distill.files import write_bytes
 from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
+from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Recipe
 from distill.teachers import build_architecture, load_backbone, load_teacher_weights
 
@@ -149,6 +150,8 @@ def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: 
         granularity=Granularity[config.blocks.granularity.name],
         modules=config.blocks.modules,
     )
+    if config.teacher.amp is Amp.bf16:
+        chain = Bf16Chain(chain)
     recipe = make_recipe(config)
     names = [block.name for block in chain.blocks]
     chosen = _matching("blocks.include", config.blocks.include, names)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.choices import Amp, Cost, Stop, Strategy, WireDtype
 from distill.config import JobConfig
 from distill.cost import (
     SENDER_S_PER_BYTE,
@@ -47,8 +47,9 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
 
 
 def wire_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given."""
-    return torch.bfloat16 if config.plan.wire_dtype is WireDtype.bf16 else torch.float32
+    """Return the precision of the activations that students are given; those of a teacher in bf16 have no more."""
+    rounded = config.plan.wire_dtype is WireDtype.bf16 or config.teacher.amp is Amp.bf16
+    return torch.bfloat16 if rounded else torch.float32
 
 
 class Trainers:
@@ -164,8 +165,7 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
-    sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
+    sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
     wire = Link(sender_s_per_byte=SENDER_S_PER_BYTE if context.device.type == "cpu" else 0.0)
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, Network(within=wire, between=wire))
 

@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "grouping": {"errors", "tracing"},
     "hooked": {"blocks", "errors"},
     "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
+    "precision": {"blocks"},
     "data": {"errors"},
     "teachers": {"errors"},
     "recipes": {"blocks"},
