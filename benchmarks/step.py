@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.data import Augment, Dataset, open_dataset
+from distill.graphed_teacher import GraphedChain
+from distill.graphs import Lane, cuda_capture, lanes
 from distill.plan import Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks, Feed, Schedule
@@ -149,6 +151,9 @@ def _ours(
     chain: Chain, students: dict[int, nn.Module], dataset: Dataset, device: torch.device, amp: str
 ) -> Callable[[], None]:
     options = TrainerOptions(lr=LR, amp=amp)
+    on_cuda = device.type == "cuda"
+    sides = lanes(device) if on_cuda else [Lane()]
+    chain = GraphedChain(chain, cuda_capture()) if on_cuda else chain
     trainers = {
         block: BlockTrainer(
             block,
@@ -157,6 +162,7 @@ def _ours(
             budget=BUDGET,
             device=device,
             options=options,
+            lane=sides[block % len(sides)],
         )
         for block, student in students.items()
     }
@@ -177,7 +183,8 @@ def _ours(
     def step() -> None:
         boundaries = next(deliveries).boundaries
         for block, trainer in trainers.items():
-            trainer.update(boundaries[block], boundaries[block + 1])
+            with trainer.lane.entered():
+                trainer.update(boundaries[block], boundaries[block + 1])
 
     return step
 

@@ -181,6 +181,7 @@ class DistillConfig:
     check_batches: int = setting(4, "plateau: held-out batches of one look")
     patience: int = setting(3, "plateau: looks without improvement after which a block stops")
     min_delta: float = setting(0.01, "plateau: smallest relative improvement that counts")
+    cuda_graphs: bool = setting(True, "on CUDA: replay teacher and updates as CUDA graphs, blocks on several streams")
     log_every: int = setting(20, "steps between two readings of the losses")
 
     def __post_init__(self) -> None:
@@ -295,7 +296,7 @@ _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s",
-    "distill.log_every",
+    "distill.cuda_graphs", "distill.log_every",
 }  # fmt: skip
 # Settings that came after others had run: left out at the value that computes what was computed without them.
 _NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"),)

@@ -21,6 +21,8 @@ from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, one_of
 from distill.files import write_bytes
 from distill.finetune import FitOptions, Team, fit, label_loss
+from distill.graphed_teacher import GraphedChain
+from distill.graphs import cuda_capture
 from distill.job.context import Context
 from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Recipe
@@ -152,6 +154,8 @@ def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: 
     )
     if config.teacher.amp is Amp.bf16:
         chain = Bf16Chain(chain)
+    if device.type == "cuda" and config.distill.cuda_graphs:
+        chain = GraphedChain(chain, cuda_capture())
     recipe = make_recipe(config)
     names = [block.name for block in chain.blocks]
     chosen = _matching("blocks.include", config.blocks.include, names)

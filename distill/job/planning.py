@@ -26,6 +26,7 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
+from distill.graphs import Lane, lanes
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
@@ -58,6 +59,8 @@ class Trainers:
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
         self._student_bytes: dict[int, int] = {}
+        graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
+        self._lanes = lanes(context.device) if graphs else [Lane()]
 
     def fresh(self, block: int) -> BlockTrainer | None:
         """Return a block's trainer at step 0, or None where the block gets no student.
@@ -74,7 +77,8 @@ class Trainers:
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
         self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
-        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options)
+        lane = self._lanes[block % len(self._lanes)]
+        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options, lane=lane)
 
     def resumed(self, block: int) -> BlockTrainer:
         """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""

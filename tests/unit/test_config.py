@@ -331,6 +331,7 @@ class TestFingerprint:
         ("run.dir", "/elsewhere"), ("plan.window", 9), ("plan.cost", schema.Cost.flops), ("plan.timeout_s", 9.0),
         ("device", schema.Device.cpu), ("stage", schema.Stage.plan), ("checkpoint.every", 7),
         ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3),
+        ("distill.cuda_graphs", False),
     )  # fmt: skip
     CHANGED = (
         ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", schema.Amp.bf16), ("student.rank", 3),

@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooked": {"blocks", "errors"},
     "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
     "precision": {"blocks"},
+    "graphed_teacher": {"blocks", "graphs"},
     "data": {"errors"},
     "teachers": {"errors"},
     "recipes": {"blocks"},
@@ -64,7 +65,9 @@ ALLOWED: dict[str, set[str]] = {
     # one block
     "checkpoint": {"files"},
     "ledger": {"files"},
-    "trainer": {"checkpoint", "losses"},
+    "graphs": set(),
+    "stopwatch": set(),
+    "trainer": {"checkpoint", "graphs", "losses", "stopwatch"},
     "cost": {"blocks", "trainer"},
     # between ranks
     "control": {"errors"},
