@@ -127,11 +127,11 @@ def _setup(name: str, dataset: Dataset, device: torch.device) -> Callable[[], No
     if precision is None:
         return _plain(network, chain, dataset)
     teacher_amp, amp = precision
-    students = _students(network, chain)
+    students = students_of(network, chain)
     return _ours(Bf16Chain(chain) if teacher_amp == "bf16" else chain, students, dataset, device, amp)
 
 
-def _students(network: nn.Module, chain: Chain) -> dict[int, nn.Module]:
+def students_of(network: nn.Module, chain: Chain) -> dict[int, nn.Module]:
     """Return a separable student of every block with a convolution to replace, as the job makes them."""
     recipe = Separable(rank=2, init="teacher")
     students = {}
@@ -190,7 +190,7 @@ def _ours(
 
 
 def _plain(network: nn.Module, chain: Chain, dataset: Dataset) -> Callable[[], None]:
-    students = _students(network, chain)
+    students = students_of(network, chain)
     for student in students.values():
         student.to(memory_format=torch.contiguous_format)
     last = max(students) + 1
