@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,19 +15,23 @@ from distill.completion import Announcement, Announcements
 from distill.control import Control
 from distill.data import Dataset
 from distill.plan import Plan, boundaries_of
-from distill.protocol import Checks, Feed, Schedule
+from distill.protocol import Checks, Feed, Schedule, Turns
+from distill.receiver import BoundaryReceiver
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
+from distill.sender import BoundarySender
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.trace import Trace
-from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
+from distill.transport import Averager, Edge
+from distill.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
+from distill.wire import Wire
 
 
 class News:
-    """Which blocks behind this rank in a relay have finished, so that the teacher stops computing for them."""
+    """Which blocks of other ranks that this rank runs the teacher for have finished, so that it stops doing so."""
 
     def __init__(self, control: Control, plan: Plan) -> None:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._announcements = Announcements(control, blocks=plan.blocks_behind(control.rank), heard=self._heard)
+        self._announcements = Announcements(control, blocks=plan.taught_elsewhere(control.rank), heard=self._heard)
 
     def finished_elsewhere(self) -> list[int]:
         """Return the blocks announced since the last call; raises what the watching thread met."""
@@ -56,6 +61,7 @@ class Setting:
     checks: Checks
     wire_dtype: torch.dtype
     wire_backend: str
+    shared_memory: bool
     device: torch.device
     window: int
     timeout_s: float
@@ -85,6 +91,8 @@ class Streams:
         plan = self._setting.plan
         if plan.strategy != "broadcast":
             return self._relay(blocks)
+        if plan.teacher_ranks > 1:
+            return self._merged()
         return (
             self._broadcast()
             if self._rank == 0
@@ -92,60 +100,87 @@ class Streams:
         )
 
     def averager(self) -> Averager:
-        """Return what averages gradients over all ranks, who must all ask for it."""
+        """Return what averages gradients over the group of this rank, whose ranks must all ask for it."""
         setting = self._setting
+        group = setting.plan.group_of(self._rank)
         return Averager(
-            setting.control.store_for("average"),
-            rank=self._rank,
-            world_size=setting.plan.world_size,
+            setting.control.store_for(f"average/{group[0]}"),
+            rank=group.index(self._rank),
+            world_size=len(group),
             timeout_s=setting.timeout_s,
             backend=setting.wire_backend,
         )
 
     def _broadcast(self) -> TeacherStream:
-        """Rank 0 of a broadcast: the whole teacher, for everybody."""
-        setting, plan = self._setting, self._setting.plan
-        senders = {
-            rank: self._sender(rank, setting.wire_dtype) for rank in range(1, plan.world_size) if plan.spans_of(rank)
-        }
-        feeds = [Feed(rank, plan.spans_of(rank), setting.checks) for rank in (0, *senders)]
-        stream = TeacherStream(
-            chain=setting.chain,
-            dataset=setting.dataset,
-            schedule=Schedule(feeds),
-            senders=senders,
-            wire_dtype=setting.wire_dtype,
-            finished_elsewhere=self._finished_elsewhere,
-            wake=self._wake,
-            budget=setting.budget,
-            timeout_s=setting.timeout_s,
-            trace=setting.trace,
+        """The one teacher rank of a broadcast: the whole teacher, for everybody."""
+        stream = TeacherStream(**self._teaching(Turns()))
+        self._teachers.append(stream)
+        return stream
+
+    def _merged(self) -> Stream:
+        """A rank of a broadcast with several teacher ranks, of which it may be one."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        spans, turns = plan.spans_of(rank), Turns(plan.teacher_ranks)
+        boundaries = boundaries_of(span.block for span in spans)
+        others = [teacher for teacher in range(turns.teacher_ranks) if teacher != rank and spans]
+        receivers = {teacher: self._receiver(teacher, boundaries) for teacher in others}
+        own, own_turns = Feed(rank, spans, setting.checks), OwnTurns()
+        if not plan.teaches(rank):
+            return MergedStream(Merger(own, turns, receivers), setting.trace)
+        stream = TeacherInTurn(
+            merger=Merger(own, turns, receivers, own_turns),
+            own_turns=own_turns,
+            window=setting.window,
+            **self._teaching(turns),
         )
         self._teachers.append(stream)
         return stream
 
+    def _teaching(self, turns: Turns) -> dict[str, Any]:
+        """What a teacher rank needs to serve everybody the batches of its turns."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        trained = [peer for peer in range(plan.world_size) if plan.spans_of(peer)]
+        feeds = [
+            Feed(peer, plan.spans_of(peer), setting.checks, of=lambda address: turns.teacher_of(address) == rank)
+            for peer in sorted({rank, *trained})
+        ]
+        return {
+            "rank": rank,
+            "chain": setting.chain,
+            "dataset": setting.dataset,
+            "schedule": Schedule(feeds, home=rank),
+            "senders": {peer: self._sender(peer, setting.wire_dtype) for peer in trained if peer != rank},
+            "wire_dtype": setting.wire_dtype,
+            "finished_elsewhere": self._finished_elsewhere,
+            "wake": self._wake,
+            "budget": setting.budget,
+            "every": turns.teacher_ranks,
+            "timeout_s": setting.timeout_s,
+            "trace": setting.trace,
+        }
+
     def _relay(self, blocks: Sequence[int]) -> RelayStream:
         """A stretch of the teacher: all of it from the images, or in a relay this rank's own."""
         setting, plan, rank = self._setting, self._setting.plan, self._rank
-        before, after = plan.rank_before(rank), plan.rank_after(rank)
-        first = plan.starts[rank] if before is not None else 0
+        before, after = plan.group_before(rank), plan.group_after(rank)
+        first = plan.starts[rank] if before else 0
         own = Feed(rank, [span for span in plan.trained_by(rank) if span.block in blocks], setting.checks)
         following = None
-        if after is not None:
+        if after:
             behind = plan.blocks_behind(rank)
             following = Next(
-                Feed(after, [span for span in plan.spans if span.block in behind], setting.checks),
-                plan.starts[after],
-                self._sender(after, setting.chain.boundaries[plan.starts[after]].dtype),
+                Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
+                plan.starts[after[0]],
+                self._sender(after[0], setting.chain.boundaries[plan.starts[after[0]]].dtype),
             )
         feeds = (own,) if following is None else (own, following.feed)
-        if before is None:
-            part, num_parts = (rank, plan.world_size) if plan.shared else (0, 1)
-            origin: OwnBatches | PassedOn = OwnBatches(
-                setting.dataset, budget=setting.budget, feeds=feeds, part=part, num_parts=num_parts
-            )
+        if before:
+            origin: OwnBatches | PassedOn = PassedOn(self._receiver(before[0], {first}), first, setting.trace)
         else:
-            origin = PassedOn(self._receiver(before, {first}), first, setting.trace)
+            group = plan.group_of(rank)
+            origin = OwnBatches(
+                setting.dataset, budget=setting.budget, feeds=feeds, part=group.index(rank), num_parts=len(group)
+            )
         stream = RelayStream(
             chain=setting.chain,
             origin=origin,
@@ -185,7 +220,14 @@ class Streams:
             boundaries={k: setting.chain.boundaries[k] for k in boundaries},
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,
+            on_arrival=self._wake.set,
         )
 
     def _wire(self, dtype: torch.dtype) -> Wire:
-        return Wire(dtype=dtype, device=self._setting.device, backend=self._setting.wire_backend)
+        setting = self._setting
+        return Wire(
+            dtype=dtype,
+            device=setting.device,
+            backend=setting.wire_backend,
+            shared_memory=setting.shared_memory,
+        )

@@ -6,19 +6,52 @@ T_k is the teacher's forward of block k, S_k one student step, b_k the bytes of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
 
-from distill.placement import Problem, Share, place
+from distill.placement import Problem, Share, largest_first, place
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.ranges import RangeCosts, best_ranges
+from distill.sharing import price_of_student, price_of_teacher
+from distill.traffic import busiest_line_s, over_links
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
+DEARER = (0.25, 0.5, 1.0)  # shares of a byte's time on a slow line by which placements are guided
+WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
 
 
-def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
-    """Rank 0 runs the teacher once for everybody and sends each rank the boundaries of its blocks; it trains too."""
-    return _placed("broadcast", broadcast_problem(costs, spans, world_size))
+def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Plan:
+    """The first rank or ranks run the teacher for everybody, a batch each in turn, and send each rank the boundaries of
+    its blocks; they train too."""
+    problem = broadcast_problem(costs, spans, world_size, teacher_ranks)
+    plan = replace(_placed("broadcast", problem), teacher_ranks=teacher_ranks)
+    plans = [over_links(plan, costs)]
+    if busiest_line_s(plan, costs) > plan.predicted_makespan_s:  # then fewer bytes may be worth more computing
+        for part in DEARER:
+            dear = replace(costs, network=costs.network.dearer(part))
+            found = place(broadcast_problem(dear, spans, world_size, teacher_ranks))
+            plans.append(over_links(replace(_on("broadcast", problem, found), teacher_ranks=teacher_ranks), costs))
+    return min(plans, key=lambda one: one.predicted_makespan_s)
+
+
+def plan_teachers(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """A broadcast with as many teacher ranks as pay."""
+    numbers = sorted({1, teacher_ranks_needed(costs, spans, world_size)})
+    return min(
+        (plan_broadcast(costs, spans, world_size, number) for number in numbers), key=lambda p: p.predicted_makespan_s
+    )
+
+
+def teacher_ranks_needed(costs: Costs, spans: Sequence[Span], world_size: int) -> int:
+    """Return the smallest number of teacher ranks that is within WORTH of the best, by a quick placement for each."""
+    estimates = []
+    for number in range(1, world_size + 1):
+        problem = broadcast_problem(costs, spans, world_size, number)
+        estimates.append(max(problem.seconds(largest_first(problem))))
+    return 1 + next(n for n, seconds in enumerate(estimates) if seconds <= (1 + WORTH) * min(estimates))
 
 
 def plan_replicate(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
@@ -50,16 +83,17 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
     alone = plan_layerwise(costs, spans, 1)
     share = 1 / world_size
-    slowest = max(costs.slowness_of(rank) for rank in range(world_size))
+    slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
     wire_s = (
         sum(costs.student_bytes[span.block] * span.steps for span in spans)
         * 2
         * (1 - share)
-        * costs.network.link(0, world_size - 1).sender_s_per_byte
-    )
+        * (hop.sender_s_per_byte + 1 / hop.bytes_per_s)
+    ) + 2 * (world_size - 1) * hop.latency_s * sum(span.steps for span in spans)
     seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
     owners = alone.owners + ((),) * (world_size - 1)
-    return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size)
+    everybody = (tuple(range(world_size)),)
+    return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size, groups=everybody)
 
 
 def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
@@ -86,7 +120,47 @@ def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     busy = [r for r in ranges if len(r)]
     fill = sum(sum(costs.teacher_s[block] for block in owned) for owned in busy[:-1])  # until the last rank begins
     starts = tuple(r.start for r in ranges)
-    return Plan("relay", owners, ordered, max(loads, default=0.0) + fill, loads, starts)
+    return over_links(Plan("relay", owners, ordered, max(loads, default=0.0) + fill, loads, starts), costs)
+
+
+def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """A relay whose ranges may each have a group of consecutive ranks, which share out the rows of every batch and
+    average their gradients. A share of a batch is taken to cost that share."""
+    ordered = tuple(sorted(spans, key=lambda span: span.block))
+    depth = max((span.block for span in ordered), default=-1) + 1
+    moved, calls = np.zeros(depth + 1), np.zeros(depth + 1)
+    for block in range(depth):
+        moved[block + 1] = price_of_teacher(costs, block).shared * _steps_from(ordered, block)
+    for span in ordered:
+        price = price_of_student(costs, span.block, world_size)
+        moved[span.block + 1] += price.shared * span.steps
+        calls[span.block + 1] = price.hop * span.steps
+    range_costs = RangeCosts(
+        divided=_range_seconds(costs, ordered, depth), shared=_between(moved), hops=_between(calls)
+    )
+    slowness = [costs.slowness_of(rank) for rank in range(world_size)]
+    ranges = best_ranges(range_costs, slowness, most=costs.batch_size or world_size)
+    owners: list[tuple[int, ...]] = [()] * world_size
+    starts, loads, fill = [0] * world_size, [0.0] * world_size, 0.0
+    for found in ranges:
+        ranks = range(found.first, found.first + found.ranks)
+        seconds = float(range_costs.seconds(found.ranks)[found.start, found.end])
+        owners[found.first] = tuple(s.block for s in ordered if found.start <= s.block < found.end)
+        for rank in ranks:
+            starts[rank], loads[rank] = found.start, seconds * max(slowness[r] for r in ranks)
+        if found.end < depth:
+            fill += sum(costs.teacher_s[found.start : found.end]) / found.ranks  # until the last group begins
+    groups = tuple(tuple(range(r.first, r.first + r.ranks)) for r in ranges if r.ranks > 1)
+    makespan_s = max(loads, default=0.0) + fill
+    plan = Plan("relay", tuple(owners), ordered, makespan_s, tuple(loads), tuple(starts), groups=groups)
+    return over_links(plan, costs)
+
+
+def _between(by_block: np.ndarray) -> np.ndarray:
+    """Return an array [start, end] of sums over blocks; `by_block[k + 1]` is block k's."""
+    total = np.cumsum(by_block)
+    sums: np.ndarray = total[None, :] - total[:, None]
+    return sums
 
 
 def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarray:
@@ -99,13 +173,15 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     for block in range(depth):
         steps = _steps_from(spans, block)
         teacher[block + 1] = costs.teacher_s[block] * steps
-        passed_on[block] = costs.boundary_bytes[block] * costs.network.within.sender_s_per_byte * steps
+        passed_on[block] = costs.boundary_bytes[block] * steps
     for span in spans:
         student[span.block + 1] += costs.student_s[span.block] * span.steps
         trained[span.block + 1] += 1
-    own, count = np.cumsum(teacher + student), np.cumsum(trained)
-    seconds = own[None, :] - own[:, None] + passed_on[None, :]
-    seconds[count[None, :] == count[:, None]] = np.inf
+    passed_on[0] = 0.0  # the images are everybody's own
+    hop = costs.network.hop
+    seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
+    seconds = np.maximum(seconds, (passed_on / hop.bytes_per_s)[:, None])  # its first boundary must come as fast
+    seconds[_between(trained) == 0] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
     return seconds
@@ -121,29 +197,43 @@ def _steps_from(spans: Sequence[Span], block: int) -> int:
     return total
 
 
-def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
-    """Return what a placement costs where rank 0 runs the teacher for everybody."""
+def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:
+    """Return what a placement costs where the first `teacher_ranks` ranks run the teacher for everybody in turn."""
     teacher_s = teacher_seconds(costs, spans)
+    price = [_price_of_serving(costs, rank, teacher_ranks) for rank in range(world_size)]
 
     def share(owned: Sequence[Span], rank: int) -> Share:
         size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
-        wire = max((span.steps for span in owned), default=0) * size * costs.network.link(0, rank).sender_s_per_byte
+        wire = max((span.steps for span in owned), default=0) * size * price[rank]
         return sum(costs.student_s[span.block] * span.steps for span in owned), wire
 
     def loads(shares: Sequence[Share]) -> list[float]:
-        (own, _), *others = shares  # rank 0's own boundaries do not travel
-        first = (teacher_s + own + sum(wire for _, wire in others)) * costs.slowness_of(0)
-        return [first, *(own * costs.slowness_of(rank) for rank, (own, _) in enumerate(others, start=1))]
+        wires = sum(wire for _, wire in shares)  # what a teacher rank computes itself does not travel to it
+        taught = [(teacher_s + wires - wire) / teacher_ranks for _, wire in shares[:teacher_ranks]]
+        taught += [0.0] * (world_size - teacher_ranks)
+        return [
+            (own + more) * costs.slowness_of(rank)
+            for rank, ((own, _), more) in enumerate(zip(shares, taught, strict=True))
+        ]
 
+    base = teacher_s / teacher_ranks
     return Problem(
         spans=spans,
         world_size=world_size,
         work=lambda span, rank: costs.student_s[span.block] * span.steps * costs.slowness_of(rank),
         share=share,
         loads=loads,
-        base=[teacher_s * costs.slowness_of(0)] + [0.0] * (world_size - 1),
-        kind=[(rank == 0, costs.slowness_of(rank)) for rank in range(world_size)],
+        base=[base * costs.slowness_of(rank) if rank < teacher_ranks else 0.0 for rank in range(world_size)],
+        kind=[(rank < teacher_ranks, costs.slowness_of(rank)) for rank in range(world_size)],
     )
+
+
+def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:
+    """Seconds of computing that a byte for `rank` costs its sender, the mean over the other teacher ranks."""
+    prices = [
+        costs.network.link(teacher, rank).sender_s_per_byte for teacher in range(teacher_ranks) if teacher != rank
+    ]
+    return sum(prices) / max(1, len(prices))
 
 
 def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
@@ -188,7 +278,11 @@ def _independent(
 
 
 def _placed(strategy: str, problem: Problem) -> Plan:
-    placement = place(problem)
+    return _on(strategy, problem, place(problem))
+
+
+def _on(strategy: str, problem: Problem, placement: Mapping[int, int]) -> Plan:
+    """Return the plan of a placement."""
     loads = problem.seconds(placement)
     ranks = range(problem.world_size)
     owners = tuple(tuple(sorted(b for b, r in placement.items() if r == rank)) for rank in ranks)
@@ -197,7 +291,7 @@ def _placed(strategy: str, problem: Problem) -> Plan:
 
 
 PLANNERS: Mapping[str, Planner] = {
-    "broadcast": plan_broadcast,
+    "broadcast": plan_teachers,
     "relay": plan_relay,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
@@ -206,6 +300,12 @@ PLANNERS: Mapping[str, Planner] = {
 }
 
 
-def rank_plans(names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int) -> list[Plan]:
-    """Return the plans of these strategies, the one with the smallest predicted makespan first."""
-    return sorted((PLANNERS[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)
+def rank_plans(
+    names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
+) -> list[Plan]:
+    """Return the plans of these planners, the one with the smallest predicted makespan first, among equals in the order
+    of the names. A broadcast has `teacher_ranks`, or as many as pay."""
+    planners = dict(PLANNERS)
+    if teacher_ranks is not None:
+        planners["broadcast"] = partial(plan_broadcast, teacher_ranks=teacher_ranks)
+    return sorted((planners[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)

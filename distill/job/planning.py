@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from distill.checkpoint import CheckpointFolder, block_name
 from distill.choices import Amp, Cost, Stop, Strategy, WireDtype
 from distill.config import JobConfig
 from distill.cost import (
-    SENDER_S_PER_BYTE,
     BlockCosts,
     average,
     calibrated,
@@ -28,9 +27,9 @@ from distill.errors import ConfigError
 from distill.files import write_json, write_text
 from distill.graphs import Lane, lanes
 from distill.job.context import Context
+from distill.job.links import find_network
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
-from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
@@ -109,6 +108,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
     sample = dataset.train_batch(0).images
     flops = flop_costs(blocks.chain, trainers.fresh, sample) if context.leads else None
     measured = _measure(context, blocks, trainers, sample) if context.config.plan.cost is Cost.measured else None
+    network = find_network(context)
     if context.leads:
         assert flops is not None
         seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
@@ -116,8 +116,9 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
-        costs = _planning_costs(context, blocks, seconds, speeds, sizes)
-        plans = rank_plans(names, costs, spans, context.world_size)
+        costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
+        teacher_ranks = context.config.plan.teacher_ranks
+        plans = rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
         plan = plans[0]
         _show_ranking(context, plans)
         write_text(context.run.path / "plan.json", plan.to_json())
@@ -129,8 +130,10 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
     """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted = context.config.plan.strategy
+    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
     divisible = blocks.chain.divisible
+    if teacher_ranks is not None and teacher_ranks > context.world_size:
+        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
     if wanted is Strategy.relay and not divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
@@ -146,7 +149,7 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
     if len(plans) > 1:
-        ranking = ", ".join(f"{plan.strategy} {plan.predicted_makespan_s:.1f} s" for plan in plans)
+        ranking = ", ".join(f"{plan.label} {plan.predicted_makespan_s:.1f} s" for plan in plans)
         context.say(f"plan: predicted makespans: {ranking}")
 
 
@@ -170,8 +173,7 @@ def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
     sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
-    wire = Link(sender_s_per_byte=SENDER_S_PER_BYTE if context.device.type == "cpu" else 0.0)
-    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, Network(within=wire, between=wire))
+    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
 
 
 def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
@@ -182,7 +184,12 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "flops": asdict(flops),
         "boundary_bytes": costs.boundary_bytes,
         "student_bytes": costs.student_bytes,
-        "sender_s_per_byte": costs.network.within.sender_s_per_byte,
+        "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
+        "network": {
+            "within": costs.network.within.facts(),
+            "between": costs.network.between.facts(),
+            "hosts": costs.network.hosts,
+        },
     }
 
 
@@ -192,13 +199,17 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        teaches = plan.strategy != "broadcast" or rank == 0
-        role = "teacher and students" if teaches and plan.has_work(rank) else "students"
-        context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
-    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
+        context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
+    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
+
+
+def _role(plan: Plan, rank: int) -> str:
+    """What a rank does."""
+    parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
+    return " and ".join(parts) or "idle"
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

@@ -50,6 +50,7 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             checks=Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks(),
             wire_dtype=wire_dtype(config),
             wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+            shared_memory=config.plan.shared_memory,
             device=context.device,
             window=config.plan.window,
             timeout_s=config.plan.timeout_s,
@@ -87,6 +88,7 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
     """The distill section of metrics.json. A resumed run counts only what its last attempt did."""
     return {
         "strategy": plan.strategy,
+        "teaching_ranks": [rank for rank in range(plan.world_size) if plan.teaches(rank)],
         "world_size": plan.world_size,
         "threads_per_rank": torch.get_num_threads(),
         "resumed": resumed,
