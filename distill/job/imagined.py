@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill.choices import DataName
+from distill.choices import Amp, DataName
 from distill.compose import compose
 from distill.config import JobConfig
 from distill.counting import Recorder
