@@ -24,7 +24,7 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.recipes import RECIPES, Recipe
 from distill.report.markup import show_count
-from distill.teachers import build_architecture, load_backbone, load_teacher_weights
+from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,13 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
 def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
     """Return the arguments of build_architecture(), all of them JSON values: they travel with the student."""
     teacher = config.teacher
+    needed = options_for_weights(teacher.source.name, teacher.name, teacher.weights)
     return {
         "source": teacher.source.name,
         "name": teacher.name,
         "num_classes": num_classes,
         "factory": teacher.factory,
-        "options": dict(teacher.options),
+        "options": needed | dict(teacher.options),
     }
 
 

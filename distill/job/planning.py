@@ -112,7 +112,8 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        plans = rank_plans(names, costs, spans, context.world_size)
+        teacher_ranks = context.config.plan.teacher_ranks
+        plans = rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
         plan = plans[0]
         _show_ranking(context, plans)
         write_text(context.run.path / "plan.json", plan.to_json())
@@ -124,8 +125,10 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
     """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted = context.config.plan.strategy
+    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
     divisible = blocks.chain.divisible
+    if teacher_ranks is not None and teacher_ranks > context.world_size:
+        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
     if wanted is Strategy.relay and not divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
@@ -141,7 +144,7 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
     if len(plans) > 1:
-        ranking = ", ".join(f"{plan.strategy} {plan.predicted_makespan_s:.1f} s" for plan in plans)
+        ranking = ", ".join(f"{plan.label} {plan.predicted_makespan_s:.1f} s" for plan in plans)
         context.say(f"plan: predicted makespans: {ranking}")
 
 
@@ -192,13 +195,17 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        teaches = plan.strategy != "broadcast" or rank == 0
-        role = "teacher and students" if teaches and plan.has_work(rank) else "students"
-        context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
-    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
+        context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
+    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
+
+
+def _role(plan: Plan, rank: int) -> str:
+    """What a rank does."""
+    parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
+    return " and ".join(parts) or "idle"
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

@@ -83,10 +83,11 @@ ALLOWED: dict[str, set[str]] = {
     "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "stream": {"blocks", "data", "errors", "protocol", "receiver", "sender", "trace"},
+    "turns": {"errors", "protocol", "receiver", "stream", "trace"},
     "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
         "blocks", "completion", "control", "data", "plan", "protocol", "receiver", "relay", "sender", "stream",
-        "trace", "transport", "wire",
+        "trace", "transport", "turns", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
