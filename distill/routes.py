@@ -184,7 +184,7 @@ class Streams:
                     Part(
                         peer,
                         slice(shared.start - rows.start, shared.stop - rows.start),
-                        self._sender(peer, torch.float32),
+                        self._sender(peer, setting.chain.boundaries[plan.starts[peer]].dtype),
                     )
                     for peer, shared in overlaps(rows, after, setting.dataset.batch_size).items()
                 ),
@@ -231,11 +231,11 @@ class Streams:
     def _receiver(self, source: int, boundaries: Collection[int], *, num_rows: int | None = None) -> BoundaryReceiver:
         """The end of an edge from `source`; of every batch `num_rows` come, or all."""
         setting = self._setting
-        relayed = setting.plan.strategy == "relay"
+        exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s),
             setting.control.store_for("edges"),
-            self._wire(torch.float32 if relayed else setting.wire_dtype),
+            self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
             boundaries={k: setting.chain.boundaries[k].of_rows(num_rows) for k in boundaries},
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,
