@@ -79,8 +79,7 @@ def plan_serial(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
 
 def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
-    anew; gradients are averaged. The prediction takes a share of a batch to cost that share, and every gradient byte to
-    cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
+    anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
     share = 1 / world_size
     slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
@@ -294,6 +293,7 @@ def _on(strategy: str, problem: Problem, placement: Mapping[int, int]) -> Plan:
 PLANNERS: Mapping[str, Planner] = {
     "broadcast": plan_teachers,
     "relay": plan_relay,
+    "groups": plan_groups,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
     "serial": plan_serial,

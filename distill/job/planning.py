@@ -129,8 +129,9 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
-    """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
+    """Return the planners to choose from. Those that exist to be measured against are never chosen."""
+    asked = context.config.plan
+    wanted, teacher_ranks, groups = asked.strategy, asked.teacher_ranks, asked.groups
     divisible = blocks.chain.divisible
     if teacher_ranks is not None and teacher_ranks > context.world_size:
         raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
@@ -138,13 +139,13 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
         )
-    if wanted is Strategy.ddp and context.config.distill.stop is Stop.plateau:
-        raise ConfigError(
-            "plan.strategy", "ddp", "another strategy with distill.stop=plateau: its ranks could disagree"
-        )
-    if wanted is not Strategy.auto:
-        return [wanted.name]
-    return ["broadcast", "replicate", *(["relay"] if divisible else [])]
+    if context.config.distill.stop is Stop.plateau and (groups or wanted is Strategy.ddp):
+        setting, value = ("plan.groups", "true") if groups else ("plan.strategy", "ddp")
+        raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
+    relays = ["relay", "groups"] if groups else ["relay"]
+    if wanted is Strategy.auto:
+        return ["broadcast", "replicate", *(relays if divisible else [])]
+    return relays if wanted is Strategy.relay else [wanted.name]
 
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
@@ -173,7 +174,8 @@ def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
     sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
-    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
+    batch_size = blocks.chain.boundaries[0].shape[0]
+    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, batch_size=batch_size)
 
 
 def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
@@ -209,7 +211,8 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
 def _role(plan: Plan, rank: int) -> str:
     """What a rank does."""
     parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
-    return " and ".join(parts) or "idle"
+    others = ", ".join(str(peer) for peer in plan.group_of(rank) if peer != rank)
+    return (" and ".join(parts) or "idle") + (f" with rank{'s' * (',' in others)} {others}" if others else "")
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:
