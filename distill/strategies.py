@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -179,7 +180,8 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     passed_on[0] = 0.0  # the images are everybody's own
     hop = costs.network.hop
     seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
-    seconds = np.maximum(seconds, (passed_on / hop.bytes_per_s)[:, None])  # its first boundary must come as fast
+    wire_s = passed_on / hop.bytes_per_s  # the first boundary of a range must come as fast, and its last one leave
+    seconds = np.maximum(seconds, np.maximum(wire_s[:, None], wire_s[None, :]))
     seconds[_between(trained) == 0] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
@@ -290,7 +292,7 @@ def _on(strategy: str, problem: Problem, placement: Mapping[int, int]) -> Plan:
 
 
 PLANNERS: Mapping[str, Planner] = {
-    "broadcast": plan_broadcast,
+    "broadcast": plan_teachers,
     "relay": plan_relay,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
@@ -299,6 +301,12 @@ PLANNERS: Mapping[str, Planner] = {
 }
 
 
-def rank_plans(names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int) -> list[Plan]:
-    """Return the plans of these strategies, the one with the smallest predicted makespan first."""
-    return sorted((PLANNERS[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)
+def rank_plans(
+    names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
+) -> list[Plan]:
+    """Return the plans of these planners, the one with the smallest predicted makespan first, among equals in the order
+    of the names. A broadcast has `teacher_ranks`, or as many as pay."""
+    planners = dict(PLANNERS)
+    if teacher_ranks is not None:
+        planners["broadcast"] = partial(plan_broadcast, teacher_ranks=teacher_ranks)
+    return sorted((planners[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)

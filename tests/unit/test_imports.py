@@ -61,6 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "grouping": {"errors", "tracing"},
     "hooked": {"blocks", "errors"},
     "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
+    "precision": {"blocks"},
+    "graphed_teacher": {"blocks", "graphs"},
     "data": {"errors"},
     "teachers": {"errors"},
     "recipes": {"blocks"},
@@ -68,7 +70,9 @@ ALLOWED: dict[str, set[str]] = {
     # one block
     "checkpoint": {"files"},
     "ledger": {"files"},
-    "trainer": {"checkpoint", "losses"},
+    "graphs": set(),
+    "stopwatch": set(),
+    "trainer": {"checkpoint", "graphs", "losses", "stopwatch"},
     "cost": {"blocks", "flops", "trainer"},
     "flops": set(),
     "counting": {"devices", "flops"},
@@ -83,10 +87,11 @@ ALLOWED: dict[str, set[str]] = {
     "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "stream": {"blocks", "data", "errors", "protocol", "receiver", "sender", "trace"},
+    "turns": {"errors", "protocol", "receiver", "stream", "trace"},
     "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
         "blocks", "completion", "control", "data", "plan", "protocol", "receiver", "relay", "sender", "stream",
-        "trace", "transport", "wire",
+        "trace", "transport", "turns", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {

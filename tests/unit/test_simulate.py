@@ -61,6 +61,29 @@ def test_several_ranks_take_what_their_plan_says_and_a_few_steps_to_fill(
         assert longest - 1e-6 <= found.makespan_s <= longest + 8 * step
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(seconds, seconds), min_size=2, max_size=6), st.integers(2, 4), st.data(), st.sampled_from([2, 4])
+)
+def test_several_teacher_ranks_never_wait_for_each_other_for_ever(
+    costs: list[tuple[float, float]], ranks: int, data: st.DataObject, window: int
+) -> None:
+    teacher, student = (tuple(values) for values in zip(*costs, strict=True))
+    problem = Costs(teacher, student, (50,) * (len(costs) + 1), network=Network(within=Link(1000.0, 0.01, 1e-4)))
+    plan = plan_broadcast(problem, whole(50, len(costs)), ranks, data.draw(st.integers(1, ranks)))
+    found = simulate(plan, problem, window=window)
+    step = sum(teacher) + sum(student)
+    assert max(plan.predicted_rank_s) - step < found.makespan_s <= max(plan.predicted_rank_s) + 8 * step
+    assert 50 <= found.teacher_passes <= 100
+
+
+def test_two_teacher_ranks_halve_the_time_of_a_dear_teacher() -> None:
+    dear = replace(COSTS, teacher_s=(20.0,) * 4)
+    one, two = (simulate(plan_broadcast(dear, whole(80), 2, number), dear).makespan_s for number in (1, 2))
+    assert one == pytest.approx(80 * 80.0, rel=0.01)
+    assert two == pytest.approx(80 * (80 + 14) / 2, rel=0.05), "students and the teacher's batches are shared out"
+
+
 def test_a_slow_link_sets_the_pace() -> None:
     plan = plan_broadcast(COSTS, whole(100), 2)
     sent = simulate(plan, COSTS).bytes_sent
