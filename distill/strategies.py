@@ -180,7 +180,8 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     passed_on[0] = 0.0  # the images are everybody's own
     hop = costs.network.hop
     seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
-    seconds = np.maximum(seconds, (passed_on / hop.bytes_per_s)[:, None])  # its first boundary must come as fast
+    wire_s = passed_on / hop.bytes_per_s  # the first boundary of a range must come as fast, and its last one leave
+    seconds = np.maximum(seconds, np.maximum(wire_s[:, None], wire_s[None, :]))
     seconds[_between(trained) == 0] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
