@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,9 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
 def planned(name: str, costs: Costs, spans: Sequence[Span], ranks: int) -> Plan:
     """Return a planner's plan for that many ranks that are all alike. Only groups can make use of more than a few a
     block; further ranks are left idle here, not searched."""
-    few = min(ranks, ENOUGH * len(spans))
-    if name in SHARED_OUT:
-        return SIMULATED[name](costs, spans, ranks)
-    plan = SIMULATED[name](costs, spans, few)
+    few = ranks if name in SHARED_OUT else min(ranks, ENOUGH * len(spans))
+    network = replace(costs.network, hosts=costs.network.hosts[:few])
+    plan = _plan(name, replace(costs, network=network), tuple(spans), few)
     idle = ranks - few
     return replace(
         plan,
@@ -106,6 +106,11 @@ def planned(name: str, costs: Costs, spans: Sequence[Span], ranks: int) -> Plan:
         predicted_rank_s=plan.predicted_rank_s + (0.0,) * idle,
         starts=plan.starts + (plan.starts[-1],) * idle if plan.starts else (),
     )
+
+
+@cache
+def _plan(name: str, costs: Costs, spans: tuple[Span, ...], ranks: int) -> Plan:
+    return SIMULATED[name](costs, spans, ranks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,10 +202,10 @@ def forecast_table(found: Sequence[Named], alone: Simulation, joules: Sequence[f
     best = {n: min((one for _, one in found if one.plan.world_size == n), key=_seconds) for n in sizes}
     for (name, one), energy in zip(found, joules, strict=True):
         ranks, fastest = one.plan.world_size, one is best[one.plan.world_size]
-        speed_up = _speed_up(one, alone)
+        speed_up, idle = _speed_up(one, alone), max(0.0, one.mean_idle_share)
         table.add_row(
             str(ranks), name, f"{one.makespan_s:,.1f}", f"{speed_up:.2f}x",
-            f"{100 * speed_up / ranks:.1f} %", f"{100 * max(0.0, one.mean_idle_share):.1f} %", f"{one.bytes_sent / 1e9:,.2f}",
+            f"{100 * speed_up / ranks:.1f} %", f"{100 * idle:.1f} %", f"{one.bytes_sent / 1e9:,.2f}",
             f"{one.teacher_passes:,.0f}", *([f"{energy / 1e6:,.3f}"] if energy is not None else []),
             "fastest" if fastest else "", style="bold" if fastest else "",
         )  # fmt: skip
