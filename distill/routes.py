@@ -171,7 +171,7 @@ class Streams:
             following = Next(
                 Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
                 plan.starts[after[0]],
-                self._sender(after[0], torch.float32),
+                self._sender(after[0], setting.chain.boundaries[plan.starts[after[0]]].dtype),
             )
         feeds = (own,) if following is None else (own, following.feed)
         if before:
@@ -212,11 +212,11 @@ class Streams:
 
     def _receiver(self, source: int, boundaries: Collection[int]) -> BoundaryReceiver:
         setting = self._setting
-        relayed = setting.plan.strategy == "relay"
+        exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s),
             setting.control.store_for("edges"),
-            self._wire(torch.float32 if relayed else setting.wire_dtype),
+            self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
             boundaries={k: setting.chain.boundaries[k] for k in boundaries},
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,

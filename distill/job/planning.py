@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.choices import Amp, Cost, Stop, Strategy, WireDtype
 from distill.config import JobConfig
 from distill.cost import (
     BlockCosts,
@@ -25,6 +25,7 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
+from distill.graphs import Lane, lanes
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
@@ -46,8 +47,9 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
 
 
 def wire_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given."""
-    return torch.bfloat16 if config.plan.wire_dtype is WireDtype.bf16 else torch.float32
+    """Return the precision of the activations that students are given; those of a teacher in bf16 have no more."""
+    rounded = config.plan.wire_dtype is WireDtype.bf16 or config.teacher.amp is Amp.bf16
+    return torch.bfloat16 if rounded else torch.float32
 
 
 class Trainers:
@@ -56,6 +58,8 @@ class Trainers:
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
         self._student_bytes: dict[int, int] = {}
+        graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
+        self._lanes = lanes(context.device) if graphs else [Lane()]
 
     def fresh(self, block: int) -> BlockTrainer | None:
         """Return a block's trainer at step 0, or None where the block gets no student.
@@ -72,7 +76,8 @@ class Trainers:
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
         self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
-        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options)
+        lane = self._lanes[block % len(self._lanes)]
+        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options, lane=lane)
 
     def resumed(self, block: int) -> BlockTrainer:
         """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""
@@ -167,8 +172,7 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
-    sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
+    sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
 
 

@@ -24,6 +24,7 @@ from distill.control import Control, StoreAddress
 from distill.data import Augment, open_dataset
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
+from distill.precision import Bf16Chain
 from distill.protocol import Checks
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
@@ -100,6 +101,7 @@ class Toy:
     teacher_ranks: int = 1
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
+    teacher_amp: str = "off"
     shared_memory: bool = True
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
@@ -139,6 +141,8 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         device=torch.device("cpu"),
     ) as dataset:
         chain = toy_chain(dataset.train_batch(0).images)
+        if toy.teacher_amp == "bf16":
+            chain = Bf16Chain(chain)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
         trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.trained_by(rank)]
