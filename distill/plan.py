@@ -50,7 +50,8 @@ class Plan:
     """Which rank owns which blocks (`owners[rank]`), from which step on (`spans`), and the prediction.
 
     In a relay rank r receives boundary `starts[r]` (rank 0: the images) and runs the teacher from there up to the start
-    of the next rank that owns blocks. Other strategies have no `starts`.
+    of the next rank that owns blocks. Other strategies have no `starts`. `gap` is by how much the prediction may exceed
+    that of the best placement under this strategy, relatively: 0 where none is better.
     """
 
     strategy: str
@@ -59,6 +60,7 @@ class Plan:
     predicted_makespan_s: float
     predicted_rank_s: tuple[float, ...]
     starts: tuple[int, ...] = ()
+    gap: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -113,6 +115,7 @@ class Plan:
             predicted_makespan_s=raw["predicted_makespan_s"],
             predicted_rank_s=tuple(raw["predicted_rank_s"]),
             starts=tuple(raw["starts"]),
+            gap=raw["gap"],
         )
 
 

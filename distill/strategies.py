@@ -6,10 +6,11 @@ T_k is the teacher's forward of block k, S_k one student step, b_k the bytes of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
+from distill.packing import Packing
 from distill.placement import Problem, Share, place
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
 
@@ -123,7 +124,10 @@ def _steps_from(spans: Sequence[Span], block: int) -> int:
 
 def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
     """Return what a placement costs where rank 0 runs the teacher for everybody."""
+    spans = sorted(spans, key=lambda span: span.block)
+    sizes = costs.boundary_bytes
     teacher_s = teacher_seconds(costs, spans)
+    base = [teacher_s * costs.slowness_of(0)] + [0.0] * (world_size - 1)
 
     def share(owned: Sequence[Span], rank: int) -> Share:
         size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
@@ -141,9 +145,24 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
         work=lambda span, rank: costs.student_s[span.block] * span.steps * costs.slowness_of(rank),
         share=share,
         loads=loads,
-        base=[teacher_s * costs.slowness_of(0)] + [0.0] * (world_size - 1),
+        base=base,
         kind=[(rank == 0, costs.slowness_of(rank)) for rank in range(world_size)],
+        packing=Packing(
+            work_s=np.array([costs.student_s[span.block] * span.steps for span in spans]),
+            reach_s=np.zeros(len(spans)),
+            wire_s=np.array([sum(sizes[span.block : span.block + 2]) * span.steps for span in spans], float),
+            shared_s=np.array(_shared(sizes, spans)),
+            slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
+            base_s=np.array(base),
+            price=np.array([0.0, *(costs.network.link(0, rank).sender_s_per_byte for rank in range(1, world_size))]),
+        ),
     )
+
+
+def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
+    """Return for every span the bytes that it does not need of its own where the span before it is on its rank."""
+    neighbours = ((min(a.steps, b.steps) * sizes[b.block], b.block - a.block == 1) for a, b in pairwise(spans))
+    return [0.0 for _ in spans[:1]] + [float(size) if adjacent else 0.0 for size, adjacent in neighbours]
 
 
 def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
@@ -155,7 +174,8 @@ def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
     def work(span: Span) -> float:
         return costs.student_s[span.block] * span.steps
 
-    return _independent(costs, spans, world_size, share, work)
+    prefix = [0.0, *accumulate(costs.teacher_s)]
+    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.block + 1] * span.steps)
 
 
 def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
@@ -174,8 +194,11 @@ def _independent(
     world_size: int,
     share: Callable[[Sequence[Span], int], Share],
     work: Callable[[Span], float],
+    *,
+    reach: Callable[[Span], float] = lambda _: 0.0,
 ) -> Problem:
     """Return the problem of ranks that have nothing to do with each other."""
+    spans = sorted(spans, key=lambda span: span.block)
     return Problem(
         spans=spans,
         world_size=world_size,
@@ -184,16 +207,23 @@ def _independent(
         loads=lambda shares: [own * costs.slowness_of(rank) for rank, (own, _) in enumerate(shares)],
         base=[0.0] * world_size,
         kind=[costs.slowness_of(rank) for rank in range(world_size)],
+        packing=Packing(
+            work_s=np.array([work(span) for span in spans]),
+            reach_s=np.array([reach(span) for span in spans]),
+            wire_s=np.zeros(len(spans)),
+            shared_s=np.zeros(len(spans)),
+            slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
+            base_s=np.zeros(world_size),
+            price=np.zeros(world_size),
+        ),
     )
 
 
 def _placed(strategy: str, problem: Problem) -> Plan:
-    placement = place(problem)
-    loads = problem.seconds(placement)
+    found = place(problem)
     ranks = range(problem.world_size)
-    owners = tuple(tuple(sorted(b for b, r in placement.items() if r == rank)) for rank in ranks)
-    ordered = tuple(sorted(problem.spans, key=lambda span: span.block))
-    return Plan(strategy, owners, ordered, max(loads), tuple(loads))
+    owners = tuple(tuple(sorted(b for b, r in found.rank_of.items() if r == rank)) for rank in ranks)
+    return Plan(strategy, owners, tuple(problem.spans), max(found.rank_s), found.rank_s, gap=found.gap)
 
 
 PLANNERS: Mapping[str, Planner] = {
