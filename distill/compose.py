@@ -36,11 +36,12 @@ def register_schema() -> None:
 
 
 def _port_for(job: str, restart: str) -> int:
-    """A port below those that systems hand out by themselves: another one for most jobs of a node, and each restart.
+    """Return the port that a job's launchers meet at, as slurm/distill.sbatch has it: another one for each restart.
 
-    The numbers come as text: they are variables of the environment.
+    It is below those that systems hand out by themselves, and another one for a node's jobs. The numbers come as
+    text: they are variables of the environment.
     """
-    return 10_000 + (int(job) * 31 + int(restart)) % 20_000
+    return 20_000 + (int(job) * 8 + int(restart) % 8) % 10_000
 
 
 def compose(overrides: Sequence[str]) -> JobConfig:

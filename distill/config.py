@@ -200,6 +200,9 @@ class PlanConfig:
     cost: Cost = setting(Cost.measured, "costs by timing every block here, or by counting FLOPs")
     window: int = setting(4, "batches that rank 0 may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
+    shared_memory: bool = setting(
+        True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
+    )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
 
     def __post_init__(self) -> None:
@@ -293,7 +296,7 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s",
+    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s", "plan.shared_memory",
     "distill.log_every",
 }  # fmt: skip
 

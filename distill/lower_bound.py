@@ -3,8 +3,8 @@
 A rank's part of a placement is one of very many sets of blocks. With a worth for every block, a knapsack finds the set
 of greatest worth that a rank can do within a makespan; where all ranks' greatest worths together are less than the
 worth of all blocks, that makespan is impossible. A linear programme looks for the worths that prove most.
-Source: Gilmore, Gomory 1961, for bins of one size; here ranks differ, and rank 0 pays for what is sent (a Lagrange
-multiplier `toll` on its seconds). The programme's bound is nearly always the optimum itself.
+Source: Gilmore, Gomory 1961, for bins of one size; here ranks differ, and teacher ranks pay for what is sent (a
+Lagrange multiplier `toll` on their seconds together). The programme's bound is nearly always the optimum itself.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Kind:
 
     slowness: float
     base_s: float
-    price: float
-    pays: bool  # whether this is rank 0 where something is sent
+    wire: float  # seconds of the teacher ranks, together, for what is sent to it at price 1
+    teaches: bool  # whether it is one of these where something is sent
 
 
 class _Knapsack:
@@ -60,10 +60,10 @@ class _Knapsack:
         return min(int(np.floor((makespan_s - kind.base_s) / kind.slowness / self.cell_s + 1e-6)), self._cells)
 
     def fill(self, worth: Floats, toll: float, kind: Kind) -> Filled:
-        """Return the greatest worth at every capacity, less the toll for what rank 0 spends on these blocks."""
+        """Return the greatest worth at every capacity, less the toll for what teacher ranks spend on them."""
         packing = self._packing
-        gain = worth - toll * (packing.work_s if kind.pays else kind.price * packing.wire_s)
-        saved = toll * kind.price * packing.shared_s
+        gain = worth - toll * (kind.wire * packing.wire_s + (packing.work_s if kind.teaches else 0.0))
+        saved = toll * kind.wire * packing.shared_s
         if packing.reaches or saved.any():
             return self._fill_in_order(gain, saved)
         best = np.zeros(self._cells + 1)
@@ -172,8 +172,10 @@ class LowerBound:
         self.likely: list[tuple[list[int], list[int]]] = []
         kinds: dict[Kind, list[int]] = {}
         for rank in range(packing.num_ranks):
-            values = (float(packing.slowness[rank]), float(packing.base_s[rank]), float(packing.price[rank]))
-            kinds.setdefault(Kind(*values, pays=rank == 0 and packing.sends), []).append(rank)
+            teaches = packing.sends and rank < packing.teacher_ranks
+            wire = packing.price[rank] * (1 - teaches / packing.teacher_ranks)
+            kind = Kind(float(packing.slowness[rank]), float(packing.base_s[rank]), float(wire), teaches)
+            kinds.setdefault(kind, []).append(rank)
         self._kinds = kinds
         longest_s = upper_s / float(packing.slowness.min())
         self._search = _Knapsack(packing, longest_s=longest_s, cells=SEARCH_CELLS, rounding=0.5)
@@ -219,20 +221,22 @@ class LowerBound:
         """Return every kind's greatest worths; kinds that differ in speed and base alone share them."""
         made: dict[tuple[bool, float], Filled] = {}
         for kind in self._kinds:
-            if (kind.pays, kind.price) not in made:
-                made[kind.pays, kind.price] = knapsack.fill(worth, toll, kind)
-                self._effort += made[kind.pays, kind.price].effort
-        return {kind: made[kind.pays, kind.price] for kind in self._kinds}
+            if (kind.teaches, kind.wire) not in made:
+                made[kind.teaches, kind.wire] = knapsack.fill(worth, toll, kind)
+                self._effort += made[kind.teaches, kind.wire].effort
+        return {kind: made[kind.teaches, kind.wire] for kind in self._kinds}
 
     def _all_worths(self, knapsack: _Knapsack, fills: Mapping[Kind, Filled], toll: float, makespan_s: float) -> float:
         """Return the greatest worth that all ranks can do within a makespan."""
-        total = toll * self._time_of_rank_0(makespan_s)
+        total = toll * self._time_of_teachers(makespan_s)
         for kind, ranks in self._kinds.items():
             total += len(ranks) * float(fills[kind].best[knapsack.capacity(kind, makespan_s)])
         return total
 
-    def _time_of_rank_0(self, makespan_s: float) -> float:
-        return (makespan_s - float(self._packing.base_s[0])) / float(self._packing.slowness[0])
+    def _time_of_teachers(self, makespan_s: float) -> float:
+        """Return the seconds (slowness 1) that all teacher ranks have for students and for sending."""
+        packing, teachers = self._packing, slice(self._packing.teacher_ranks)
+        return float(((makespan_s - packing.base_s[teachers]) / packing.slowness[teachers]).sum())
 
     def _proven(self, worth: Floats, toll: float) -> float:
         """Return the longest makespan that these worths show to be impossible."""
@@ -274,14 +278,13 @@ class LowerBound:
         return float(worth[list(blocks)].sum()) - toll * self._charge(kind, blocks)
 
     def _charge(self, kind: Kind, blocks: Sequence[int]) -> float:
-        """Return the seconds of rank 0 (slowness 1) that these blocks cost on a rank of this kind."""
+        """Return the seconds (slowness 1) of teacher ranks that these blocks cost on a rank of this kind."""
         if not self._packing.sends:
             return 0.0
         chosen = np.zeros((1, self._packing.num_blocks))
         chosen[0, list(blocks)] = 1
-        if kind.pays:
-            return float(self._packing.own_s(chosen)[0])
-        return kind.price * float(self._packing.sent_s(chosen)[0])
+        own = float(self._packing.own_s(chosen)[0]) if kind.teaches else 0.0
+        return own + kind.wire * float(self._packing.sent_s(chosen)[0])
 
     def _add_column(self, kind: Kind, blocks: Sequence[int]) -> None:
         """Add a constraint on (worths, the kinds' gains, toll): this set gains no more than its kind is said to."""
@@ -297,7 +300,7 @@ class LowerBound:
         the toll and the kinds' gains that make the most of it."""
         number, counts = self._packing.num_blocks, [len(ranks) for ranks in self._kinds.values()]
         self._effort += len(self._columns)
-        objective = np.concatenate([-np.ones(number), counts, [self._time_of_rank_0(target_s)]])
+        objective = np.concatenate([-np.ones(number), counts, [self._time_of_teachers(target_s)]])
         rows = np.stack([np.concatenate([np.ones(number), np.zeros(len(counts) + 1)]), *self._columns.values()])
         limits = np.zeros(len(rows))
         limits[0] = 1

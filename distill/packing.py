@@ -18,8 +18,9 @@ class Packing:
     """N blocks in the order of the network, on W ranks.
 
     A rank takes `slowness` times the work of its blocks and the longest `reach_s` among them (its own teacher). Serving
-    it costs rank 0 `wire_s` of every block on it, less `shared_s[j]` where blocks j - 1 and j of the order are both
-    there, times the rank's `price`. All ranks begin with `base_s`.
+    it costs `wire_s` of every block on it, less `shared_s[j]` where blocks j - 1 and j of the order are both there,
+    times the rank's `price`; the first `teacher_ranks` ranks share that equally, and what is for one of them costs it
+    nothing. All ranks begin with `base_s`.
     """
 
     work_s: Floats  # (N)
@@ -28,7 +29,8 @@ class Packing:
     shared_s: Floats  # (N), the first is 0
     slowness: Floats  # (W)
     base_s: Floats  # (W)
-    price: Floats  # (W), of rank 0 it is 0
+    price: Floats  # (W)
+    teacher_ranks: int = 1
 
     @property
     def num_blocks(self) -> int:
@@ -54,7 +56,7 @@ class Packing:
         return own
 
     def sent_s(self, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
-        """Return the seconds of rank 0, at price 1, for sending each row's blocks their boundaries."""
+        """Return what it costs, at price 1, to send each row's blocks their boundaries."""
         where = np.arange(self.num_blocks)[blocks]
         shared = np.where(np.diff(where) == 1, self.shared_s[where[1:]], 0.0)
         sent: Floats = chosen @ self.wire_s[where] - (chosen[:, 1:] * chosen[:, :-1]) @ shared
@@ -65,7 +67,9 @@ class Packing:
         chosen = (owner[None, :] == np.arange(self.num_ranks)[:, None]).astype(float)
         loads: Floats = self.base_s + self.slowness * self.own_s(chosen)
         if self.sends:
-            loads[0] += self.slowness[0] * float(self.price @ self.sent_s(chosen))
+            sent = self.price * self.sent_s(chosen)
+            teachers = slice(self.teacher_ranks)
+            loads[teachers] += self.slowness[teachers] * (sent.sum() - sent[teachers]) / self.teacher_ranks
         return loads
 
     def simple_bound(self) -> float:

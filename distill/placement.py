@@ -81,11 +81,12 @@ def place(problem: Problem) -> Placement:
     packing = problem.packing
     if not packing.num_blocks:
         return _placement(problem, {}, max(problem.base))
-    owner = improve(packing, _largest_first(packing), good_enough_s=packing.simple_bound() * (1 + TOLERANCE))
+    owner = largest_first(packing)
     if packing.num_blocks <= SEARCHED_BLOCKS:
         rank_of, complete = _branch_and_bound(_by_block(problem, owner), problem)
         if complete:
             return _placement(problem, rank_of, max(problem.seconds(rank_of)))
+    owner = improve(packing, owner, good_enough_s=packing.simple_bound() * (1 + TOLERANCE))
     owner, bound_s = _bounded(packing, owner)
     return _placement(problem, _by_block(problem, owner), bound_s)
 
@@ -95,7 +96,7 @@ def _bounded(packing: Packing, owner: NDArray[np.intp]) -> tuple[NDArray[np.intp
     bound_s = packing.simple_bound()
     if packing.num_blocks > BOUNDED_BLOCKS or _makespan(packing, owner) <= bound_s * (1 + TOLERANCE):
         return owner, bound_s
-    if packing.sends:
+    if packing.sends and packing.teacher_ranks == 1:
         served_s, leaves = served_bound(packing, upper_s=_makespan(packing, owner), tolerance=TOLERANCE)
         bound_s = max(bound_s, served_s)
         owner = _better(packing, owner, _in_runs(packing, leaves), bound_s)
@@ -132,15 +133,15 @@ def _in_runs(packing: Packing, leaves: NDArray[np.bool_]) -> NDArray[np.intp]:
 
 
 def _placement(problem: Problem, rank_of: Mapping[int, int], bound_s: float) -> Placement:
-    rank_s = tuple(problem.seconds(rank_of))
-    return Placement(rank_of, rank_s, min(bound_s, max(rank_s)))
+    rank_s = tuple(map(float, problem.seconds(rank_of)))
+    return Placement(rank_of, rank_s, min(float(bound_s), max(rank_s)))
 
 
 def _by_block(problem: Problem, owner: NDArray[np.intp]) -> dict[int, int]:
     return {span.block: int(rank) for span, rank in zip(problem.spans, owner, strict=True)}
 
 
-def _largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
+def largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
     """Return `owner` with every block that has none (-1) on the rank that is done with it first, large ones first."""
     owner = np.full(packing.num_blocks, -1) if owner is None else owner.copy()
     loads = packing.base_s.copy()
@@ -163,7 +164,7 @@ def _combined(packing: Packing, likely: Sequence[tuple[Sequence[int], Sequence[i
         if free and (owner[list(blocks)] < 0).all():
             owner[list(blocks)] = free[0]
             used.add(free[0])
-    return _largest_first(packing, owner)
+    return largest_first(packing, owner)
 
 
 def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict[int, int], bool]:

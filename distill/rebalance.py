@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import combinations
 
@@ -86,37 +87,40 @@ class _Search:
         ways = np.repeat(before, 2 ** len(free), axis=0)
         ways[:, np.isin(blocks, free)] = _subsets(len(free))
         self._effort += CALL + ways.size * (3 if packing.sends else 1)
-        seconds = [loads[rank] + self._added(rank, blocks, ways, before, a) for rank in (a, b)]
-        touched = [loads[a], loads[b]]
+        seconds = {
+            a: loads[a] + self._added(a, blocks, ways, before),
+            b: loads[b] + self._added(b, blocks, 1 - ways, 1 - before),
+        }
         if packing.sends:
-            sent = self._sent(a, b, blocks, ways) - self._sent(a, b, blocks, before)
-            sent = packing.slowness[0] * sent
-            if a == 0:
-                seconds[0] = seconds[0] + sent
-            else:
-                seconds.append(loads[0] + sent)
-                touched.append(loads[0])
-        worth = np.sum([self._weighed(values) for values in seconds], axis=0)
+            self._add_sending(
+                seconds, {a: self._sent(a, blocks, ways, before), b: self._sent(b, blocks, 1 - ways, 1 - before)}
+            )
+        worth = np.sum([self._weighed(values) for values in seconds.values()], axis=0)
         best = int(np.argmin(worth))
-        if worth[best] >= sum(map(self._weighed, touched)) * (1 - 1e-12):
+        if worth[best] >= self._weighed(loads[list(seconds)]).sum() * (1 - 1e-12):
             return False
         self._owner[blocks] = np.where(ways[best] > 0, a, b)
-        for rank, values in zip((a, b, 0), seconds, strict=False):
+        for rank, values in seconds.items():
             loads[rank] = values[best]
         return True
 
-    def _added(self, rank: int, blocks: NDArray[np.intp], ways: Floats, before: Floats, a: int) -> Floats:
-        packing, now = self._packing, before
-        if rank != a:
-            ways, now = 1 - ways, 1 - before
-        added: Floats = packing.slowness[rank] * (packing.own_s(ways, blocks) - packing.own_s(now, blocks))
+    def _added(self, rank: int, blocks: NDArray[np.intp], ways: Floats, before: Floats) -> Floats:
+        packing = self._packing
+        added: Floats = packing.slowness[rank] * (packing.own_s(ways, blocks) - packing.own_s(before, blocks))
         return added
 
-    def _sent(self, a: int, b: int, blocks: NDArray[np.intp], ways: Floats) -> Floats:
-        price = self._packing.price
-        sent_b = price[b] * self._packing.sent_s(1 - ways, blocks)
-        sent: Floats = sent_b + price[a] * self._packing.sent_s(ways, blocks)
-        return sent
+    def _sent(self, rank: int, blocks: NDArray[np.intp], ways: Floats, before: Floats) -> Floats:
+        packing = self._packing
+        more: Floats = packing.price[rank] * (packing.sent_s(ways, blocks) - packing.sent_s(before, blocks))
+        return more
+
+    def _add_sending(self, seconds: dict[int, Floats], more: Mapping[int, Floats]) -> None:
+        """Add to the seconds of the ranks what more is sent to each of them, to those who send it."""
+        packing = self._packing
+        for teacher in range(packing.teacher_ranks):
+            sent = sum(values for rank, values in more.items() if rank != teacher)
+            share = packing.slowness[teacher] / packing.teacher_ranks
+            seconds[teacher] = seconds.get(teacher, self._loads[teacher]) + share * sent
 
     def _weighed(self, seconds: Floats) -> Floats:
         weighed = seconds / self._scale

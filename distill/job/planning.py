@@ -191,7 +191,8 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
         teaches = plan.strategy != "broadcast" or rank == 0
         role = "teacher and students" if teaches and plan.has_work(rank) else "students"
         context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
-    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
+    within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""
+    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s{within}")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))

@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "lower_bound": {"packing"},
     "served_bound": {"packing"},
     "placement": {"lower_bound", "packing", "plan", "rebalance", "served_bound"},
-    "strategies": {"packing", "placement", "plan"},
+    "ranges": set(),
+    "strategies": {"packing", "placement", "plan", "ranges"},
     "simulate": {"network", "plan", "protocol"},
     "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
     "protocol": {"plan"},
@@ -68,15 +69,22 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "ledger": {"files"},
     "trainer": {"checkpoint", "losses"},
-    "cost": {"blocks", "trainer"},
+    "cost": {"blocks", "flops", "trainer"},
+    "flops": set(),
     # between ranks
     "control": {"errors"},
-    "transport": {"blocks", "errors", "protocol", "trace"},
+    "transport": {"errors"},
+    "wire": {"blocks", "transport"},
+    "host": set(),
+    "shared_ring": {"host", "transport"},
+    "sender": {"protocol", "shared_ring", "trace", "transport", "wire"},
+    "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
-    "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
-    "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
+    "stream": {"blocks", "data", "errors", "protocol", "receiver", "sender", "trace"},
+    "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
-        "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+        "blocks", "completion", "control", "data", "plan", "protocol", "receiver", "relay", "sender", "stream",
+        "trace", "transport", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
@@ -95,6 +103,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "network",
     "plan",
     "placement",
+    "ranges",
     "strategies",
     "simulate",
     "forecast",
@@ -107,6 +116,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "stopper",
     "submitted",
     "trace",
+    "host",
     "counters",
     "meter",
     "energy",
@@ -166,7 +176,7 @@ def test_every_allowed_arrow_is_used(name: str) -> None:
 
 def test_arrows_form_no_circle() -> None:
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("plan") < order.index("protocol") < order.index("transport") < order.index("engine")
+    assert order.index("plan") < order.index("protocol") < order.index("sender") < order.index("engine")
 
 
 def test_configuration_objects_are_seen_by_the_job_and_the_launcher_only() -> None:
