@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill.choices import Stage
-from distill.config import JobConfig, from_yaml, load, setting_kinds
+from distill.config import JobConfig, LaunchConfig, from_yaml, load, setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError
 
@@ -67,7 +67,10 @@ def _compose(name: str, overrides: Sequence[str]) -> JobConfig:
 
 
 def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
-    """Return the configuration of the run in `folder` with single settings replaced; how far it goes starts anew."""
+    """Return the configuration of the run in `folder` with single settings replaced.
+
+    How far it goes and where its nodes meet are asked anew.
+    """
     for override in overrides:
         group, _, choice = override.partition("=")
         if group.lstrip("+~").partition("@")[0] in _groups():
@@ -75,6 +78,11 @@ def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
             raise ConfigError(group, choice, allowed)
     config = _of_run(folder)
     config.stage, config.run.dir = Stage.all, folder
+    config.launch = LaunchConfig(
+        nproc_per_node=config.launch.nproc_per_node,
+        threads_per_rank=config.launch.threads_per_rank,
+        max_restarts=config.launch.max_restarts,
+    )
     ConfigStore.instance().store(name="job_of_run", node=OmegaConf.structured(config))
     with initialize(config_path=None, version_base=VERSION_BASE):
         return _compose("job_of_run", overrides)

@@ -23,9 +23,6 @@ LONG_S = 2.0  # or fewer that took this long together: 64 images of 224 pixels t
 BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds
 MIN_ROUNDS = 3
 SAME = 0.1  # ranks whose speeds differ by less are planned as equals
-# By how much sending slows rank 0 down, gloo over loopback with both cores training (ResNet-20, 2 cores, 2026-11-21):
-# with 0.4 ns a byte rank 1 idled 4 to 19 % of the stage, with 1.2 ns rank 0 idled 10 to 14 %.
-SENDER_S_PER_BYTE = 0.8e-9
 
 MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
 

@@ -16,7 +16,8 @@ from distill.rebalance import improve
 from distill.served_bound import served_bound
 
 TOLERANCE = 1e-4  # a makespan this near to a bound, relatively, counts as optimal; costs are never known better
-SEARCHED_BLOCKS = 9  # up to this many all placements are searched
+SEARCHED_BLOCKS = 9  # up to this many all placements are searched,
+SEARCHED_PLACEMENTS = 50_000  # and where there are no more than this many
 SEARCH_NODES = 20_000  # unless that takes more than this many nodes, a third of a second
 BOUNDED_BLOCKS = 128  # up to this many the bound is raised by column generation
 
@@ -82,7 +83,7 @@ def place(problem: Problem) -> Placement:
     if not packing.num_blocks:
         return _placement(problem, {}, max(problem.base))
     owner = largest_first(packing)
-    if packing.num_blocks <= SEARCHED_BLOCKS:
+    if packing.num_blocks <= SEARCHED_BLOCKS or packing.num_ranks**packing.num_blocks <= SEARCHED_PLACEMENTS:
         rank_of, complete = _branch_and_bound(_by_block(problem, owner), problem)
         if complete:
             return _placement(problem, rank_of, max(problem.seconds(rank_of)))

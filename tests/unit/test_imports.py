@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -77,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"blocks", "transport"},
     "host": set(),
     "shared_ring": {"host", "transport"},
+    "probe": {"blocks", "protocol", "receiver", "sender", "trace", "transport", "wire"},
     "sender": {"protocol", "shared_ring", "trace", "transport", "wire"},
     "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
@@ -208,6 +210,14 @@ def test_importing_it_does_not_import_torch(module: str) -> None:
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == "False"
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    from distill.launcher import main
+
+    assert main(["--version"]) == 0
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"distill {project['version']}\n"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
