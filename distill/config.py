@@ -207,9 +207,14 @@ class PlanConfig:
         True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
     )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
+    memory_gib: float | None = setting(
+        None, "memory of a rank in GiB that a plan must fit in; null: the GPU's, or the host's divided by its ranks"
+    )
 
     def __post_init__(self) -> None:
         _at_least("plan", self, window=2, timeout_s=1)
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 
@@ -302,7 +307,7 @@ _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s", "plan.link_gbit",
-    "plan.shared_memory",
+    "plan.shared_memory", "plan.memory_gib",
     "distill.log_every",
 }  # fmt: skip
 

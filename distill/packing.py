@@ -31,6 +31,8 @@ class Packing:
     base_s: Floats  # (W)
     price: Floats  # (W)
     teacher_ranks: int = 1
+    bytes: Floats | None = None  # (N) of a block's memory, where that is limited
+    room: Floats | None = None  # (W) bytes that a rank has for blocks
 
     @property
     def num_blocks(self) -> int:
@@ -55,6 +57,16 @@ class Packing:
             own = own + (chosen * self.reach_s[blocks]).max(axis=1)
         return own
 
+    def excess_s(self, rank: int, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
+        """Return a penalty for each row's blocks on `rank`: nothing where they fit in its memory, otherwise more than
+        any placement that fits can take."""
+        if self.bytes is None or self.room is None:
+            return np.zeros(len(chosen))
+        over = np.maximum(0.0, chosen @ self.bytes[blocks] - self.room[rank]) / self.bytes.sum()
+        worst = self.base_s.sum() + self.slowness.max() * (self.work_s + self.reach_s).sum()
+        penalty: Floats = worst * ((over > 0) + over)
+        return penalty
+
     def sent_s(self, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
         """Return what it costs, at price 1, to send each row's blocks their boundaries."""
         where = np.arange(self.num_blocks)[blocks]
@@ -66,6 +78,8 @@ class Packing:
         """Return every rank's seconds; `owner` (N) is the rank of every block."""
         chosen = (owner[None, :] == np.arange(self.num_ranks)[:, None]).astype(float)
         loads: Floats = self.base_s + self.slowness * self.own_s(chosen)
+        if self.bytes is not None:
+            loads += [self.excess_s(rank, chosen[rank : rank + 1])[0] for rank in range(self.num_ranks)]
         if self.sends:
             sent = self.price * self.sent_s(chosen)
             teachers = slice(self.teacher_ranks)

@@ -83,13 +83,18 @@ def place(problem: Problem) -> Placement:
     if not packing.num_blocks:
         return _placement(problem, {}, max(problem.base))
     owner = largest_first(packing)
-    if packing.num_blocks <= SEARCHED_BLOCKS or packing.num_ranks**packing.num_blocks <= SEARCHED_PLACEMENTS:
+    if packing.bytes is None and _few(packing):
         rank_of, complete = _branch_and_bound(_by_block(problem, owner), problem)
         if complete:
             return _placement(problem, rank_of, max(problem.seconds(rank_of)))
     owner = improve(packing, owner, good_enough_s=packing.simple_bound() * (1 + TOLERANCE))
     owner, bound_s = _bounded(packing, owner)
     return _placement(problem, _by_block(problem, owner), bound_s)
+
+
+def _few(packing: Packing) -> bool:
+    """Whether all placements can be searched."""
+    return packing.num_blocks <= SEARCHED_BLOCKS or packing.num_ranks**packing.num_blocks <= SEARCHED_PLACEMENTS
 
 
 def _bounded(packing: Packing, owner: NDArray[np.intp]) -> tuple[NDArray[np.intp], float]:

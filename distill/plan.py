@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
+from distill.memory import Memory
 from distill.network import Network
 
 
@@ -28,6 +29,7 @@ class Costs:
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
     batch_size: int | None = None  # images of a batch, where ranks may share them out
+    memory: Memory | None = None
 
     def slowness_of(self, rank: int) -> float:
         return self.slowness[rank] if rank < len(self.slowness) else 1.0
@@ -142,6 +144,29 @@ class Plan:
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
             gap=raw.get("gap", 0.0),
         )
+
+
+def memory_of(plan: Plan, memory: Memory) -> tuple[int, ...]:
+    """Return the most bytes that every rank of a plan needs."""
+    return tuple(_rank_memory(plan, memory, rank) for rank in range(plan.world_size))
+
+
+def _rank_memory(plan: Plan, memory: Memory, rank: int) -> int:
+    blocks = [span.block for span in plan.trained_by(rank)]
+    if plan.strategy == "broadcast":
+        elsewhere = [span.block for r in range(plan.world_size) if r != rank for span in plan.spans_of(r)]
+        needed = memory.resident + memory.students(blocks)
+        if rank >= plan.teacher_ranks or plan.teacher_ranks > 1:
+            needed += memory.receiving(memory.activations(blocks))
+        if rank < plan.teacher_ranks:
+            needed += memory.teaching + memory.activations([*blocks, *elsewhere])
+            needed += memory.sending(memory.activations(elsewhere)) if elsewhere else 0
+        return needed
+    if not plan.starts or not blocks:
+        return memory.alone(blocks)
+    after = min((start for start in plan.starts if start > plan.starts[rank]), default=None)
+    received = memory.receiving(memory.boundary[plan.starts[rank]]) if plan.starts[rank] else 0
+    return memory.alone(blocks) + received + (memory.sending(memory.boundary[after]) if after is not None else 0)
 
 
 def boundaries_of(blocks: Iterable[int]) -> frozenset[int]:

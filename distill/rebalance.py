@@ -81,7 +81,7 @@ class _Search:
         free = blocks
         if len(blocks) > FREE:  # any others stay where they are
             free = np.sort(self._random.choice(blocks, FREE, replace=False))
-        if not packing.sends and not packing.reaches:
+        if not packing.sends and not packing.reaches and packing.bytes is None:
             blocks = free  # the others have no part in what changes
         before = (self._owner[blocks] == a).astype(float)[None, :]
         ways = np.repeat(before, 2 ** len(free), axis=0)
@@ -107,7 +107,9 @@ class _Search:
     def _added(self, rank: int, blocks: NDArray[np.intp], ways: Floats, before: Floats) -> Floats:
         packing = self._packing
         added: Floats = packing.slowness[rank] * (packing.own_s(ways, blocks) - packing.own_s(before, blocks))
-        return added
+        if packing.bytes is None:
+            return added
+        return added + packing.excess_s(rank, ways, blocks) - packing.excess_s(rank, before, blocks)
 
     def _sent(self, rank: int, blocks: NDArray[np.intp], ways: Floats, before: Floats) -> Floats:
         packing = self._packing

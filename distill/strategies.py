@@ -8,13 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from math import isfinite
 
 import numpy as np
 
-from distill.packing import Packing
+from distill.packing import Floats, Packing
 from distill.placement import Problem, Share, largest_first, place
-from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.plan import Costs, Plan, Span, boundaries_of, memory_of, teacher_seconds
 from distill.ranges import RangeCosts, best_ranges
+
+
+class DoesNotFitError(Exception):
+    """No plan fits in the memory of the ranks; the one that comes nearest needs `bytes_needed` on one of them."""
+
+    def __init__(self, bytes_needed: int) -> None:
+        super().__init__(bytes_needed)
+        self.bytes_needed = bytes_needed
+
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
 WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
@@ -167,6 +177,11 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
         trained[span.block + 1] += 1
     seconds = _between(teacher + student) + passed_on[None, :]
     seconds[_between(trained) == 0] = np.inf
+    if costs.memory is not None and costs.memory.limit is not None:
+        room, sizes = costs.memory.room(sends=False), np.zeros(depth + 1)
+        for span in spans:
+            sizes[span.block + 1] = costs.memory.block(span.block)
+        seconds[_between(np.array(sizes)) > room] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
     return seconds
@@ -222,8 +237,24 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
             base_s=np.array(bases),
             price=np.array(price),
             teacher_ranks=teacher_ranks,
+            bytes=_bytes(costs, spans),
+            room=_room(costs, [rank < teacher_ranks for rank in range(world_size)]),
         ),
     )
+
+
+def _bytes(costs: Costs, spans: Sequence[Span]) -> Floats | None:
+    """Return the memory of every span's block, None where memory is not limited."""
+    memory = costs.memory
+    return np.array([memory.block(s.block) for s in spans], float) if memory and memory.limit is not None else None
+
+
+def _room(costs: Costs, sends: Sequence[bool]) -> Floats | None:
+    """Return the memory that every rank has for blocks, None where it is not limited."""
+    memory = costs.memory
+    if memory is None or memory.limit is None:
+        return None
+    return np.array([memory.room(sends=one) for one in sends], float)
 
 
 def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
@@ -290,6 +321,8 @@ def _independent(
             slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
             base_s=np.zeros(world_size),
             price=np.zeros(world_size),
+            bytes=_bytes(costs, spans),
+            room=_room(costs, [False] * world_size),
         ),
     )
 
@@ -312,5 +345,19 @@ PLANNERS: Mapping[str, Planner] = {
 
 
 def rank_plans(names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int) -> list[Plan]:
-    """Return the plans of these strategies, the one with the smallest predicted makespan first."""
-    return sorted((PLANNERS[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)
+    """Return the plans of these strategies that fit in memory, the one with the smallest predicted makespan first.
+
+    Raises DoesNotFitError where none of them does.
+    """
+    plans = [PLANNERS[name](costs, spans, world_size) for name in names]
+    memory = costs.memory
+    if memory is not None and memory.limit is not None:
+        needed = [max(memory_of(plan, memory)) for plan in plans]
+        plans = [
+            plan
+            for plan, most in zip(plans, needed, strict=True)
+            if most <= memory.limit and isfinite(plan.predicted_makespan_s)
+        ]
+        if not plans:
+            raise DoesNotFitError(min(needed))
+    return sorted(plans, key=lambda p: p.predicted_makespan_s)

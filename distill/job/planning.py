@@ -28,11 +28,11 @@ from distill.files import write_json, write_text
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
+from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.ledger import Ledger
 from distill.plan import Costs, Plan, Span
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
-from distill.strategies import rank_plans
 from distill.trainer import BlockTrainer, TrainerOptions
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,14 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        plans = rank_plans(names, costs, spans, context.world_size)
+        costs = replace(costs, memory=find_memory(context, blocks.chain, trainers.fresh, sample, sizes))
+        plans = fitting_plans(context, names, costs, spans)
         plan = plans[0]
         _show_ranking(context, plans)
         write_text(context.run.path / "plan.json", plan.to_json())
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs))
         _show(context, blocks, plan, seconds, flops)
+        show_memory(context, plan, costs)
         context.control.set("plan", plan.to_json())
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan"))
 
@@ -177,6 +179,7 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "flops": asdict(flops),
         "boundary_bytes": costs.boundary_bytes,
         "student_bytes": costs.student_bytes,
+        "memory": asdict(costs.memory) if costs.memory else None,
         "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
         "network": {
             "within": costs.network.within.facts(),

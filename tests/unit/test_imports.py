@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "sweep": {"compose", "config", "config_errors", "errors"},
     # plans, no torch
     "network": set(),
-    "plan": {"network"},
+    "memory": set(),
+    "plan": {"memory", "network"},
     "packing": set(),
     "rebalance": {"packing"},
     "lower_bound": {"packing"},
@@ -89,8 +90,9 @@ ALLOWED: dict[str, set[str]] = {
         "trace", "transport", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
+    "peak_memory": set(),
     "session": {
-        "checkpoint", "completion", "engine", "ledger", "routes", "trainer",
+        "checkpoint", "completion", "engine", "ledger", "peak_memory", "routes", "trainer",
     },
     # the whole student
     "assemble": {"recipes"},
@@ -104,6 +106,11 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "config_errors",
     "network",
     "plan",
+    "memory",
+    "packing",
+    "rebalance",
+    "lower_bound",
+    "served_bound",
     "placement",
     "ranges",
     "strategies",
