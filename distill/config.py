@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -198,7 +199,10 @@ class DistillConfig:
 class PlanConfig:
     strategy: Strategy = setting(Strategy.broadcast, "which rank runs the teacher and which trains what")
     cost: Cost = setting(Cost.measured, "costs by timing every block here, or by counting FLOPs")
-    window: int = setting(4, "batches that rank 0 may run ahead of a receiver")
+    teacher_ranks: int | None = setting(
+        None, "broadcast: ranks that run the teacher, taking the batches in turn; null: as many as pay"
+    )
+    window: int = setting(4, "batches that a teacher rank may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
     link_gbit: float | None = setting(
         None, "bandwidth of a host's link to the others in Gbit/s; null: probed with plan.cost=measured, else unlimited"
@@ -212,7 +216,9 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("plan", self, window=2, timeout_s=1)
+        _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
+        if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
+            raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
@@ -306,10 +312,12 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s", "plan.link_gbit",
+    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.window", "plan.timeout_s", "plan.link_gbit",
     "plan.shared_memory", "plan.memory_gib",
     "distill.log_every",
 }  # fmt: skip
+# Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
+_COMPUTES_OTHERWISE = {"plan.strategy": "ddp"}
 
 
 def load(cfg: DictConfig) -> JobConfig:
@@ -336,18 +344,19 @@ def from_yaml(text: str) -> JobConfig:
 
 def identity(config: JobConfig) -> dict[str, Any]:
     """Return the settings that decide what the job computes, by dotted path."""
+    return {path: value for path, value in _by_path("", asdict(config)) if _tells_apart(path, value)}
 
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        if prefix in _NOT_IN_FINGERPRINT:
-            return {}
-        if isinstance(value, dict) and prefix != "teacher.options":
-            found: dict[str, Any] = {}
-            for key, item in value.items():
-                found |= walk(f"{prefix}.{key}" if prefix else key, item)
-            return found
-        return {prefix: value.name if isinstance(value, Enum) else value}
 
-    return walk("", asdict(config))
+def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and prefix != "teacher.options":
+        for key, item in value.items():
+            yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
+    else:
+        yield prefix, value.name if isinstance(value, Enum) else value
+
+
+def _tells_apart(path: str, value: Any) -> bool:
+    return in_fingerprint(path) or (path in _COMPUTES_OTHERWISE and _COMPUTES_OTHERWISE[path] == value)
 
 
 def fingerprint(config: JobConfig) -> str:

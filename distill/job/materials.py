@@ -24,7 +24,7 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.recipes import RECIPES, Recipe
 from distill.report.markup import show_count
-from distill.teachers import build_architecture, load_backbone, load_teacher_weights
+from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,13 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
 def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
     """Return the arguments of build_architecture(), all of them JSON values: they travel with the student."""
     teacher = config.teacher
+    needed = options_for_weights(teacher.source.name, teacher.name, teacher.weights)
     return {
         "source": teacher.source.name,
         "name": teacher.name,
         "num_classes": num_classes,
         "factory": teacher.factory,
-        "options": dict(teacher.options),
+        "options": needed | dict(teacher.options),
     }
 
 
@@ -139,12 +140,12 @@ class Blocks:
         return [path for block in sorted(self.replaced) for path in self.replaced[block]]
 
 
-def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: torch.device) -> Blocks:
-    """Cut the teacher and choose the blocks that get students.
+def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device) -> Blocks:
+    """Cut the teacher for images of that shape (channels, height, width) and choose the blocks that get students.
 
     Raises ConfigError where patterns name no block, or where the recipe finds nothing to replace.
     """
-    sample = torch.zeros(config.data.batch_size, *dataset.image_shape, device=device)
+    sample = torch.zeros(config.data.batch_size, *image_shape, device=device)
     chain = cut(
         teacher,
         sample.to(memory_format=torch.channels_last),

@@ -51,7 +51,8 @@ def _limit(context: Context) -> int:
 def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: Sequence[Span]) -> list[Plan]:
     """Return the plans that fit, the fastest first. Raises ConfigError where none does."""
     try:
-        return rank_plans(names, costs, spans, context.world_size)
+        teacher_ranks = context.config.plan.teacher_ranks
+        return rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
     except DoesNotFitError as error:
         assert costs.memory is not None
         assert costs.memory.limit is not None

@@ -30,7 +30,7 @@ from distill.job.links import find_network
 from distill.job.materials import Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.ledger import Ledger
-from distill.plan import Costs, Plan, Span
+from distill.plan import Costs, Plan, Span, memory_of
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
 from distill.trainer import BlockTrainer, TrainerOptions
@@ -117,7 +117,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         plan = plans[0]
         _show_ranking(context, plans)
         write_text(context.run.path / "plan.json", plan.to_json())
-        write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs))
+        write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
         _show(context, blocks, plan, seconds, flops)
         show_memory(context, plan, costs)
         context.control.set("plan", plan.to_json())
@@ -126,8 +126,10 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
     """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted = context.config.plan.strategy
+    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
     divisible = blocks.chain.divisible
+    if teacher_ranks is not None and teacher_ranks > context.world_size:
+        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
     if wanted is Strategy.relay and not divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
@@ -143,7 +145,7 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
     if len(plans) > 1:
-        ranking = ", ".join(f"{plan.strategy} {plan.predicted_makespan_s:.1f} s" for plan in plans)
+        ranking = ", ".join(f"{plan.label} {plan.predicted_makespan_s:.1f} s" for plan in plans)
         context.say(f"plan: predicted makespans: {ranking}")
 
 
@@ -171,7 +173,7 @@ def _planning_costs(
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
 
 
-def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
+def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs, plan: Plan) -> dict[str, Any]:
     """Return what `distill simulate` and the report need to know of the costs."""
     return {
         "blocks": [block.name for block in blocks.chain.blocks],
@@ -180,6 +182,7 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "boundary_bytes": costs.boundary_bytes,
         "student_bytes": costs.student_bytes,
         "memory": asdict(costs.memory) if costs.memory else None,
+        "peak_memory_bytes": memory_of(plan, costs.memory) if costs.memory else [],
         "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
         "network": {
             "within": costs.network.within.facts(),
@@ -195,14 +198,18 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        teaches = plan.strategy != "broadcast" or rank == 0
-        role = "teacher and students" if teaches and plan.has_work(rank) else "students"
-        context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
+        context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
     within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""
-    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s{within}")
+    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s{within}")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
+
+
+def _role(plan: Plan, rank: int) -> str:
+    """What a rank does."""
+    parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
+    return " and ".join(parts) or "idle"
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

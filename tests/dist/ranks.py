@@ -97,6 +97,7 @@ class Toy:
     owners: tuple[tuple[int, ...], ...]
     budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
     strategy: str = "broadcast"
+    teacher_ranks: int = 1
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
     shared_memory: bool = True
@@ -188,7 +189,10 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
         ranks = len(toy.owners)
         groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else ()
-        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy), groups=groups)
+        plan = Plan(
+            toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy),
+            teacher_ranks=toy.teacher_ranks, groups=groups,
+        )  # fmt: skip
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
 

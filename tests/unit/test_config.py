@@ -331,13 +331,14 @@ class TestFingerprint:
         ("launch.nproc_per_node", 4), ("launch.max_restarts", 3), ("launch.threads_per_rank", 2), ("run.name", "other"),
         ("run.dir", "/elsewhere"), ("plan.window", 9), ("plan.cost", schema.Cost.flops), ("plan.timeout_s", 9.0),
         ("device", schema.Device.cpu), ("stage", schema.Stage.plan), ("checkpoint.every", 7),
-        ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3),
+        ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3), ("plan.teacher_ranks", 2),
+        ("plan.strategy", schema.Strategy.auto), ("plan.strategy", schema.Strategy.relay),
     )  # fmt: skip
     CHANGED = (
         ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", schema.Amp.bf16), ("student.rank", 3),
         ("plan.wire_dtype", schema.WireDtype.bf16), ("data.batch_size", 3), ("teacher.weights", "file.pt"),
         ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
-        ("assemble.batchnorm_batches", 1),
+        ("assemble.batchnorm_batches", 1), ("plan.strategy", schema.Strategy.ddp),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("path", "value"), UNCHANGED)

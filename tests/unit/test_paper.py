@@ -82,8 +82,7 @@ def test_every_3x3_convolution_is_a_block_of_its_own(case: tuple[JobConfig, SetU
     device = torch.device("meta")  # shapes alone: no weights are drawn, no image is computed
     with device:
         teacher = build_architecture(**architecture_of(config, wanted.classes))
-    dataset = SimpleNamespace(image_shape=(3, wanted.pixels, wanted.pixels))
-    blocks = cut_blocks(config, dataset, teacher, device)  # type: ignore[arg-type]
+    blocks = cut_blocks(config, (3, wanted.pixels, wanted.pixels), teacher, device)
     all_3x3 = [
         path
         for path, module in teacher.named_modules()
