@@ -12,8 +12,12 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def used_memory(device: torch.device) -> int:
-    """Return the bytes that this process has now: allocated by PyTorch on a GPU, else resident (VmRSS)."""
-    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status("VmRSS")
+    """Return the bytes that this process has now: allocated by PyTorch on a GPU, else resident (VmRSS), after giving
+    back what it has freed."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    _give_back()
+    return _status("VmRSS")
 
 
 class PeakMemory:
@@ -28,14 +32,18 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc's
+        _give_back()
         with suppress(OSError):  # else the mark counts from the start of the process
             _CLEAR.write_text("5")
 
     def read(self) -> int:
         """Return the bytes at most so far."""
         return int(torch.cuda.max_memory_allocated(self._device)) if self._device.type == "cuda" else _status("VmHWM")
+
+
+def _give_back() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 def _status(field: str) -> int:
