@@ -101,6 +101,9 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "idle_share": [report.idle_share(rank) for rank in range(plan.world_size)],
         "cpu_seconds": sum(rank.cpu_s for rank in report.ranks.values()),
+        "peak_memory_bytes": [
+            report.ranks[rank].peak_memory_bytes if rank in report.ranks else None for rank in range(plan.world_size)
+        ],
     }
 
 
