@@ -50,7 +50,8 @@ class Plan:
     """Which rank owns which blocks (`owners[rank]`), from which step on (`spans`), and the prediction.
 
     In a relay rank r receives boundary `starts[r]` (rank 0: the images) and runs the teacher from there up to the start
-    of the next rank that owns blocks. Other strategies have no `starts`.
+    of the next rank that owns blocks. Other strategies have no `starts`. Rank r takes `slowness[r]` times as long as a
+    usual rank (1 for every rank that is not listed).
     """
 
     strategy: str
@@ -59,10 +60,14 @@ class Plan:
     predicted_makespan_s: float
     predicted_rank_s: tuple[float, ...]
     starts: tuple[int, ...] = ()
+    slowness: tuple[float, ...] = ()
 
     @property
     def world_size(self) -> int:
         return len(self.owners)
+
+    def slowness_of(self, rank: int) -> float:
+        return self.slowness[rank] if rank < len(self.slowness) else 1.0
 
     def spans_of(self, rank: int) -> tuple[Span, ...]:
         """The spans of the blocks that `rank` owns, in block order."""
@@ -77,6 +82,11 @@ class Plan:
     def shared(self) -> bool:
         """Whether all ranks train every block together, each on its rows of the batch; rank 0 owns the results."""
         return self.strategy == "ddp"
+
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether a rank that runs dry may take a block over: where rank 0 feeds them all and so knows when."""
+        return self.strategy == "broadcast" and self.world_size > 1
 
     def trained_by(self, rank: int) -> tuple[Span, ...]:
         """The spans of the blocks that `rank` trains, in block order."""
@@ -113,6 +123,7 @@ class Plan:
             predicted_makespan_s=raw["predicted_makespan_s"],
             predicted_rank_s=tuple(raw["predicted_rank_s"]),
             starts=tuple(raw["starts"]),
+            slowness=tuple(raw.get("slowness", ())),
         )
 
 

@@ -8,7 +8,7 @@ is computed, never what a block sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from distill.plan import Span, boundaries_of
@@ -70,6 +70,24 @@ class Feed:
         if self._spans.pop(block, None) is not None and self.cursor is not None:
             self._settle(self.cursor)
 
+    @property
+    def remaining(self) -> tuple[Span, ...]:
+        """What has not been served yet of every unfinished block."""
+        if self.cursor is None:
+            return ()
+        done = self.cursor.step if self.cursor.is_training else self.cursor.step + 1
+        left = (replace(span, first=max(span.first, done)) for span in self._spans.values())
+        return tuple(span for span in left if span.steps > 0)
+
+    def take(self, span: Span) -> None:
+        """Serve a block from now on that was another destination's; nothing at or after its first step may have been
+        served here to blocks that are still unfinished."""
+        if self.cursor is None:
+            self._spans.clear()  # they have been served to their ends
+        self._spans[span.block] = span
+        first = Address(span.first)
+        self._settle(first if self.cursor is None else min(first, self.cursor))
+
     def _settle(self, address: Address) -> None:
         """Move the cursor to the first address at or after `address` that some block needs; None when there is none."""
         if not self.blocks_at(address):
@@ -108,6 +126,18 @@ class Schedule:
     def finish(self, block: int) -> None:
         for feed in self.feeds.values():
             feed.finish(block)
+
+    def move(self, block: int, source: int, target: int) -> int:
+        """Serve `block` to rank `target` instead of `source`, whose next address must be a training step; return the
+        block's first step there. Nobody waits for the target until it has caught up."""
+        giver = self.feeds[source]
+        assert giver.cursor is not None
+        assert giver.cursor.is_training, "a look that has begun belongs to one rank"
+        (rest,) = (span for span in giver.remaining if span.block == block)
+        giver.finish(block)
+        self.feeds[target].take(rest)
+        self._behind.add(target)
+        return rest.first
 
     def choose(self, ready: Iterable[int], now: float) -> Service | None:
         """Return the next teacher pass, or None while it is worth waiting for a destination without a free slot.

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
+from distill.assignments import Assignments, Balancer
 from distill.blocks import Chain
 from distill.completion import Announcement, Announcements
 from distill.control import Control
 from distill.data import Dataset
+from distill.handover import HandOver
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
 from distill.stream import RemoteStream, Stream, TeacherStream
+from distill.takeover import Move
 from distill.trace import Trace
 from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
 
@@ -65,8 +68,18 @@ class Setting:
 class Streams:
     """Makes the streams of this rank, and counts what they computed and sent."""
 
-    def __init__(self, setting: Setting, finished_elsewhere: Callable[[], list[int]], wake: threading.Event) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        finished_elsewhere: Callable[[], list[int]],
+        wake: threading.Event,
+        *,
+        hand_over: HandOver,
+        moved: Callable[[Move], None],
+    ) -> None:
+        """On rank 0 `moved` hears of every block that goes from one rank to another."""
         self._setting, self._finished_elsewhere, self._wake = setting, finished_elsewhere, wake
+        self._hand_over, self._moved = hand_over, moved
         self._rank = setting.control.rank
         self._senders: list[BoundarySender] = []
         self._teachers: list[TeacherStream | RelayStream] = []
@@ -85,10 +98,13 @@ class Streams:
         plan = self._setting.plan
         if plan.strategy != "broadcast":
             return self._relay(blocks)
-        return (
-            self._broadcast()
-            if self._rank == 0
-            else RemoteStream(self._receiver(0, boundaries_of(blocks)), self._setting.trace)
+        if self._rank == 0:
+            return self._broadcast()
+        return RemoteStream(
+            self._setting.control,
+            blocks=blocks,
+            open_edge=lambda number, blocks: self._receiver(0, boundaries_of(blocks), number),
+            trace=self._setting.trace,
         )
 
     def averager(self) -> Averager:
@@ -105,15 +121,27 @@ class Streams:
     def _broadcast(self) -> TeacherStream:
         """Rank 0 of a broadcast: the whole teacher, for everybody."""
         setting, plan = self._setting, self._setting.plan
-        senders = {
-            rank: self._sender(rank, setting.wire_dtype) for rank in range(1, plan.world_size) if plan.spans_of(rank)
-        }
-        feeds = [Feed(rank, plan.spans_of(rank), setting.checks) for rank in (0, *senders)]
+        ranks = [rank for rank in range(plan.world_size) if rank == 0 or plan.spans_of(rank)]
+        schedule = Schedule([Feed(rank, plan.spans_of(rank), setting.checks) for rank in ranks])
+        balancer = Balancer(
+            control=setting.control,
+            schedule=schedule,
+            plan=plan,
+            plateau=setting.checks.every > 0,
+            teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
+        )
         stream = TeacherStream(
             chain=setting.chain,
             dataset=setting.dataset,
-            schedule=Schedule(feeds),
-            senders=senders,
+            schedule=schedule,
+            assignments=Assignments(
+                control=setting.control,
+                schedule=schedule,
+                balancer=balancer,
+                hand_over=self._hand_over,
+                open_edge=lambda rank, number: self._sender(rank, setting.wire_dtype, number),
+                moved=self._moved,
+            ),
             wire_dtype=setting.wire_dtype,
             finished_elsewhere=self._finished_elsewhere,
             wake=self._wake,
@@ -161,10 +189,10 @@ class Streams:
         self._teachers.append(stream)
         return stream
 
-    def _sender(self, target: int, dtype: torch.dtype) -> BoundarySender:
+    def _sender(self, target: int, dtype: torch.dtype, number: int = 0) -> BoundarySender:
         setting = self._setting
         sender = BoundarySender(
-            Edge(self._rank, target, setting.control.generation, setting.timeout_s),
+            Edge(self._rank, target, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
             self._wire(dtype),
             num_boundaries=len(setting.chain.boundaries),
@@ -175,11 +203,11 @@ class Streams:
         self._senders.append(sender)
         return sender
 
-    def _receiver(self, source: int, boundaries: Collection[int]) -> BoundaryReceiver:
+    def _receiver(self, source: int, boundaries: Collection[int], number: int = 0) -> BoundaryReceiver:
         setting = self._setting
         relayed = setting.plan.strategy == "relay"
         return BoundaryReceiver(
-            Edge(source, self._rank, setting.control.generation, setting.timeout_s),
+            Edge(source, self._rank, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
             self._wire(torch.float32 if relayed else setting.wire_dtype),
             boundaries={k: setting.chain.boundaries[k] for k in boundaries},

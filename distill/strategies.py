@@ -6,6 +6,7 @@ T_k is the teacher's forward of block k, S_k one student step, b_k the bytes of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -208,4 +209,5 @@ PLANNERS: Mapping[str, Planner] = {
 
 def rank_plans(names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int) -> list[Plan]:
     """Return the plans of these strategies, the one with the smallest predicted makespan first."""
-    return sorted((PLANNERS[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)
+    plans = [replace(PLANNERS[name](costs, spans, world_size), slowness=costs.slowness) for name in names]
+    return sorted(plans, key=lambda plan: plan.predicted_makespan_s)
