@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from distill.control import Control
-from distill.handover import HandOver
+from distill.handover import HandOver, taken
 from distill.pace import paces_of
 from distill.plan import Plan, Span
 from distill.protocol import Address, Schedule
@@ -56,24 +56,34 @@ class Assignments:
         schedule: Schedule,
         balancer: Balancer,
         hand_over: HandOver,
-        open_edge: Callable[[int, int], BoundarySender],
+        open_edge: Callable[[int, int, int], BoundarySender],
+        backlog: int,
         moved: Callable[[Move], None],
     ) -> None:
-        """`open_edge` returns the sender for the `number`-th assignment of a rank; `moved` hears of every move."""
+        """`open_edge` returns the sender for a rank's `number`-th assignment, for so many batches beyond the window.
+        While a block is on its way, up to `backlog` of its batches wait on rank 0, so that the teacher need not compute
+        them again. `moved` hears of every move."""
         self._control, self._schedule, self._balancer, self._hand_over = control, schedule, balancer, hand_over
-        self._open_edge, self._moved = open_edge, moved
+        self._open_edge, self._backlog, self._moved = open_edge, backlog, moved
         self._numbers = dict.fromkeys((rank for rank in schedule.feeds if rank), 0)
-        self._senders = {rank: open_edge(rank, 0) for rank in self._numbers}
+        self._senders = {rank: open_edge(rank, 0, 0) for rank in self._numbers}
         self._closed: list[BoundarySender] = []
-        self._awaited: list[Move] = []  # blocks that come to rank 0 itself
+        self._awaited: list[Move] = []  # blocks on their way to rank 0 itself
+        self._on_the_way: list[Move] = []  # to any rank
         self._num_moves = 0
         self._considered = -CONSIDER_EVERY_S
 
-    def ready(self) -> set[int]:
-        """Return the ranks that can take a batch; raises what the edges' threads met."""
+    @property
+    def awaiting(self) -> bool:
+        """Whether a block is on its way to rank 0 itself."""
+        return bool(self._awaited)
+
+    def ready(self, num_waiting: int) -> set[int]:
+        """Return the ranks that can take a batch, where `num_waiting` of rank 0's own wait for their block; raises what
+        the edges' threads met."""
         for sender in self._closed:
             _ = sender.ready
-        own = set() if self._awaited else {0}
+        own = {0} if num_waiting < self._backlog or not self._awaited else set()
         return own | {rank for rank, sender in self._senders.items() if sender.ready}
 
     def send(self, rank: int, address: Address, boundaries: Mapping[int, Tensor]) -> None:
@@ -89,7 +99,8 @@ class Assignments:
             yield move
         now = time.monotonic()
         if now - self._considered >= CONSIDER_EVERY_S:
-            dry = self._parked() + [0] * (self._schedule.feeds[0].cursor is None)
+            self._note_taken()
+            dry = self._parked() + [0] * (self._schedule.feeds[0].cursor is None and not self._awaited)
             yield from self._carry_out(self._balancer.moves(dry))
             for rank in self._parked():
                 if not self._balancer.could_take(rank):
@@ -113,6 +124,12 @@ class Assignments:
         move = self._awaited[0]
         return f"the state of block {move.block} has not come from rank {move.source}", move.source
 
+    def _note_taken(self) -> None:
+        targets = {move.target for move in self._on_the_way}
+        self._on_the_way = [move for move in self._on_the_way if not taken(self._control, move)]
+        for rank in targets - {move.target for move in self._on_the_way}:
+            self._schedule.taken(rank)
+
     def _parked(self) -> list[int]:
         """The ranks that wait for word on what to do next."""
         return [rank for rank in self._numbers if rank not in self._senders]
@@ -132,6 +149,7 @@ class Assignments:
             moves.append(Move(self._num_moves, block, source, target, self._schedule.move(block, source, target)))
             self._num_moves += 1
             self._moved(moves[-1])
+        self._on_the_way += moves
         for rank in self._numbers.keys() & {rank for move in moves for rank in (move.source, move.target)}:
             self._reassign(rank, tuple(move for move in moves if rank in (move.source, move.target)))
         for move in moves:
@@ -148,7 +166,8 @@ class Assignments:
         if rank in self._senders:
             self._close(rank)
         if blocks:
-            self._senders[rank] = self._open_edge(rank, self._numbers[rank])
+            takes = any(move.target == rank for move in moves)
+            self._senders[rank] = self._open_edge(rank, self._numbers[rank], takes * self._backlog)
 
 
 class Balancer:

@@ -16,6 +16,11 @@ from distill.trainer import BlockTrainer
 from distill.transport import Edge, receive_blob, send_blob
 
 
+def taken(control: Control, move: Move) -> bool:
+    """Whether the state of a block has come to its new rank, or the word that it has come to its end."""
+    return control.get(f"taken/{move.number}") is not None
+
+
 class HandOver:
     """One rank's side of all hand-overs: it gives blocks away and takes others over."""
 
@@ -118,9 +123,9 @@ class _Receipt(_Transfer):
         move = self._move
         purpose = f"state of block {move.block} at step {move.step}"
         facts = control.wait(f"state/{move.number}", peer=move.source, purpose=purpose)
-        if not facts["bytes"]:
-            return
-        group = self._edge.connect(control.store_for("edges"), move.target)
-        with self._trace.span("receive", f"block {move.block} from rank {move.source}"):
-            tensors = load(receive_blob(group, facts["bytes"]))
-        self.state = Checkpoint.of(block_name(move.block), facts["step"], tensors, facts["progress"])
+        if facts["bytes"]:
+            group = self._edge.connect(control.store_for("edges"), move.target)
+            with self._trace.span("receive", f"block {move.block} from rank {move.source}"):
+                tensors = load(receive_blob(group, facts["bytes"]))
+            self.state = Checkpoint.of(block_name(move.block), facts["step"], tensors, facts["progress"])
+        control.set(f"taken/{move.number}", True)

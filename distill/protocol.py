@@ -115,6 +115,7 @@ class Schedule:
         self.feeds: Mapping[int, Feed] = {feed.rank: feed for feed in feeds}
         self._patience = patience
         self._behind: set[int] = set()
+        self._taking: set[int] = set()  # a block is on its way to them
         self._step_s: float | None = None
         self._served_at: float | None = None
         self._waiting_since: float | None = None
@@ -129,15 +130,20 @@ class Schedule:
 
     def move(self, block: int, source: int, target: int) -> int:
         """Serve `block` to rank `target` instead of `source`, whose next address must be a training step; return the
-        block's first step there. Nobody waits for the target until it has caught up."""
+        block's first step there. Nobody waits for the target until it has the block (see taken()) and has caught up."""
         giver = self.feeds[source]
         assert giver.cursor is not None
         assert giver.cursor.is_training, "a look that has begun belongs to one rank"
         (rest,) = (span for span in giver.remaining if span.block == block)
         giver.finish(block)
         self.feeds[target].take(rest)
-        self._behind.add(target)
+        self._taking.add(target)
         return rest.first
+
+    def taken(self, rank: int) -> None:
+        """Note that rank `rank` has every block that has been moved to it; it may have fallen behind meanwhile."""
+        self._taking.discard(rank)
+        self._behind.add(rank)
 
     def choose(self, ready: Iterable[int], now: float) -> Service | None:
         """Return the next teacher pass, or None while it is worth waiting for a destination without a free slot.
@@ -148,11 +154,15 @@ class Schedule:
         open_feeds = {rank: feed.cursor for rank, feed in self.feeds.items() if feed.cursor is not None}
         ready = set(ready) & open_feeds.keys()
         self._behind &= open_feeds.keys()
-        lowest = min((a for rank, a in open_feeds.items() if rank in ready or rank not in self._behind), default=None)
+        in_step = {open_feeds[rank] for rank in ready - self._behind}
+        if 0 in ready & self._behind and in_step and open_feeds[0] < min(in_step):
+            ready.remove(0)  # it always has a slot: it catches up while nobody else has one
+        awaited = ready | (open_feeds.keys() - self._behind - self._taking)
+        lowest = min((address for rank, address in open_feeds.items() if rank in awaited), default=None)
         if lowest is None:
             return None
         wanted = {rank for rank, address in open_feeds.items() if address == lowest}
-        missing = wanted - ready - self._behind
+        missing = (wanted & awaited) - ready
         if missing:
             if not ready or not self._out_of_patience(now):
                 return None  # where nobody is ready, leaving someone behind would gain nothing

@@ -21,7 +21,7 @@ from distill.relay import Next, OwnBatches, PassedOn, RelayStream
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.takeover import Move
 from distill.trace import Trace
-from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
+from distill.transport import RING_SLOTS, Averager, BoundaryReceiver, BoundarySender, Edge, Wire
 
 
 class News:
@@ -139,7 +139,8 @@ class Streams:
                 schedule=schedule,
                 balancer=balancer,
                 hand_over=self._hand_over,
-                open_edge=lambda rank, number: self._sender(rank, setting.wire_dtype, number),
+                open_edge=lambda rank, number, more: self._sender(rank, setting.wire_dtype, number, more),
+                backlog=setting.window + RING_SLOTS,
                 moved=self._moved,
             ),
             wire_dtype=setting.wire_dtype,
@@ -189,14 +190,14 @@ class Streams:
         self._teachers.append(stream)
         return stream
 
-    def _sender(self, target: int, dtype: torch.dtype, number: int = 0) -> BoundarySender:
+    def _sender(self, target: int, dtype: torch.dtype, number: int = 0, more: int = 0) -> BoundarySender:
         setting = self._setting
         sender = BoundarySender(
             Edge(self._rank, target, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
             self._wire(dtype),
             num_boundaries=len(setting.chain.boundaries),
-            window=setting.window,
+            window=setting.window + more,
             on_free=self._wake.set,
             trace=setting.trace,
         )

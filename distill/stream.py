@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
@@ -84,6 +85,7 @@ class TeacherStream:
         self._wake = wake
         self._timeout_s = timeout_s
         self._trace = trace
+        self._waiting: deque[Delivery] = deque()  # this rank's own
         self.passes = 0
 
     def __iter__(self) -> Iterator[Delivery | Move]:
@@ -92,10 +94,11 @@ class TeacherStream:
             for block in self._finished_elsewhere():
                 self._schedule.finish(block)
             yield from self._assignments.changes()
-            if self._schedule.finished:
+            yield from self._own()
+            if self._schedule.finished and not self._assignments.awaiting:
                 break
             now = time.monotonic()
-            service = self._schedule.choose(self._assignments.ready(), now)
+            service = self._schedule.choose(self._assignments.ready(len(self._waiting)), now)
             if service is None:
                 waiting = True
                 self._wait(time.perf_counter() - idle_since)
@@ -110,13 +113,19 @@ class TeacherStream:
                     self._assignments.send(rank, service.address, {k: boundaries[k] for k in keys})
             self._schedule.served(service, time.monotonic())
             if 0 in wanted:
-                yield Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]})
+                self._waiting.append(Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]}))
+                yield from self._own()
             idle_since, waiting = time.perf_counter(), False
         with self._trace.span("wait", "for the last batches to be taken"):
             self._assignments.finish()
 
     def finish(self, block: int) -> None:
         self._schedule.finish(block)
+
+    def _own(self) -> Iterator[Delivery]:
+        """This rank's batches, unless the block that they are for is still on its way here."""
+        while self._waiting and not self._assignments.awaiting:
+            yield self._waiting.popleft()
 
     def _wait(self, waited_s: float) -> None:
         if waited_s > self._timeout_s:

@@ -224,7 +224,34 @@ class TestMoves:
         schedule = Schedule([Feed(0, [Span(0, 0, 9), Span(1, 0, 9)], NEVER), Feed(1, [Span(2, 0, 2)], NEVER)])
         serve_all(schedule, {0, 1}, steps=2)
         schedule.move(1, 0, 1)
+        for step in range(2, 6):
+            assert schedule.choose({0}, 2.0) == Service(Address(step), (0,))
+            schedule.served(Service(Address(step), (0,)), float(step))
+        schedule.taken(1)
+        assert schedule.choose({0, 1}, 6.0) == Service(Address(2), (1,))
+
+    def test_a_rank_that_has_its_block_and_has_caught_up_is_waited_for_again(self) -> None:
+        schedule = Schedule([Feed(0, [Span(0, 0, 9), Span(1, 0, 9)], NEVER), Feed(1, [Span(2, 0, 2)], NEVER)])
+        serve_all(schedule, {0, 1}, steps=2)
+        schedule.move(1, 0, 1)
+        schedule.taken(1)
         assert schedule.choose({0}, 2.0) == Service(Address(2), (0,))
+        serve_all(schedule, {0, 1}, steps=1, now=2.0)
+        assert schedule.choose({0}, 3.0) is None
+
+    def test_rank_0_catches_up_while_nobody_else_has_a_free_slot(self) -> None:
+        schedule = Schedule([Feed(0, [Span(2, 0, 2)], NEVER), Feed(1, [Span(0, 0, 9), Span(1, 0, 9)], NEVER)])
+        now = serve_all(schedule, {0, 1}, steps=2)
+        schedule.move(1, 1, 0)
+        for step in (2, 3):
+            assert schedule.choose({1}, now) == Service(Address(step), (1,))
+            schedule.served(Service(Address(step), (1,)), now)
+        schedule.taken(0)
+        assert schedule.choose({0, 1}, now) == Service(Address(4), (1,))
+        for step in (2, 3):
+            assert schedule.choose({0}, now) == Service(Address(step), (0,))
+            schedule.served(Service(Address(step), (0,)), now)
+        assert schedule.choose({0, 1}, now) == Service(Address(4), (0, 1))
 
     def test_a_look_that_has_begun_belongs_to_one_rank(self) -> None:
         feeds = [Feed(0, [Span(0, 0, 9), Span(1, 0, 9)], Checks(every=1, batches=2)), Feed(1, [], NEVER)]
@@ -252,6 +279,7 @@ class TestMoves:
             giver = feeds[chance.randrange(3)]
             if dry and giver.cursor is not None and giver.cursor.is_training and giver.remaining:
                 schedule.move(chance.choice(giver.remaining).block, giver.rank, dry[0])
+            schedule.taken(chance.randrange(3))
             service = schedule.choose({rank for rank in range(3) if chance.random() < 0.7}, now)
             now += 1.0
             if service is None:
