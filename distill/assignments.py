@@ -19,8 +19,8 @@ from distill.handover import HandOver, taken
 from distill.pace import paces_of
 from distill.plan import Plan, Span
 from distill.protocol import Address, Schedule
+from distill.sender import BoundarySender
 from distill.takeover import Load, Move, Work, chosen_moves
-from distill.transport import BoundarySender
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,8 @@ class Balancer:
     def could_take(self, rank: int) -> bool:
         """Whether a block could ever be better off on `rank`: where another has several, or one beside the teacher or
         on a slower machine."""
+        if not self._plan.moves_blocks:
+            return False
         slowness = self._plan.slowness_of
         others = {other: len(feed.remaining) for other, feed in self._schedule.feeds.items() if other != rank}
         return any(

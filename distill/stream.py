@@ -22,9 +22,9 @@ from distill.control import Control
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.protocol import Schedule
+from distill.receiver import BoundaryReceiver, Delivery
 from distill.takeover import Move
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, Delivery
 
 WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
 

@@ -51,6 +51,7 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             checks=Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks(),
             wire_dtype=wire_dtype(config),
             wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+            shared_memory=config.plan.shared_memory,
             device=context.device,
             window=config.plan.window,
             timeout_s=config.plan.timeout_s,
