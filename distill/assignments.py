@@ -174,11 +174,19 @@ class Balancer:
     """Which blocks should move, by what the steps of every block have taken so far."""
 
     def __init__(
-        self, *, control: Control, schedule: Schedule, plan: Plan, plateau: bool, teacher_s: Callable[[], float]
+        self,
+        *,
+        control: Control,
+        schedule: Schedule,
+        plan: Plan,
+        moves_blocks: bool,
+        plateau: bool,
+        teacher_s: Callable[[], float],
     ) -> None:
-        """`plateau` says that blocks may stop before their budget, `teacher_s` what a teacher pass takes."""
+        """Without `moves_blocks` every block stays where it is; `plateau` says that blocks may stop before their budget,
+        `teacher_s` what a teacher pass takes."""
         self._control, self._schedule, self._plan = control, schedule, plan
-        self._plateau, self._teacher_s = plateau, teacher_s
+        self._moves_blocks, self._plateau, self._teacher_s = moves_blocks, plateau, teacher_s
 
     def moves(self, dry: Collection[int]) -> list[tuple[int, int, int]]:
         """Return (block, source, target) of the moves to ranks that have run `dry` that should happen now: none where
@@ -202,7 +210,7 @@ class Balancer:
     def could_take(self, rank: int) -> bool:
         """Whether a block could ever be better off on `rank`: where another has several, or one beside the teacher or
         on a slower machine."""
-        if not self._plan.moves_blocks:
+        if not self._moves_blocks:
             return False
         slowness = self._plan.slowness_of
         others = {other: len(feed.remaining) for other, feed in self._schedule.feeds.items() if other != rank}

@@ -206,6 +206,9 @@ class PlanConfig:
     shared_memory: bool = setting(
         True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
     )
+    take_over: bool = setting(
+        True, "broadcast: whether a rank that runs dry takes a block over from the busiest rank, where that saves time"
+    )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
 
     def __post_init__(self) -> None:
@@ -302,7 +305,7 @@ _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s", "plan.link_gbit",
-    "plan.shared_memory",
+    "plan.shared_memory", "plan.take_over",
     "distill.log_every",
 }  # fmt: skip
 

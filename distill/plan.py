@@ -94,11 +94,6 @@ class Plan:
         """The ranks that share every batch of `rank`, itself included; the first owns what they train."""
         return next((group for group in self.groups if rank in group), (rank,))
 
-    @property
-    def moves_blocks(self) -> bool:
-        """Whether a rank that runs dry may take a block over: where rank 0 alone feeds them all."""
-        return self.strategy == "broadcast" and self.world_size > 1 and self.teacher_ranks == 1
-
     def trained_by(self, rank: int) -> tuple[Span, ...]:
         """The spans of the blocks that `rank` trains, in block order."""
         return self.spans_of(self.group_of(rank)[0])

@@ -63,10 +63,17 @@ class Setting:
     wire_dtype: torch.dtype
     wire_backend: str
     shared_memory: bool
+    take_over: bool
     device: torch.device
     window: int
     timeout_s: float
     trace: Trace
+
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether a rank that runs dry may take a block over: only rank 0 feeding them all knows when one has."""
+        plan = self.plan
+        return self.take_over and plan.strategy == "broadcast" and plan.teacher_ranks == 1 and plan.world_size > 1
 
 
 class Streams:
@@ -132,6 +139,7 @@ class Streams:
             control=setting.control,
             schedule=schedule,
             plan=plan,
+            moves_blocks=setting.moves_blocks,
             plateau=setting.checks.every > 0,
             teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
         )

@@ -135,7 +135,7 @@ class Session(Setting):
             average = streams.averager()
             for trainer in trainers:
                 trainer.share(average)
-        report = PaceKeeper(self.control, self.report).note if self.plan.moves_blocks else self._report
+        report = PaceKeeper(self.control, self.report).note if self.moves_blocks else self._report
         groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
         if not self.plan.one_by_one:
             groups = [trainers] if self.plan.has_work(self.control.rank) else []

@@ -52,6 +52,7 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             wire_dtype=wire_dtype(config),
             wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
             shared_memory=config.plan.shared_memory,
+            take_over=config.plan.take_over,
             device=context.device,
             window=config.plan.window,
             timeout_s=config.plan.timeout_s,

@@ -101,6 +101,7 @@ class Toy:
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
     shared_memory: bool = True
+    take_over: bool = True
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
     patience: int = 0
@@ -157,6 +158,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             wire_dtype=toy.wire_dtype,
             wire_backend="gloo",
             shared_memory=toy.shared_memory,
+            take_over=toy.take_over,
             device=torch.device("cpu"),
             window=toy.window,
             timeout_s=TIMEOUT_S,
