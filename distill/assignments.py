@@ -183,7 +183,7 @@ class Balancer:
         plateau: bool,
         teacher_s: Callable[[], float],
     ) -> None:
-        """Without `moves_blocks` every block stays where it is; `plateau` says that blocks may stop before their budget,
+        """Without `moves_blocks` blocks stay where they are; `plateau` says that they may stop before their budget,
         `teacher_s` what a teacher pass takes."""
         self._control, self._schedule, self._plan = control, schedule, plan
         self._moves_blocks, self._plateau, self._teacher_s = moves_blocks, plateau, teacher_s

@@ -117,6 +117,7 @@ class Schedule:
         self._behind: set[int] = set()
         self._taking: set[int] = set()  # a block is on its way to them
         self._step_s: float | None = None
+        self._num_steps = 0
         self._served_at: float | None = None
         self._waiting_since: float | None = None
 
@@ -184,9 +185,11 @@ class Schedule:
     def _note_step(self, now: float) -> None:
         """Learn from the time since the last step how long one usually takes; waiting for a slower rank is no work.
 
-        Ranks that are held back are always ready, so a step with a wait in it may only raise the estimate.
+        Ranks that are held back are always ready, so a step with a wait in it may only raise the estimate. The first
+        step is left out: everything warms up in it.
         """
-        if self._served_at is not None:
+        self._num_steps += 1
+        if self._served_at is not None and self._num_steps > 2:
             took = (self._waiting_since or now) - self._served_at
             if self._step_s is None or took > self._step_s:
                 self._step_s = took
