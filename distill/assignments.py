@@ -65,7 +65,8 @@ class Assignments:
         them again. `moved` hears of every move."""
         self._control, self._schedule, self._balancer, self._hand_over = control, schedule, balancer, hand_over
         self._open_edge, self._backlog, self._moved = open_edge, backlog, moved
-        self._numbers = dict.fromkeys((rank for rank in schedule.feeds if rank), 0)
+        self._home = control.rank
+        self._numbers = dict.fromkeys((rank for rank in schedule.feeds if rank != self._home), 0)
         self._senders = {rank: open_edge(rank, 0, 0) for rank in self._numbers}
         self._closed: list[BoundarySender] = []
         self._awaited: list[Move] = []  # blocks on their way to rank 0 itself
@@ -83,17 +84,19 @@ class Assignments:
         the edges' threads met."""
         for sender in self._closed:
             _ = sender.ready
-        own = {0} if num_waiting < self._backlog or not self._awaited else set()
+        own = {self._home} if num_waiting < self._backlog or not self._awaited else set()
         return own | {rank for rank, sender in self._senders.items() if sender.ready}
 
     def send(self, rank: int, address: Address, boundaries: Mapping[int, Tensor]) -> None:
         self._senders[rank].send(address, boundaries)
 
-    def changes(self) -> Iterator[Move]:
-        """Close the edges of ranks that have been served, move blocks to ranks that have run dry; yield the moves that
-        rank 0 has to carry out itself, now."""
+    def close_served(self) -> None:
+        """Close the edges of ranks that have been served all that they need."""
         for rank in [rank for rank in self._senders if self._schedule.feeds[rank].cursor is None]:
             self._close(rank)
+
+    def changes(self) -> Iterator[Move]:
+        """Move blocks to ranks that have run dry; yield the moves that rank 0 has to carry out itself, now."""
         for move in [move for move in self._awaited if self._hand_over.arrived(move)]:
             self._awaited.remove(move)
             yield move

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from distill.control import Control
 from distill.data import Dataset
 from distill.handover import HandOver
 from distill.plan import Plan, boundaries_of
-from distill.protocol import Checks, Feed, Schedule
+from distill.protocol import Checks, Feed, Schedule, Turns
 from distill.receiver import BoundaryReceiver
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
 from distill.sender import BoundarySender
@@ -24,6 +25,7 @@ from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.transport import Averager, Edge
+from distill.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
 from distill.wire import RING_SLOTS, Wire
 
 
@@ -109,6 +111,8 @@ class Streams:
         plan = self._setting.plan
         if plan.strategy != "broadcast":
             return self._relay(blocks)
+        if plan.teacher_ranks > 1:
+            return self._merged()
         if self._rank == 0:
             return self._broadcast()
         return RemoteStream(
@@ -131,10 +135,39 @@ class Streams:
         )
 
     def _broadcast(self) -> TeacherStream:
-        """Rank 0 of a broadcast: the whole teacher, for everybody."""
-        setting, plan = self._setting, self._setting.plan
-        ranks = [rank for rank in range(plan.world_size) if rank == 0 or plan.spans_of(rank)]
-        schedule = Schedule([Feed(rank, plan.spans_of(rank), setting.checks) for rank in ranks])
+        """The one teacher rank of a broadcast: the whole teacher, for everybody."""
+        stream = TeacherStream(**self._teaching(Turns()))
+        self._teachers.append(stream)
+        return stream
+
+    def _merged(self) -> Stream:
+        """A rank of a broadcast with several teacher ranks, of which it may be one."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        spans, turns = plan.spans_of(rank), Turns(plan.teacher_ranks)
+        boundaries = boundaries_of(span.block for span in spans)
+        others = [teacher for teacher in range(turns.teacher_ranks) if teacher != rank and spans]
+        receivers = {teacher: self._receiver(teacher, boundaries) for teacher in others}
+        own, own_turns = Feed(rank, spans, setting.checks), OwnTurns()
+        if not plan.teaches(rank):
+            return MergedStream(Merger(own, turns, receivers), setting.trace)
+        stream = TeacherInTurn(
+            merger=Merger(own, turns, receivers, own_turns),
+            own_turns=own_turns,
+            window=setting.window,
+            **self._teaching(turns),
+        )
+        self._teachers.append(stream)
+        return stream
+
+    def _teaching(self, turns: Turns) -> dict[str, Any]:
+        """What a teacher rank needs to serve everybody the batches of its turns."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        trained = [peer for peer in range(plan.world_size) if plan.spans_of(peer)]
+        feeds = [
+            Feed(peer, plan.spans_of(peer), setting.checks, of=lambda address: turns.teacher_of(address) == rank)
+            for peer in sorted({rank, *trained})
+        ]
+        schedule = Schedule(feeds, home=rank)
         balancer = Balancer(
             control=setting.control,
             schedule=schedule,
@@ -143,28 +176,28 @@ class Streams:
             plateau=setting.checks.every > 0,
             teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
         )
-        stream = TeacherStream(
-            chain=setting.chain,
-            dataset=setting.dataset,
-            schedule=schedule,
-            assignments=Assignments(
+        return {
+            "rank": rank,
+            "chain": setting.chain,
+            "dataset": setting.dataset,
+            "schedule": schedule,
+            "assignments": Assignments(
                 control=setting.control,
                 schedule=schedule,
                 balancer=balancer,
                 hand_over=self._hand_over,
-                open_edge=lambda rank, number, more: self._sender(rank, setting.wire_dtype, number, more),
+                open_edge=lambda peer, number, more: self._sender(peer, setting.wire_dtype, number, more),
                 backlog=setting.window + RING_SLOTS,
                 moved=self._moved,
             ),
-            wire_dtype=setting.wire_dtype,
-            finished_elsewhere=self._finished_elsewhere,
-            wake=self._wake,
-            budget=setting.budget,
-            timeout_s=setting.timeout_s,
-            trace=setting.trace,
-        )
-        self._teachers.append(stream)
-        return stream
+            "wire_dtype": setting.wire_dtype,
+            "finished_elsewhere": self._finished_elsewhere,
+            "wake": self._wake,
+            "budget": setting.budget,
+            "every": turns.teacher_ranks,
+            "timeout_s": setting.timeout_s,
+            "trace": setting.trace,
+        }
 
     def _relay(self, blocks: Sequence[int]) -> RelayStream:
         """A stretch of the teacher: all of it from the images, or in a relay this rank's own."""
@@ -178,7 +211,7 @@ class Streams:
             following = Next(
                 Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
                 plan.starts[after[0]],
-                self._sender(after[0], torch.float32),
+                self._sender(after[0], setting.chain.boundaries[plan.starts[after[0]]].dtype),
             )
         feeds = (own,) if following is None else (own, following.feed)
         if before:
@@ -219,14 +252,15 @@ class Streams:
 
     def _receiver(self, source: int, boundaries: Collection[int], number: int = 0) -> BoundaryReceiver:
         setting = self._setting
-        relayed = setting.plan.strategy == "relay"
+        exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
-            self._wire(torch.float32 if relayed else setting.wire_dtype),
+            self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
             boundaries={k: setting.chain.boundaries[k] for k in boundaries},
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,
+            on_arrival=self._wake.set,
         )
 
     def _wire(self, dtype: torch.dtype) -> Wire:

@@ -21,7 +21,7 @@ from distill.blocks import Chain
 from distill.control import Control
 from distill.data import Dataset
 from distill.errors import DistillError
-from distill.protocol import Schedule
+from distill.protocol import Schedule, Service
 from distill.receiver import BoundaryReceiver, Delivery
 from distill.takeover import Move
 from distill.trace import Trace
@@ -42,10 +42,10 @@ class Stream(Protocol):
 class TrainingBatches:
     """Teacher inputs by step; going forward they come from a prefetching iterator, going back by random access."""
 
-    def __init__(self, dataset: Dataset, *, stop: int, part: int = 0, num_parts: int = 1) -> None:
-        """Of every batch the rows part::num_parts, up to step `stop`."""
+    def __init__(self, dataset: Dataset, *, stop: int, part: int = 0, num_parts: int = 1, every: int = 1) -> None:
+        """Of every batch the rows part::num_parts, up to step `stop`, usually asked for `every` so many steps."""
         self._dataset = dataset
-        self._part, self._num_parts = part, num_parts
+        self._part, self._num_parts, self._every = part, num_parts, every
         self._stop = stop
         self._next = -1
         self._iterator: Iterator[Tensor] = iter(())
@@ -53,20 +53,21 @@ class TrainingBatches:
     def images(self, step: int) -> Tensor:
         if step > self._next:
             self._next = step
-            batches = self._dataset.train_batches(step, self._stop, self._part, self._num_parts)
+            batches = self._dataset.train_batches(step, self._stop, self._part, self._num_parts, every=self._every)
             self._iterator = (batch.images for batch in batches)
         if step < self._next:
             return self._dataset.train_batch(step, self._part, self._num_parts).images
-        self._next += 1
+        self._next += self._every
         return next(self._iterator)
 
 
 class TeacherStream:
-    """Rank 0: compute each batch once for everybody who is ready for it, send, and yield this rank's own part."""
+    """A teacher rank: compute each batch once for everybody who is ready for it, send, and yield this rank's part."""
 
     def __init__(
         self,
         *,
+        rank: int,
         chain: Chain,
         dataset: Dataset,
         schedule: Schedule,
@@ -75,11 +76,13 @@ class TeacherStream:
         finished_elsewhere: Callable[[], Collection[int]],
         wake: threading.Event,
         budget: int,
+        every: int,
         timeout_s: float,
         trace: Trace,
     ) -> None:
+        self._rank = rank
         self._chain, self._dataset, self._schedule, self._assignments = chain, dataset, schedule, assignments
-        self._batches = TrainingBatches(dataset, stop=budget)
+        self._batches = TrainingBatches(dataset, stop=budget, every=every)
         self._wire_dtype = wire_dtype
         self._finished_elsewhere = finished_elsewhere
         self._wake = wake
@@ -91,33 +94,25 @@ class TeacherStream:
     def __iter__(self) -> Iterator[Delivery | Move]:
         idle_since, waiting = time.perf_counter(), False
         while True:
-            for block in self._finished_elsewhere():
-                self._schedule.finish(block)
+            self._hear_of_finished()
             yield from self._assignments.changes()
             yield from self._own()
             if self._schedule.finished and not self._assignments.awaiting:
                 break
             now = time.monotonic()
-            service = self._schedule.choose(self._assignments.ready(len(self._waiting)), now)
+            service = self._schedule.choose(self._ready(), now)
             if service is None:
                 waiting = True
                 self._wait(time.perf_counter() - idle_since)
                 continue
             if waiting:
                 self._trace.since(idle_since, "wait", "for a free slot", service.address.step)
-            feeds = [self._schedule.feeds[rank] for rank in service.ranks]
-            wanted = {feed.rank: feed.boundaries_at(service.address) for feed in feeds}
-            boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
-            for rank, keys in wanted.items():
-                if rank != 0:
-                    self._assignments.send(rank, service.address, {k: boundaries[k] for k in keys})
-            self._schedule.served(service, time.monotonic())
-            if 0 in wanted:
-                self._waiting.append(Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]}))
+            own = self._serve(service)
+            if own is not None:
+                self._waiting.append(own)
                 yield from self._own()
             idle_since, waiting = time.perf_counter(), False
-        with self._trace.span("wait", "for the last batches to be taken"):
-            self._assignments.finish()
+        self._end()
 
     def finish(self, block: int) -> None:
         self._schedule.finish(block)
@@ -127,11 +122,38 @@ class TeacherStream:
         while self._waiting and not self._assignments.awaiting:
             yield self._waiting.popleft()
 
+    def _serve(self, service: Service) -> Delivery | None:
+        """Carry out a teacher pass; return this rank's own part of it."""
+        feeds = [self._schedule.feeds[rank] for rank in service.ranks]
+        wanted = {feed.rank: feed.boundaries_at(service.address) for feed in feeds}
+        boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
+        for rank, keys in wanted.items():
+            if rank != self._rank:
+                self._assignments.send(rank, service.address, {k: boundaries[k] for k in keys})
+        self._schedule.served(service, time.monotonic())
+        if self._rank not in wanted:
+            return None
+        return Delivery(service.address, {k: boundaries[k] for k in wanted[self._rank]})
+
+    def _end(self) -> None:
+        with self._trace.span("wait", "for the last batches to be taken"):
+            self._assignments.finish()
+
+    def _hear_of_finished(self) -> None:
+        """Take note of blocks that have finished elsewhere, and let the ranks go that need nothing more."""
+        for block in self._finished_elsewhere():
+            self._schedule.finish(block)
+        self._assignments.close_served()
+
+    def _ready(self) -> set[int]:
+        return self._assignments.ready(len(self._waiting))
+
     def _wait(self, waited_s: float) -> None:
         if waited_s > self._timeout_s:
             what, rank = self._assignments.waited_for()
             raise DistillError(
-                f"rank 0: {what} for {self._timeout_s:g} s; read logs/rank{rank}.log, or raise plan.timeout_s"
+                f"rank {self._rank}: {what} for {self._timeout_s:g} s; read logs/rank{rank}.log, "
+                "or raise plan.timeout_s"
             )
         self._wake.wait(WAKE_S)
         self._wake.clear()
@@ -182,8 +204,7 @@ class RemoteStream:
             self._trace.since(start, "wait", "for a batch", None if delivery is None else delivery.address.step)
             if delivery is None:
                 return
-            boundaries = {k: tensor.float() for k, tensor in delivery.boundaries.items()}
-            yield Delivery(delivery.address, boundaries)
+            yield delivery
 
     def finish(self, block: int) -> None:
         """Nothing to do: rank 0 hears of it by the announcement of the finished block."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.choices import Amp, Cost, Stop, Strategy, WireDtype
 from distill.config import JobConfig
 from distill.cost import (
     BlockCosts,
@@ -25,6 +25,7 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
+from distill.graphs import Lane, lanes
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
@@ -46,8 +47,9 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
 
 
 def wire_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given."""
-    return torch.bfloat16 if config.plan.wire_dtype is WireDtype.bf16 else torch.float32
+    """Return the precision of the activations that students are given; those of a teacher in bf16 have no more."""
+    rounded = config.plan.wire_dtype is WireDtype.bf16 or config.teacher.amp is Amp.bf16
+    return torch.bfloat16 if rounded else torch.float32
 
 
 class Trainers:
@@ -56,6 +58,8 @@ class Trainers:
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
         self._student_bytes: dict[int, int] = {}
+        graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
+        self._lanes = lanes(context.device) if graphs else [Lane()]
 
     def fresh(self, block: int) -> BlockTrainer | None:
         """Return a block's trainer at step 0, or None where the block gets no student.
@@ -72,7 +76,8 @@ class Trainers:
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
         self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
-        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options)
+        lane = self._lanes[block % len(self._lanes)]
+        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options, lane=lane)
 
     def resumed(self, block: int) -> BlockTrainer:
         """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""
@@ -112,7 +117,8 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        plans = rank_plans(names, costs, spans, context.world_size)
+        teacher_ranks = context.config.plan.teacher_ranks
+        plans = rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
         plan = plans[0]
         _show_ranking(context, plans)
         write_text(context.run.path / "plan.json", plan.to_json())
@@ -124,8 +130,10 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
     """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted = context.config.plan.strategy
+    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
     divisible = blocks.chain.divisible
+    if teacher_ranks is not None and teacher_ranks > context.world_size:
+        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
     if wanted is Strategy.relay and not divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
@@ -141,7 +149,7 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
     if len(plans) > 1:
-        ranking = ", ".join(f"{plan.strategy} {plan.predicted_makespan_s:.1f} s" for plan in plans)
+        ranking = ", ".join(f"{plan.label} {plan.predicted_makespan_s:.1f} s" for plan in plans)
         context.say(f"plan: predicted makespans: {ranking}")
 
 
@@ -164,8 +172,7 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
-    sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
+    sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
 
 
@@ -192,13 +199,17 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        teaches = plan.strategy != "broadcast" or rank == 0
-        role = "teacher and students" if teaches and plan.has_work(rank) else "students"
-        context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
-    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
+        context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
+    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
+
+
+def _role(plan: Plan, rank: int) -> str:
+    """What a rank does."""
+    parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
+    return " and ".join(parts) or "idle"
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

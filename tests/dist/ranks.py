@@ -24,6 +24,7 @@ from distill.control import Control, StoreAddress
 from distill.data import Augment, open_dataset
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
+from distill.precision import Bf16Chain
 from distill.protocol import Checks
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
@@ -98,8 +99,10 @@ class Toy:
     owners: tuple[tuple[int, ...], ...]
     budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
     strategy: str = "broadcast"
+    teacher_ranks: int = 1
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
+    teacher_amp: str = "off"
     shared_memory: bool = True
     take_over: bool = True
     optimizer: str = "adam"
@@ -140,6 +143,8 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         device=torch.device("cpu"),
     ) as dataset:
         chain = toy_chain(dataset.train_batch(0).images)
+        if toy.teacher_amp == "bf16":
+            chain = Bf16Chain(chain)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
 
         def make(block: int) -> BlockTrainer:
@@ -202,7 +207,10 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
         ranks = len(toy.owners)
         groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else ()
-        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy), groups=groups)
+        plan = Plan(
+            toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy),
+            teacher_ranks=toy.teacher_ranks, groups=groups,
+        )  # fmt: skip
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
 

@@ -16,7 +16,7 @@ SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"forecast", "job", "launcher", "multirun", "report", "sweep"},
+    "__main__": {"devices", "forecast", "job", "launcher", "multirun", "plan", "report", "sweep"},
     "errors": set(),
     # settings and starting
     "config_errors": {"errors"},
@@ -37,9 +37,12 @@ ALLOWED: dict[str, set[str]] = {
     "placement": {"plan"},
     "takeover": set(),
     "ranges": set(),
-    "strategies": {"placement", "plan", "ranges"},
-    "simulate": {"network", "plan", "protocol"},
-    "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
+    "traffic": {"plan"},
+    "strategies": {"placement", "plan", "ranges", "sharing", "traffic"},
+    "sharing": {"network", "plan"},
+    "simulate": {"network", "plan", "protocol", "sharing"},
+    "devices": {"errors", "network"},
+    "forecast": {"devices", "errors", "files", "network", "plan", "report", "simulate", "strategies"},
     "protocol": {"plan"},
     "files": {"errors"},
     "rundir": {"errors", "files"},
@@ -59,6 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "grouping": {"errors", "tracing"},
     "hooked": {"blocks", "errors"},
     "chain": {"blocks", "errors", "grouping", "hooked", "listing", "tracing"},
+    "precision": {"blocks"},
+    "graphed_teacher": {"blocks", "graphs"},
     "data": {"errors"},
     "teachers": {"errors"},
     "recipes": {"blocks"},
@@ -66,9 +71,12 @@ ALLOWED: dict[str, set[str]] = {
     # one block
     "checkpoint": {"files"},
     "ledger": {"files"},
-    "trainer": {"checkpoint", "losses"},
+    "graphs": set(),
+    "stopwatch": set(),
+    "trainer": {"checkpoint", "graphs", "losses", "stopwatch"},
     "cost": {"blocks", "flops", "trainer"},
     "flops": set(),
+    "counting": {"devices", "flops"},
     # between ranks
     "control": {"errors"},
     "transport": {"errors"},
@@ -85,10 +93,11 @@ ALLOWED: dict[str, set[str]] = {
     "stream": {
         "assignments", "blocks", "control", "data", "errors", "protocol", "receiver", "takeover", "trace",
     },
+    "turns": {"errors", "protocol", "receiver", "stream", "trace"},
     "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
         "assignments", "blocks", "completion", "control", "data", "handover", "plan", "protocol", "receiver", "relay",
-        "sender", "stream", "takeover", "trace", "transport", "wire",
+        "sender", "stream", "takeover", "trace", "transport", "turns", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "takeover", "trace", "trainer"},
     "session": {
@@ -109,7 +118,10 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "placement",
     "ranges",
     "strategies",
+    "traffic",
+    "sharing",
     "simulate",
+    "devices",
     "forecast",
     "protocol",
     "takeover",
