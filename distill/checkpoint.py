@@ -31,6 +31,17 @@ class Checkpoint:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors in one mapping, as safetensors wants them."""
+        parts = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
+        return contiguous(parts | {f"optimizer/{name}": tensor for name, tensor in self.optimizer.items()})
+
+    @staticmethod
+    def of(name: str, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> Checkpoint:
+        """Return the checkpoint with these `tensors`; see there."""
+        return Checkpoint(name, step, _part(tensors, "weights/"), _part(tensors, "optimizer/"), progress)
+
 
 class CheckpointFolder:
     """checkpoints/<name>.safetensors of one run directory; a block's owner writes, whoever owns it next reads."""
@@ -44,15 +55,13 @@ class CheckpointFolder:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint in the place of the earlier one of that name."""
-        tensors = {f"weights/{name}": tensor for name, tensor in checkpoint.weights.items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
         facts = {
             "name": checkpoint.name,
             "step": checkpoint.step,
             "progress": checkpoint.progress,
             "generation": self._generation,
         }
-        write_bytes(self.file(checkpoint.name), save(contiguous(tensors), {"checkpoint": json.dumps(facts)}))
+        write_bytes(self.file(checkpoint.name), save(checkpoint.tensors, {"checkpoint": json.dumps(facts)}))
 
     def load(self, name: str) -> Checkpoint | None:
         """Return the checkpoint of that name, or None where there is none that can be read."""
@@ -66,13 +75,7 @@ class CheckpointFolder:
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             log.warning("checkpoint %s cannot be read (%s); it starts again", path.name, error)
             return None
-        return Checkpoint(
-            name=facts["name"],
-            step=facts["step"],
-            weights=_part(tensors, "weights/"),
-            optimizer=_part(tensors, "optimizer/"),
-            progress=facts["progress"],
-        )
+        return Checkpoint.of(facts["name"], facts["step"], tensors, facts["progress"])
 
     def remove(self, name: str) -> None:
         """Forget a checkpoint: what it was for is done."""

@@ -137,13 +137,20 @@ class Collector:
         self._news: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._error: DistillError | None = None
         self._queues: dict[int, queue.SimpleQueue[tuple[Entry, bytes | int] | None]] = {}
-        self._announcements = Announcements(control, blocks=elsewhere, heard=self._announced)
+        watched = self._missing if elsewhere else ()  # any block may come to be trained elsewhere
+        self._announcements = Announcements(control, blocks=watched, heard=self._announced)
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
         """Take a block that rank 0 has trained itself; it is written in the background, and announced to the others:
         they may run the teacher for it."""
         announce(self._control, entry, len(blob))
         self._hand_to_thread(0, entry, blob)
+
+    def moved(self, block: int, rank: int) -> None:
+        """Expect a block from another rank than before."""
+        self._elsewhere.pop(block, None)
+        if rank != 0:
+            self._elsewhere[block] = rank
 
     def finished_elsewhere(self) -> list[int]:
         """Return the blocks announced since the last call; raises what a background thread met."""
@@ -179,7 +186,9 @@ class Collector:
             owner.put(None)
 
     def _announced(self, block: int, announcement: Announcement) -> None:
-        self._elsewhere.pop(block)
+        if announcement.entry.rank == 0:
+            return  # delivered here
+        self._elsewhere.pop(block, None)
         self._news.put(block)
         self._hand_to_thread(announcement.entry.rank, announcement.entry, announcement.bytes)
         self._wake.set()

@@ -215,6 +215,9 @@ class PlanConfig:
     shared_memory: bool = setting(
         True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
     )
+    take_over: bool = setting(
+        True, "broadcast: whether a rank that runs dry takes a block over from the busiest rank, where that saves time"
+    )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
     memory_gib: float | None = setting(
         None, "memory of a rank in GiB that a plan must fit in; null: the GPU's, or the host's divided by its ranks"
@@ -320,7 +323,7 @@ _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
-    "plan.link_gbit", "plan.shared_memory", "plan.memory_gib",
+    "plan.link_gbit", "plan.shared_memory", "plan.memory_gib", "plan.take_over",
     "distill.cuda_graphs", "distill.log_every",
 }  # fmt: skip
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.

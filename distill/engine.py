@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from safetensors.torch import save as to_bytes
 
@@ -14,10 +15,21 @@ from distill.checkpoint import Checkpoint, contiguous
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
 from distill.stream import Stream
+from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading
 
 log = logging.getLogger(__name__)
+
+
+class Exchange(Protocol):
+    """How blocks come from other ranks and go to them."""
+
+    def give(self, move: Move, state: Checkpoint | None) -> None:
+        """Send a block's state on its way; None: the block has come to its end here."""
+
+    def take(self, move: Move) -> BlockTrainer | None:
+        """Return a block's trainer at the step of the move; None: it has come to its end where it was."""
 
 
 def distill(
@@ -30,22 +42,38 @@ def distill(
     save: Callable[[Checkpoint], None],
     checkpoint_every: int,
     deliver: Callable[[Entry, bytes], None],
-    report: Callable[[Reading], None],
+    report: Callable[[BlockTrainer, Reading], None],
+    exchange: Exchange,
     trace: Trace,
 ) -> None:
     """Train this rank's blocks until all have been handed over. Runs on every rank; none waits for another's end.
 
     `deliver` takes a finished block's ledger entry and weights (safetensors bytes), `save` the state of an unfinished
-    one every `checkpoint_every` steps, `report` every reading.
+    one every `checkpoint_every` steps, `report` every reading; blocks come and go by `exchange` where the stream says.
     """
     started = time.monotonic()
+    owned = {trainer.block: trainer for trainer in trainers}
     first = {trainer.block: trainer.step for trainer in trainers}
+
+    def hand_in(trainer: BlockTrainer) -> None:
+        stream.finish(trainer.block)
+        seconds = time.monotonic() - started
+        deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
+
     for trainer in trainers:
         if trainer.finished:  # resumed at its very end
-            deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=0.0))
+            hand_in(trainer)
     for delivery in stream:
+        if isinstance(delivery, Move) and delivery.source == rank:
+            _give(owned.pop(delivery.block), delivery, exchange, hand_in)
+            continue
+        if isinstance(delivery, Move):
+            taken = exchange.take(delivery)
+            if taken is not None:
+                owned[taken.block], first[taken.block] = taken, taken.step
+            continue
         address = delivery.address
-        for trainer in _due(trainers, address, first):
+        for trainer in _due(owned.values(), address, first):
             inputs, targets = delivery.boundaries[trainer.block], delivery.boundaries[trainer.block + 1]
             reading = None
             with trainer.lane.entered(), trace.span("student", trainer.name, address.step, on_device=True):
@@ -54,13 +82,20 @@ def distill(
                 else:
                     trainer.look(inputs, targets, last=address.check == checks.batches - 1)
             if reading is not None:
-                report(reading)
+                report(trainer, reading)
             if not trainer.finished and trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
                 _save(trainer, save)  # reads the losses, and so may find that the block has diverged
             if trainer.finished:
-                stream.finish(trainer.block)
-                seconds = time.monotonic() - started
-                deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
+                hand_in(trainer)
+
+
+def _give(trainer: BlockTrainer, move: Move, exchange: Exchange, hand_in: Callable[[BlockTrainer], None]) -> None:
+    """Give a block away, unless it has come to its end here before the word of that got around."""
+    handed_in = trainer.finished
+    state = None if handed_in else trainer.checkpoint()
+    exchange.give(move, state)
+    if state is None and not handed_in:  # reading the losses has shown that it has diverged
+        hand_in(trainer)
 
 
 def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int, int]) -> list[BlockTrainer]:

@@ -58,7 +58,8 @@ class Plan:
     of the next rank that owns blocks. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
     take the batches in turn. The ranks of one of the `groups` train the blocks of its first rank together, each on its
     rows of every batch; a rank that is in none of them is on its own. `gap` is by how much the prediction may
-    exceed that of the best placement under this strategy, relatively: 0 where none is better.
+    exceed that of the best placement under this strategy, relatively: 0 where none is better. Rank r takes
+    `slowness[r]` times as long as a usual rank (1 for every rank that is not listed).
     """
 
     strategy: str
@@ -70,6 +71,7 @@ class Plan:
     teacher_ranks: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
     gap: float = 0.0
+    slowness: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:
@@ -81,6 +83,9 @@ class Plan:
     @property
     def world_size(self) -> int:
         return len(self.owners)
+
+    def slowness_of(self, rank: int) -> float:
+        return self.slowness[rank] if rank < len(self.slowness) else 1.0
 
     def spans_of(self, rank: int) -> tuple[Span, ...]:
         """The spans of the blocks that `rank` owns, in block order."""
@@ -145,6 +150,7 @@ class Plan:
             teacher_ranks=raw.get("teacher_ranks", 1),  # plans of earlier versions have none of these
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
             gap=raw.get("gap", 0.0),
+            slowness=tuple(raw.get("slowness", ())),
         )
 
 

@@ -63,13 +63,17 @@ class Display:
         self._stop.set()
         self._thread.join(5.0)
 
-    def finish(self, block: int, *, status: str, step: int, relative_error: float) -> None:
+    def move(self, block: int, rank: int, *, step: int) -> None:
+        """Show a block on the rank that takes it over and say so in a log line."""
+        line = self._lines[block]
+        log.info("block %s goes from rank %d to rank %d at step %d", line.name, line.rank, rank, step)
+        line.rank = rank
+
+    def finish(self, block: int, *, status: str, step: int, rank: int, relative_error: float) -> None:
         """Show a block as finished and say so in a log line."""
         line = self._lines[block]
-        line.step, line.status, line.relative_error = step, status, relative_error
-        log.info(
-            "block %s %s on rank %d: %d steps, relative error %.4f", line.name, status, line.rank, step, relative_error
-        )
+        line.step, line.status, line.rank, line.relative_error = step, status, rank, relative_error
+        log.info("block %s %s on rank %d: %d steps, relative error %.4f", line.name, status, rank, step, relative_error)
 
     def _run(self) -> None:
         if self._console.is_terminal:

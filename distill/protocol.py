@@ -8,7 +8,7 @@ is computed, never what a block sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from distill.plan import Span, boundaries_of
@@ -84,6 +84,24 @@ class Feed:
         if self._spans.pop(block, None) is not None and self.cursor is not None:
             self._settle(self.cursor)
 
+    @property
+    def remaining(self) -> tuple[Span, ...]:
+        """What has not been served yet of every unfinished block."""
+        if self.cursor is None:
+            return ()
+        done = self.cursor.step if self.cursor.is_training else self.cursor.step + 1
+        left = (replace(span, first=max(span.first, done)) for span in self._spans.values())
+        return tuple(span for span in left if span.steps > 0)
+
+    def take(self, span: Span) -> None:
+        """Serve a block from now on that was another destination's; nothing at or after its first step may have been
+        served here to blocks that are still unfinished."""
+        if self.cursor is None:
+            self._spans.clear()  # they have been served to their ends
+        self._spans[span.block] = span
+        first = Address(span.first)
+        self._settle(first if self.cursor is None else min(first, self.cursor))
+
     def _settle(self, address: Address) -> None:
         """Move the cursor to the first address at or after `address` that some block needs; None when there is none."""
         while not (self.blocks_at(address) and self._of(address)):
@@ -115,7 +133,9 @@ class Schedule:
         self.feeds: Mapping[int, Feed] = {feed.rank: feed for feed in feeds}
         self._patience, self._home = patience, home
         self._behind: set[int] = set()
+        self._taking: set[int] = set()  # a block is on its way to them
         self._step_s: float | None = None
+        self._num_steps = 0
         self._served_at: float | None = None
         self._waiting_since: float | None = None
 
@@ -127,6 +147,23 @@ class Schedule:
         for feed in self.feeds.values():
             feed.finish(block)
 
+    def move(self, block: int, source: int, target: int) -> int:
+        """Serve `block` to rank `target` instead of `source`, whose next address must be a training step; return the
+        block's first step there. Nobody waits for the target until it has the block (see taken()) and has caught up."""
+        giver = self.feeds[source]
+        assert giver.cursor is not None
+        assert giver.cursor.is_training, "a look that has begun belongs to one rank"
+        (rest,) = (span for span in giver.remaining if span.block == block)
+        giver.finish(block)
+        self.feeds[target].take(rest)
+        self._taking.add(target)
+        return rest.first
+
+    def taken(self, rank: int) -> None:
+        """Note that rank `rank` has every block that has been moved to it; it may have fallen behind meanwhile."""
+        self._taking.discard(rank)
+        self._behind.add(rank)
+
     def choose(self, ready: Iterable[int], now: float) -> Service | None:
         """Return the next teacher pass, or None while it is worth waiting for a destination without a free slot.
 
@@ -136,11 +173,15 @@ class Schedule:
         open_feeds = {rank: feed.cursor for rank, feed in self.feeds.items() if feed.cursor is not None}
         ready = set(ready) & open_feeds.keys()
         self._behind &= open_feeds.keys()
-        lowest = min((a for rank, a in open_feeds.items() if rank in ready or rank not in self._behind), default=None)
+        in_step = {open_feeds[rank] for rank in ready - self._behind}
+        if self._home in ready & self._behind and in_step and open_feeds[self._home] < min(in_step):
+            ready.remove(self._home)  # it always has a slot: it catches up while nobody else has one
+        awaited = ready | (open_feeds.keys() - self._behind - self._taking)
+        lowest = min((address for rank, address in open_feeds.items() if rank in awaited), default=None)
         if lowest is None:
             return None
         wanted = {rank for rank, address in open_feeds.items() if address == lowest}
-        missing = wanted - ready - self._behind
+        missing = (wanted & awaited) - ready
         if missing:
             if not ready or self._home in missing or not self._out_of_patience(now):
                 return None  # where nobody is ready, leaving someone behind would gain nothing
@@ -162,9 +203,11 @@ class Schedule:
     def _note_step(self, now: float) -> None:
         """Learn from the time since the last step how long one usually takes; waiting for a slower rank is no work.
 
-        Ranks that are held back are always ready, so a step with a wait in it may only raise the estimate.
+        Ranks that are held back are always ready, so a step with a wait in it may only raise the estimate. The first
+        step is left out: everything warms up in it.
         """
-        if self._served_at is not None:
+        self._num_steps += 1
+        if self._served_at is not None and self._num_steps > 2:
             took = (self._waiting_since or now) - self._served_at
             if self._step_s is None or took > self._step_s:
                 self._step_s = took

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from distill.assignments import Assignments, Balancer
 from distill.blocks import Chain
 from distill.completion import Announcement, Announcements
 from distill.control import Control
 from distill.data import Dataset
+from distill.handover import HandOver
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
 from distill.receiver import BoundaryReceiver
@@ -21,10 +23,11 @@ from distill.relay import Next, OwnBatches, Part, PassedOn, RelayStream
 from distill.rows import overlaps, rows_of
 from distill.sender import BoundarySender
 from distill.stream import RemoteStream, Stream, TeacherStream
+from distill.takeover import Move
 from distill.trace import Trace
 from distill.transport import Averager, Edge
 from distill.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
-from distill.wire import Wire
+from distill.wire import RING_SLOTS, Wire
 
 
 class News:
@@ -63,17 +66,34 @@ class Setting:
     wire_dtype: torch.dtype
     wire_backend: str
     shared_memory: bool
+    take_over: bool
     device: torch.device
     window: int
     timeout_s: float
     trace: Trace
 
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether a rank that runs dry may take a block over: only rank 0 feeding them all knows when one has."""
+        plan = self.plan
+        return self.take_over and plan.strategy == "broadcast" and plan.teacher_ranks == 1 and plan.world_size > 1
+
 
 class Streams:
     """Makes the streams of this rank, and counts what they computed and sent."""
 
-    def __init__(self, setting: Setting, finished_elsewhere: Callable[[], list[int]], wake: threading.Event) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        finished_elsewhere: Callable[[], list[int]],
+        wake: threading.Event,
+        *,
+        hand_over: HandOver,
+        moved: Callable[[Move], None],
+    ) -> None:
+        """On rank 0 `moved` hears of every block that goes from one rank to another."""
         self._setting, self._finished_elsewhere, self._wake = setting, finished_elsewhere, wake
+        self._hand_over, self._moved = hand_over, moved
         self._rank = setting.control.rank
         self._senders: list[BoundarySender] = []
         self._teachers: list[TeacherStream | RelayStream] = []
@@ -94,10 +114,13 @@ class Streams:
             return self._relay(blocks)
         if plan.teacher_ranks > 1:
             return self._merged()
-        return (
-            self._broadcast()
-            if self._rank == 0
-            else RemoteStream(self._receiver(0, boundaries_of(blocks)), self._setting.trace)
+        if self._rank == 0:
+            return self._broadcast()
+        return RemoteStream(
+            self._setting.control,
+            blocks=blocks,
+            open_edge=lambda number, blocks: self._receiver(0, boundaries_of(blocks), number),
+            trace=self._setting.trace,
         )
 
     def averager(self) -> Averager:
@@ -152,12 +175,29 @@ class Streams:
             Feed(peer, plan.spans_of(peer), setting.checks, of=lambda address: turns.teacher_of(address) == rank)
             for peer in sorted({rank, *trained})
         ]
+        schedule = Schedule(feeds, home=rank)
+        balancer = Balancer(
+            control=setting.control,
+            schedule=schedule,
+            plan=plan,
+            moves_blocks=setting.moves_blocks,
+            plateau=setting.checks.every > 0,
+            teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
+        )
         return {
             "rank": rank,
             "chain": setting.chain,
             "dataset": setting.dataset,
-            "schedule": Schedule(feeds, home=rank),
-            "senders": {peer: self._sender(peer, setting.wire_dtype) for peer in trained if peer != rank},
+            "schedule": schedule,
+            "assignments": Assignments(
+                control=setting.control,
+                schedule=schedule,
+                balancer=balancer,
+                hand_over=self._hand_over,
+                open_edge=lambda peer, number, more: self._sender(peer, setting.wire_dtype, number, more),
+                backlog=setting.window + RING_SLOTS,
+                moved=self._moved,
+            ),
             "wire_dtype": setting.wire_dtype,
             "finished_elsewhere": self._finished_elsewhere,
             "wake": self._wake,
@@ -214,26 +254,28 @@ class Streams:
         self._teachers.append(stream)
         return stream
 
-    def _sender(self, target: int, dtype: torch.dtype) -> BoundarySender:
+    def _sender(self, target: int, dtype: torch.dtype, number: int = 0, more: int = 0) -> BoundarySender:
         setting = self._setting
         sender = BoundarySender(
-            Edge(self._rank, target, setting.control.generation, setting.timeout_s),
+            Edge(self._rank, target, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
             self._wire(dtype),
             num_boundaries=len(setting.chain.boundaries),
-            window=setting.window,
+            window=setting.window + more,
             on_free=self._wake.set,
             trace=setting.trace,
         )
         self._senders.append(sender)
         return sender
 
-    def _receiver(self, source: int, boundaries: Collection[int], *, num_rows: int | None = None) -> BoundaryReceiver:
+    def _receiver(
+        self, source: int, boundaries: Collection[int], number: int = 0, *, num_rows: int | None = None
+    ) -> BoundaryReceiver:
         """The end of an edge from `source`; of every batch `num_rows` come, or all."""
         setting = self._setting
         exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
         return BoundaryReceiver(
-            Edge(source, self._rank, setting.control.generation, setting.timeout_s),
+            Edge(source, self._rank, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
             self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
             boundaries={k: setting.chain.boundaries[k].of_rows(num_rows) for k in boundaries},

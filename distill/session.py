@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.completion import Collector, Deliverer
 from distill.engine import distill
+from distill.handover import HandOver
 from distill.ledger import Entry, Ledger
+from distill.pace import PaceKeeper
 from distill.peak_memory import PeakMemory
 from distill.routes import News, Setting, Streams
+from distill.takeover import Move
 from distill.trainer import BlockTrainer, Reading
 
 
@@ -36,10 +39,12 @@ class RankReport:
 
 @dataclass(frozen=True)
 class SessionReport:
-    """The stage as rank 0 saw it. `makespan_s` ends when the last block is in the ledger."""
+    """The stage as rank 0 saw it. `makespan_s` ends when the last block is in the ledger; `take_overs` blocks went from
+    one rank to another."""
 
     makespan_s: float
     ranks: dict[int, RankReport]
+    take_overs: int = 0
 
     def idle_share(self, rank: int) -> float:
         """Return the share of the makespan in which `rank` did not work; a rank without blocks was idle throughout."""
@@ -49,22 +54,35 @@ class SessionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Session(Setting):
-    """One rank's distill stage: lead() on rank 0, follow() on every other."""
+    """One rank's distill stage: lead() on rank 0, follow() on every other. `make` returns the trainer of any block, at
+    its last checkpoint."""
 
+    make: Callable[[int], BlockTrainer]
     checkpoints: CheckpointFolder
     checkpoint_every: int
     report: Callable[[Reading], None]
 
     def lead(
-        self, trainers: Sequence[BlockTrainer], ledger: Ledger, *, on_recorded: Callable[[Entry], None]
+        self,
+        trainers: Sequence[BlockTrainer],
+        ledger: Ledger,
+        *,
+        on_recorded: Callable[[Entry], None],
+        on_moved: Callable[[Move], None],
     ) -> SessionReport:
         """Rank 0: do its part, collect all blocks; returns when the ledger has them all."""
         started = time.monotonic()
         wake = threading.Event()
+        moves: list[Move] = []
 
         def recorded(entry: Entry) -> None:
             self.checkpoints.remove(block_name(entry.block))
             on_recorded(entry)
+
+        def moved(move: Move) -> None:
+            moves.append(move)
+            collector.moved(move.block, move.target)
+            on_moved(move)
 
         ranks = range(1, self.plan.world_size)
         collector = Collector(
@@ -76,13 +94,13 @@ class Session(Setting):
             on_recorded=recorded,
             trace=self.trace,
         )
-        reports = {0: self._work(trainers, collector.deliver, collector.finished_elsewhere, wake)}
+        reports = {0: self._work(trainers, collector.deliver, collector.finished_elsewhere, wake, moved)}
         collector.wait(all_fed=self.plan.strategy == "broadcast" and self.plan.teacher_ranks == 1)
         makespan_s = time.monotonic() - started
         for rank in ranks:
             if self.plan.has_work(rank):
                 reports[rank] = RankReport(**self.control.wait(f"rank/{rank}", peer=rank, purpose="report"))
-        return SessionReport(makespan_s, reports)
+        return SessionReport(makespan_s, reports, len(moves))
 
     def follow(self, trainers: Sequence[BlockTrainer]) -> None:
         """Any other rank: do its part; returns when rank 0 has confirmed all of its blocks. A rank that has nothing to
@@ -96,6 +114,9 @@ class Session(Setting):
         news.close()
         self.control.set(f"rank/{self.control.rank}", asdict(report))
 
+    def _report(self, _: BlockTrainer, reading: Reading) -> None:
+        self.report(reading)
+
     @property
     def _owns(self) -> bool:
         """Whether the results of what this rank trains are its to report."""
@@ -107,15 +128,18 @@ class Session(Setting):
         deliver: Callable[[Entry, bytes], None],
         finished_elsewhere: Callable[[], list[int]],
         wake: threading.Event,
+        moved: Callable[[Move], None] = lambda _: None,
     ) -> RankReport:
         """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
         started, cpu_started = time.monotonic(), time.process_time()
         memory = PeakMemory(self.device)
-        streams = Streams(self, finished_elsewhere, wake)
+        hand_over = HandOver(self.control, make=self.make, trace=self.trace)
+        streams = Streams(self, finished_elsewhere, wake, hand_over=hand_over, moved=moved)
         if len(self.plan.group_of(self.control.rank)) > 1:
             average = streams.averager()
             for trainer in trainers:
                 trainer.share(average)
+        report = PaceKeeper(self.control, self.report).note if self.moves_blocks else self._report
         groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
         if not self.plan.one_by_one:
             groups = [trainers] if self.plan.has_work(self.control.rank) else []
@@ -129,9 +153,11 @@ class Session(Setting):
                 save=self.checkpoints.save if self._owns else lambda _: None,
                 checkpoint_every=self.checkpoint_every,
                 deliver=deliver,
-                report=self.report if self._owns else lambda _: None,
+                report=report if self._owns else lambda *_: None,
+                exchange=hand_over,
                 trace=self.trace,
             )
+        hand_over.close()
         return RankReport(
             seconds=time.monotonic() - started,
             waited_s=self.trace.seconds("wait"),

@@ -378,7 +378,7 @@ def rank_plans(
     planners = dict(PLANNERS)
     if teacher_ranks is not None:
         planners["broadcast"] = partial(plan_broadcast, teacher_ranks=teacher_ranks)
-    plans = [planners[name](costs, spans, world_size) for name in names]
+    plans = [replace(planners[name](costs, spans, world_size), slowness=costs.slowness) for name in names]
     memory = costs.memory
     if memory is not None and memory.limit is not None:
         needed = [max(memory_of(plan, memory)) for plan in plans]

@@ -6,29 +6,34 @@ serves every rank.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from distill.assignments import Assignments, announced
 from distill.blocks import Chain
+from distill.control import Control
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.protocol import Schedule, Service
 from distill.receiver import BoundaryReceiver, Delivery
-from distill.sender import BoundarySender
+from distill.takeover import Move
 from distill.trace import Trace
 
 WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
 
 
 class Stream(Protocol):
-    """Deliveries for this rank's blocks, in the order of their addresses."""
+    """Deliveries for this rank's blocks, in the order of their addresses, and moves of blocks in their places
+    between them."""
 
-    def __iter__(self) -> Iterator[Delivery]: ...
+    def __iter__(self) -> Iterator[Delivery | Move]: ...
 
     def finish(self, block: int) -> None:
         """Say that `block` needs nothing more."""
@@ -66,7 +71,7 @@ class TeacherStream:
         chain: Chain,
         dataset: Dataset,
         schedule: Schedule,
-        senders: Mapping[int, BoundarySender],
+        assignments: Assignments,
         wire_dtype: torch.dtype,
         finished_elsewhere: Callable[[], Collection[int]],
         wake: threading.Event,
@@ -76,20 +81,23 @@ class TeacherStream:
         trace: Trace,
     ) -> None:
         self._rank = rank
-        self._chain, self._dataset, self._schedule, self._senders = chain, dataset, schedule, senders
+        self._chain, self._dataset, self._schedule, self._assignments = chain, dataset, schedule, assignments
         self._batches = TrainingBatches(dataset, stop=budget, every=every)
         self._wire_dtype = wire_dtype
         self._finished_elsewhere = finished_elsewhere
         self._wake = wake
         self._timeout_s = timeout_s
         self._trace = trace
+        self._waiting: deque[Delivery] = deque()  # this rank's own
         self.passes = 0
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[Delivery | Move]:
         idle_since, waiting = time.perf_counter(), False
         while True:
             self._hear_of_finished()
-            if self._schedule.finished:
+            yield from self._assignments.changes()
+            yield from self._own()
+            if self._schedule.finished and not self._assignments.awaiting:
                 break
             now = time.monotonic()
             service = self._schedule.choose(self._ready(), now)
@@ -101,12 +109,18 @@ class TeacherStream:
                 self._trace.since(idle_since, "wait", "for a free slot", service.address.step)
             own = self._serve(service)
             if own is not None:
-                yield own
+                self._waiting.append(own)
+                yield from self._own()
             idle_since, waiting = time.perf_counter(), False
         self._end()
 
     def finish(self, block: int) -> None:
         self._schedule.finish(block)
+
+    def _own(self) -> Iterator[Delivery]:
+        """This rank's batches, unless the block that they are for is still on its way here."""
+        while self._waiting and not self._assignments.awaiting:
+            yield self._waiting.popleft()
 
     def _serve(self, service: Service) -> Delivery | None:
         """Carry out a teacher pass; return this rank's own part of it."""
@@ -115,7 +129,7 @@ class TeacherStream:
         boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
         for rank, keys in wanted.items():
             if rank != self._rank:
-                self._senders[rank].send(service.address, {k: boundaries[k] for k in keys})
+                self._assignments.send(rank, service.address, {k: boundaries[k] for k in keys})
         self._schedule.served(service, time.monotonic())
         if self._rank not in wanted:
             return None
@@ -123,26 +137,23 @@ class TeacherStream:
 
     def _end(self) -> None:
         with self._trace.span("wait", "for the last batches to be taken"):
-            for sender in self._senders.values():
-                sender.join()
+            self._assignments.finish()
 
     def _hear_of_finished(self) -> None:
         """Take note of blocks that have finished elsewhere, and let the ranks go that need nothing more."""
         for block in self._finished_elsewhere():
             self._schedule.finish(block)
-        for rank, sender in self._senders.items():
-            if self._schedule.feeds[rank].cursor is None:
-                sender.close()
+        self._assignments.close_served()
 
     def _ready(self) -> set[int]:
-        return {self._rank} | {rank for rank, sender in self._senders.items() if sender.ready}
+        return self._assignments.ready(len(self._waiting))
 
     def _wait(self, waited_s: float) -> None:
         if waited_s > self._timeout_s:
-            slow = sorted(rank for rank, sender in self._senders.items() if not sender.ready)
+            what, rank = self._assignments.waited_for()
             raise DistillError(
-                f"rank {self._rank}: ranks {slow} have taken no batch for {self._timeout_s:g} s; read their logs "
-                f"(logs/rank{slow[0] if slow else 1}.log), or raise plan.timeout_s"
+                f"rank {self._rank}: {what} for {self._timeout_s:g} s; read logs/rank{rank}.log, "
+                "or raise plan.timeout_s"
             )
         self._wake.wait(WAKE_S)
         self._wake.clear()
@@ -160,15 +171,36 @@ class TeacherStream:
 
 
 class RemoteStream:
-    """Any other rank: deliveries as they arrive."""
+    """Any other rank: deliveries as they arrive, over one edge after another."""
 
-    def __init__(self, receiver: BoundaryReceiver, trace: Trace) -> None:
-        self._receiver, self._trace = receiver, trace
+    def __init__(
+        self,
+        control: Control,
+        *,
+        blocks: Collection[int],
+        open_edge: Callable[[int, Collection[int]], BoundaryReceiver],
+        trace: Trace,
+    ) -> None:
+        """`open_edge` returns the receiver of this rank's `number`-th assignment, to train these blocks."""
+        self._control, self._blocks, self._open_edge, self._trace = control, blocks, open_edge, trace
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[Delivery | Move]:
+        receiver: BoundaryReceiver | None = self._open_edge(0, self._blocks)
+        for number in itertools.count(1):
+            if receiver is not None:
+                yield from self._deliveries(receiver)
+            start = time.perf_counter()
+            assignment = announced(self._control, number)
+            self._trace.since(start, "wait", "for word on what to do next")
+            if not assignment.blocks and not assignment.moves:
+                return
+            receiver = self._open_edge(number, assignment.blocks) if assignment.blocks else None
+            yield from assignment.moves
+
+    def _deliveries(self, receiver: BoundaryReceiver) -> Iterator[Delivery]:
         while True:
             start = time.perf_counter()
-            delivery = self._receiver.next()
+            delivery = receiver.next()
             self._trace.since(start, "wait", "for a batch", None if delivery is None else delivery.address.step)
             if delivery is None:
                 return

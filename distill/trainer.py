@@ -259,6 +259,13 @@ class BlockTrainer:
         if self._average is None:
             self._update = self._captured_update()  # a graph made before works on other tensors
 
+    def take_over(self, state: Checkpoint) -> None:
+        """Go on from the state that another rank has reached; where this block diverges, the last checkpoint still
+        stands, as it would have there."""
+        finite = self._finite
+        self.resume(state)
+        self._finite = finite
+
     def _restored(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Fused updates walk through memory, so state must have its parameter's own strides; fused Adam counts its
         steps on the parameters' device, the others on the CPU."""

@@ -76,8 +76,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def latest_readings(control: Control) -> dict[int, dict[str, float]]:
-    """Return the last reading of every block that has one, over all ranks."""
+    """Return the last reading of every block that has one, over all ranks: a block may have been on several."""
     latest: dict[int, dict[str, float]] = {}
     for rank in range(control.world_size):
-        latest |= {int(block): reading for block, reading in (control.get(f"readings/{rank}") or {}).items()}
+        for block, reading in (control.get(f"readings/{rank}") or {}).items():
+            latest[int(block)] = max(latest.get(int(block), reading), reading, key=lambda found: found["step"])
     return latest

@@ -21,6 +21,7 @@ from distill.plan import Plan
 from distill.progress import BlockLine, Display
 from distill.protocol import Checks
 from distill.session import Session, SessionReport
+from distill.takeover import Move
 from distill.transport import wire_backend
 
 
@@ -51,12 +52,14 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             wire_dtype=wire_dtype(config),
             wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
             shared_memory=config.plan.shared_memory,
+            take_over=config.plan.take_over,
             device=context.device,
             window=config.plan.window,
             timeout_s=config.plan.timeout_s,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
             report=readings.add,
+            make=makers.resumed,
             trace=context.trace,
         )
         trainers = [makers.resumed(span.block) for span in plan.trained_by(context.rank)]
@@ -71,9 +74,13 @@ def _lead(context: Context, session: Session, blocks: Blocks, ledger: Ledger, tr
     with _display(context, blocks, plan, batch_size=session.dataset.batch_size) as display:
 
         def recorded(entry: Entry) -> None:
-            display.finish(entry.block, status=entry.status, step=entry.steps, relative_error=entry.rel_error_last)
+            error = entry.rel_error_last
+            display.finish(entry.block, status=entry.status, step=entry.steps, rank=entry.rank, relative_error=error)
 
-        report = session.lead(trainers, ledger, on_recorded=recorded)
+        def moved(move: Move) -> None:
+            display.move(move.block, move.target, step=move.step)
+
+        report = session.lead(trainers, ledger, on_recorded=recorded, on_moved=moved)
     steps = max((ledger.entries[span.block].steps - span.first for span in plan.spans), default=0)
     resumed = any(span.first > 0 for span in plan.spans) or len(plan.spans) < len(blocks.replaced)
     images = steps * session.dataset.batch_size
@@ -98,6 +105,7 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
         "images_per_second": images / report.makespan_s,
         "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
         "teacher_seconds": sum(rank.teacher_s for rank in report.ranks.values()),
+        "take_overs": report.take_overs,
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "idle_share": [report.idle_share(rank) for rank in range(plan.world_size)],
         "cpu_seconds": sum(rank.cpu_s for rank in report.ranks.values()),

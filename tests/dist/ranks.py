@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from distill.precision import Bf16Chain
 from distill.protocol import Checks
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
+from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 
@@ -105,6 +106,7 @@ class Toy:
     wire_dtype: torch.dtype = torch.float32
     teacher_amp: str = "off"
     shared_memory: bool = True
+    take_over: bool = True
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
     patience: int = 0
@@ -147,8 +149,12 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         if toy.teacher_amp == "bf16":
             chain = Bf16Chain(chain)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
+
+        def make(block: int) -> BlockTrainer:
+            return _trainer(toy, chain, checkpoints, Span(block, 0, toy.budgets[block]), rank)
+
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
-        trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.trained_by(rank)]
+        trainers = [make(span.block) for span in plan.trained_by(rank)]
         readings: list[Reading] = []
         session = Session(
             control=control,
@@ -160,18 +166,26 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             wire_dtype=toy.wire_dtype,
             wire_backend="gloo",
             shared_memory=toy.shared_memory,
+            take_over=toy.take_over,
             device=torch.device("cpu"),
             window=toy.window,
             timeout_s=TIMEOUT_S,
             checkpoints=checkpoints,
             checkpoint_every=toy.checkpoint_every,
             report=readings.append,
+            make=make,
             trace=Trace(rank, toy.generation),
         )
         if rank == 0:
             recorded: list[int] = []
-            report = session.lead(trainers, Ledger(run_dir), on_recorded=lambda entry: recorded.append(entry.block))
-            _write_report(run_dir, report, recorded)
+            moves: list[Move] = []
+            report = session.lead(
+                trainers,
+                Ledger(run_dir),
+                on_recorded=lambda entry: recorded.append(entry.block),
+                on_moved=moves.append,
+            )
+            _write_report(run_dir, report, recorded, moves)
         else:
             session.follow(trainers)
         parameters = {trainer.block: digest(trainer.module.parameters()) for trainer in trainers}
@@ -258,16 +272,18 @@ class FaultyTrainer(BlockTrainer):
         here = self.toy.nan_ranks is None or self.rank in self.toy.nan_ranks
         if here and self.toy.nan_at == (self.block, self.step):
             inputs = inputs * float("nan")
-        time.sleep(self.toy.slow.get(self.block, 0.0))
+        with self._watch.running():
+            time.sleep(self.toy.slow.get(self.block, 0.0))
         return super().update(inputs, targets)
 
 
-def _write_report(run_dir: Path, report: SessionReport, recorded: list[int]) -> None:
+def _write_report(run_dir: Path, report: SessionReport, recorded: list[int], moves: list[Move]) -> None:
     facts = {
         "makespan_s": report.makespan_s,
         "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "recorded": recorded,
+        "moves": [asdict(move) for move in moves],
         "idle_share": [report.idle_share(rank) for rank in sorted(report.ranks)],
     }
     (run_dir / "report.json").write_text(json.dumps(facts))

@@ -1,7 +1,7 @@
 """The training loop over a made-up stream: who trains on what, what is handed over, and what is kept on the way."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from distill.checkpoint import CheckpointFolder, block_name
+from distill.checkpoint import Checkpoint, CheckpointFolder, block_name
 from distill.engine import distill
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
 from distill.receiver import Delivery
+from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 
@@ -27,15 +28,19 @@ def batch(step: int, *, blocks: int = 2) -> dict[int, Tensor]:
 
 
 class Addresses:
-    """A stream that walks through all addresses up to the budget for as long as some block is not finished."""
+    """A stream that walks through all addresses up to the budget for as long as some block is not finished; `moves`
+    happen before the batch of their step."""
 
-    def __init__(self, *, blocks: int, checks: Checks, bad_step: int | None = None) -> None:
+    def __init__(self, *, blocks: int, checks: Checks, bad_step: int | None = None, moves: Sequence[Move] = ()) -> None:
         self.finished: list[int] = []
+        self._moves = moves
         self._blocks, self._checks, self._bad_step = blocks, checks, bad_step
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[Delivery | Move]:
         address = Address(0)
         while address.step < BUDGET and len(self.finished) < self._blocks:
+            if address.is_training:
+                yield from (move for move in self._moves if move.step == address.step)
             boundaries = batch(address.step + 100 * (address.check + 1), blocks=self._blocks)
             if address.step == self._bad_step:
                 boundaries[0] = boundaries[0] * math.nan
@@ -61,6 +66,17 @@ class Outcome:
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.readings: list[Reading] = []
         self.checkpoints = CheckpointFolder(folder, generation=1)
+        self.given: dict[int, Checkpoint | None] = {}
+        self.coming: BlockTrainer | None = None
+
+    def read(self, _: BlockTrainer, reading: Reading) -> None:
+        self.readings.append(reading)
+
+    def give(self, move: Move, state: Checkpoint | None) -> None:
+        self.given[move.block] = state
+
+    def take(self, move: Move) -> BlockTrainer | None:
+        return self.coming
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
         self.entries.append(entry)
@@ -68,9 +84,17 @@ class Outcome:
 
 
 def run(
-    folder: Path, trainers: list[BlockTrainer], *, checks: Checks = NO_CHECKS, every: int = 100, **stream: Any
+    folder: Path,
+    trainers: list[BlockTrainer],
+    *,
+    checks: Checks = NO_CHECKS,
+    every: int = 100,
+    coming: BlockTrainer | None = None,
+    **stream: Any,
 ) -> tuple[Outcome, Addresses]:
-    outcome, addresses = Outcome(folder), Addresses(blocks=len(trainers), checks=checks, **stream)
+    num_blocks = 1 + max(one.block for one in [*trainers, coming] if one is not None)
+    outcome, addresses = Outcome(folder), Addresses(blocks=num_blocks, checks=checks, **stream)
+    outcome.coming = coming
     distill(
         addresses,
         trainers,
@@ -80,7 +104,8 @@ def run(
         save=outcome.checkpoints.save,
         checkpoint_every=every,
         deliver=outcome.deliver,
-        report=outcome.readings.append,
+        report=outcome.read,
+        exchange=outcome,
         trace=Trace(),
     )
     return outcome, addresses
@@ -154,7 +179,8 @@ def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
             save=outcome.checkpoints.save,
             checkpoint_every=1,
             deliver=outcome.deliver,
-            report=outcome.readings.append,
+            report=outcome.read,
+            exchange=outcome,
             trace=Trace(),
         )
 
@@ -180,7 +206,8 @@ def test_a_checkpoint_waits_for_the_looks_of_its_step(tmp_path: Path) -> None:
         save=lambda checkpoint: looked.append((checkpoint.step, checkpoint.progress["rel_error_held_out"] is not None)),
         checkpoint_every=4,
         deliver=lambda *_: None,
-        report=lambda _: None,
+        report=lambda *_: None,
+        exchange=Outcome(tmp_path),
         trace=Trace(),
     )
     assert looked == [(4, True), (8, True)]
@@ -199,3 +226,51 @@ def test_a_block_that_has_diverged_is_handed_over_wherever_it_is_noticed(tmp_pat
     assert addresses.finished == [0]
     assert [(e.status, e.diverged_at, e.steps) for e in outcome.entries] == [("diverged", 6, 4 if every == 4 else 0)]
     assert all(tensor.isfinite().all() for tensor in outcome.weights[0].values())
+
+
+class TestMoves:
+    away, here = Move(0, 1, source=3, target=0, step=5), Move(0, 1, source=0, target=3, step=5)  # the loop is rank 3's
+
+    def test_a_block_that_changes_ranks_ends_with_the_same_bits(self, tmp_path: Path) -> None:
+        whole, _ = run(tmp_path / "whole", [trainer(0), trainer(1)])
+        giver, _ = run(tmp_path / "giver", [trainer(0), trainer(1)], moves=[self.away])
+        state = giver.given[1]
+        assert state is not None
+        assert state.step == 5
+        assert [entry.block for entry in giver.entries] == [0]
+        coming = trainer(1)
+        coming.take_over(state)
+        taker, _ = run(tmp_path / "taker", [trainer(0)], moves=[self.here], coming=coming)
+        assert [entry.block for entry in taker.entries] == [0, 1]
+        for outcome in (giver, taker):
+            for block, weights in outcome.weights.items():
+                assert all(torch.equal(whole.weights[block][n], tensor) for n, tensor in weights.items())
+
+    def test_a_block_that_has_come_to_its_end_stays_where_it_did(self, tmp_path: Path) -> None:
+        outcome, _ = run(tmp_path, [trainer(0), trainer(1, budget=4)], moves=[self.away])
+        assert outcome.given == {1: None}
+        assert [entry.block for entry in outcome.entries] == [1, 0]
+
+    def test_a_block_found_to_have_diverged_when_it_should_go_is_handed_in_instead(self, tmp_path: Path) -> None:
+        outcome, addresses = run(tmp_path, [trainer(0)], moves=[Move(0, 0, 3, 0, step=8)], bad_step=6)
+        assert outcome.given == {0: None}
+        assert [(e.status, e.diverged_at) for e in outcome.entries] == [("diverged", 6)]
+        assert addresses.finished == [0]
+
+    def test_nothing_is_trained_where_the_block_ended_before_it_came(self, tmp_path: Path) -> None:
+        outcome, _ = run(tmp_path, [trainer(0)], moves=[self.here], coming=None)
+        assert [entry.block for entry in outcome.entries] == [0]
+
+    def test_a_block_that_diverges_after_its_move_keeps_the_weights_of_its_last_checkpoint(
+        self, tmp_path: Path
+    ) -> None:
+        whole, _ = run(tmp_path, [trainer(0)], every=4, bad_step=7)
+        giver, _ = run(tmp_path, [trainer(0)], every=4, moves=[Move(0, 0, 3, 0, step=6)])
+        coming, state = trainer(0), giver.checkpoints.load(block_name(0))
+        assert state is not None
+        assert giver.given[0] is not None
+        coming.resume(state)
+        coming.take_over(giver.given[0])
+        taker, _ = run(tmp_path, [], moves=[Move(0, 0, 0, 3, step=6)], coming=coming, bad_step=7)
+        assert [(e.status, e.diverged_at, e.steps) for e in taker.entries] == [("diverged", 7, 4)]
+        assert all(torch.equal(whole.weights[0][n], tensor) for n, tensor in taker.weights[0].items())

@@ -1,0 +1,64 @@
+"""The distill stage with and without take-over, where blocks stop at a plateau and ranks run dry at different times.
+
+    python benchmarks/takeover.py SCRATCH [--rounds 5] [--steps 400] [--ranks 2]
+
+Both set-ups alternate within every round; medians over rounds. Digits, so nothing is downloaded; the teacher has random
+weights: a step costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import block_bits, read, run, summary, write
+
+from distill.teachers import build_architecture
+
+SETUPS = {"staying": "false", "moving": "true"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--check-every", type=int, default=10)
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    weights = args.scratch.absolute() / "teacher.pt"
+    torch.manual_seed(0)
+    torch.save(build_architecture(source="cifar", name="cifar_resnet20", num_classes=10).state_dict(), weights)
+    job = (
+        f"teacher.weights={weights}", "stage=distill", "distill.stop=plateau", "distill.patience=1",
+        f"distill.check_every={args.check_every}", "distill.check_batches=2", f"distill.steps={args.steps}",
+        f"launch.nproc_per_node={args.ranks}", "launch.threads_per_rank=1",
+    )  # fmt: skip
+    rounds = [_round(job, args.scratch.absolute() / f"round{n}") for n in range(args.rounds)]
+    what = f"distill stage of ResNet-20 on digits to a plateau, {args.ranks} ranks of one thread"
+    faster = summary([found["staying"]["seconds"] / found["moving"]["seconds"] for found in rounds])
+    setups = {name: _setup([found[name] for found in rounds]) for name in SETUPS}
+    write("takeover", {"what": what, "setups": setups, "times_faster": faster})
+
+
+def _round(job: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    for name, moves in SETUPS.items():
+        run(*job, f"plan.take_over={moves}", run_dir=folder / name)
+    assert block_bits(folder / "staying") == block_bits(folder / "moving"), "a take-over changed the students"
+    return {name: read(folder / name / "stages" / "distill.json") for name in SETUPS}
+
+
+def _setup(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "seconds": summary([result["seconds"] for result in found]),
+        "take_overs": summary([result["take_overs"] for result in found]),
+        "teacher_passes": summary([result["teacher_passes"] for result in found]),
+        "mean_idle_share": summary([sum(result["idle_share"]) / len(result["idle_share"]) for result in found]),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Whether a rank that has run dry should take a block over from the busiest rank: arithmetic alone. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+SET_UP_S = 0.1  # of a hand-over: two edges anew, one for the state, and a trainer to be made
+STATE_BYTES_PER_S = 1e8  # at which a state travels; a little less than gigabit Ethernet carries
+LEAST_GAIN = 0.1  # of the giver's remaining seconds: what a move must save, predictions being what they are
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of one block: its steps, seconds of one on the rank that has it, and bytes of its state."""
+
+    block: int
+    steps: int
+    step_s: float
+    state_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.step_s
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is left for one rank: blocks, and seconds that stay with it (rank 0's teacher). It takes `slowness` times as
+    long as a usual rank."""
+
+    works: tuple[Work, ...]
+    fixed_s: float = 0.0
+    slowness: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        return self.fixed_s + sum(work.seconds for work in self.works)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Block `block` goes from rank `source` to rank `target`, which trains it from step `step` on. Moves of a stage are
+    numbered in their order."""
+
+    number: int
+    block: int
+    source: int
+    target: int
+    step: int
+
+
+def chosen_moves(loads: Mapping[int, Load], targets: Collection[int]) -> list[tuple[int, int, int]]:
+    """Return (block, source, target) of the moves to `targets` that are worth their price, one after another.
+
+    Each takes a block from the rank that is busiest by then and shortens what it and the target have left by at least
+    LEAST_GAIN; no block is moved twice.
+    """
+    after, moves = dict(loads), list[tuple[int, int, int]]()
+    while (move := _best_move(after, targets, moved={block for block, _, _ in moves})) is not None:
+        moves.append(move)
+        after |= _carried_out(after, *move)
+    return moves
+
+
+def _best_move(
+    loads: Mapping[int, Load], targets: Collection[int], moved: Collection[int]
+) -> tuple[int, int, int] | None:
+    source = max(loads, key=lambda rank: loads[rank].seconds)
+    before = loads[source].seconds
+    choices = [
+        (max(load.seconds for load in _carried_out(loads, work.block, source, target).values()), work.block, target)
+        for work in loads[source].works
+        for target in targets
+        if target != source and work.block not in moved
+    ]
+    left_s, block, target = min(choices, default=(before, -1, -1))
+    return (block, source, target) if left_s < (1 - LEAST_GAIN) * before else None
+
+
+def _carried_out(loads: Mapping[int, Load], block: int, source: int, target: int) -> dict[int, Load]:
+    """Return what the two ranks have left after a move; the price of the hand-over is the target's."""
+    giver, taker = loads[source], loads[target]
+    work = next(work for work in giver.works if work.block == block)
+    there = replace(work, step_s=work.step_s * taker.slowness / giver.slowness)
+    price_s = SET_UP_S + work.state_bytes / STATE_BYTES_PER_S
+    return {
+        source: replace(giver, works=tuple(other for other in giver.works if other != work)),
+        target: replace(taker, works=(*taker.works, there), fixed_s=taker.fixed_s + price_s),
+    }

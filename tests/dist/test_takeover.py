@@ -1,0 +1,140 @@
+"""A rank that runs dry takes a block over from the busiest rank: same bits, and nobody else waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from distill import handover
+from distill.errors import DistillError
+from distill.ledger import Entry, Ledger
+from distill.protocol import Checks
+from distill.transport import PairGroup
+from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
+
+ALONE = ((0, 1, 2, 3),)
+BUDGETS = {0: 80, 1: 80, 2: 80, 3: 5}  # block 3 ends early, and its rank runs dry
+SLOW = {0: 0.03, 1: 0.01, 2: 0.01, 3: 0.01}  # seconds a step: half of what its rank has is in block 0, so it moves
+LAYOUTS = {
+    "from rank 0": ((0, 1, 2), (3,)),
+    "to rank 0": ((3,), (0, 1, 2)),
+    "between others": ((), (0, 1, 2), (3,)),
+}
+
+
+def bits(entries: Mapping[int, Entry]) -> dict[int, str]:
+    return {block: entry.sha256 for block, entry in entries.items()}
+
+
+def moves(run_dir: Path) -> list[dict[str, int]]:
+    return list(json.loads((run_dir / "report.json").read_text())["moves"])
+
+
+def toy(run_dir: Path, owners: tuple[tuple[int, ...], ...], **settings: Any) -> Toy:
+    return Toy(**{"run_dir": str(run_dir), "owners": owners, "budgets": BUDGETS, "slow": SLOW} | settings)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    return bits(run_toy(toy(tmp_path_factory.mktemp("alone"), ALONE, slow={})))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
+    tmp_path: Path, alone: dict[int, str], layout: str
+) -> None:
+    owners = LAYOUTS[layout]
+    entries = run_toy(toy(tmp_path, owners))
+    assert bits(entries) == alone
+    found = moves(tmp_path)
+    assert found, "nothing moved: the test shows nothing"
+    giver = next(rank for rank, owned in enumerate(owners) if 0 in owned)
+    assert {move["source"] for move in found} == {giver}
+    for move in found:
+        assert 0 < move["step"] < 80
+        assert entries[move["block"]].rank == move["target"]
+    stay = {0, 1, 2} - {move["block"] for move in found}
+    assert {entries[block].rank for block in stay} == {giver}
+
+
+def test_blocks_that_stop_at_a_plateau_stop_at_the_same_step_wherever_they_are(tmp_path: Path) -> None:
+    rule = {"checks": Checks(every=2, batches=2), "patience": 3, "budgets": BUDGETS}
+    alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, **rule))
+    assert any(5 < entry.steps < 80 for entry in alone.values()), "the rule stopped nobody: the test shows nothing"
+    entries = run_toy(toy(tmp_path / "moved", LAYOUTS["between others"], **rule))
+    assert moves(tmp_path / "moved")
+    assert bits(entries) == bits(alone)
+    assert {block: entry.steps for block, entry in entries.items()} == {b: entry.steps for b, entry in alone.items()}
+
+
+def test_a_block_that_diverges_after_it_has_moved_keeps_the_weights_that_it_would_have_kept(tmp_path: Path) -> None:
+    fault: dict[str, Any] = {"nan_at": (0, 75), "checkpoint_every": 30}
+    alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, **fault))
+    entries = run_toy(toy(tmp_path / "moved", LAYOUTS["from rank 0"], **fault))
+    assert [move["block"] for move in moves(tmp_path / "moved")] == [0]
+    assert (entries[0].status, entries[0].diverged_at, entries[0].steps, entries[0].rank) == ("diverged", 75, 60, 1)
+    assert bits(entries) == bits(alone)
+
+
+def state_comes_late(rank: int, world_size: int, environment: Mapping[str, str], settings: Toy, delay_s: float) -> None:
+    receive = handover.receive_blob
+
+    def late(group: PairGroup, size: int) -> bytes:
+        time.sleep(delay_s)
+        return receive(group, size)
+
+    handover.receive_blob = late
+    toy_rank(rank, world_size, environment, settings)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, alone: dict[int, str], layout: str) -> None:
+    delay_s, owners = 1.5, LAYOUTS[layout]
+    run_ranks(state_comes_late, len(owners), toy(tmp_path, owners), delay_s)
+    entries = Ledger(tmp_path).entries
+    (moved,) = [move["block"] for move in moves(tmp_path) if move["block"] == 0]
+    others = [entries[block].finished_at_s for block in (1, 2) if entries[block].rank == entries[3 - block].rank]
+    assert entries[moved].finished_at_s - max(others) > delay_s / 2
+    assert bits(entries) == alone
+
+
+def dies_handing_over(
+    rank: int, world_size: int, environment: Mapping[str, str], settings: Toy, victim: int, folder: str
+) -> None:
+    """The victim vanishes with the state on its way; the others write down what they say."""
+    if rank == victim:
+        handover.send_blob = handover.receive_blob = lambda *_: os._exit(9)
+    try:
+        toy_rank(rank, world_size, environment, settings)
+    except DistillError as error:
+        (Path(folder) / f"{rank}.txt").write_text(str(error))
+        raise
+
+
+@pytest.mark.parametrize(("layout", "victim"), [("from rank 0", 1), ("to rank 0", 1), ("between others", 1), ("between others", 2)])
+def test_a_death_in_the_middle_of_a_hand_over_is_told_and_a_restart_ends_with_the_same_bits(
+    tmp_path: Path, alone: dict[int, str], layout: str, victim: int
+) -> None:
+    owners, told = LAYOUTS[layout], tmp_path / "0.txt"
+    broken = toy(tmp_path / "run", owners, checkpoint_every=4)
+    context = run_ranks(dies_handing_over, len(owners), broken, victim, str(tmp_path), join=False)
+    assert context is not None
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        while not context.join(grace_period=20):
+            pass
+    deadline = time.monotonic() + 20
+    while not told.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "rank 0: " in told.read_text()
+    assert f"rank {victim} failed" in told.read_text()
+    assert f"read logs/rank{victim}.log" in told.read_text()
+    again = replace(broken, owners=((0, 1), (2, 3)), slow={}, generation=2)
+    assert bits(run_toy(again)) == alone
