@@ -20,7 +20,7 @@ from typing import Any
 from measure import ROOT, write
 
 from distill.devices import Device, load_cluster
-from distill.forecast import CHOSEN_FROM
+from distill.forecast import CHOSEN_FROM, IMAGINED, SIMULATED
 from distill.job.imagined import imagined_costs
 from distill.plan import Costs, Span
 from distill.simulate import Simulation, simulate
@@ -49,15 +49,17 @@ def main() -> None:
     parser.add_argument("--paper", type=Path, default=ROOT.parent / "shared" / "data" / "vgg_layer_seconds.csv")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 32, 64, 256, 1024])
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 1024])
     args = parser.parse_args()
-    common = ("data.image_size=224", f"data.batch_size={args.batch_size}")
     result = {
-        "what": f"SIMULATED on described devices: {args.steps} steps a block of {args.batch_size} images of 224 pixels",
+        "what": f"SIMULATED on described devices: {args.steps} steps a block, images of 224 pixels, fp32 and tf32",
         "networks": {
-            f"{network} on {cluster}": _scaling((*job, *common), cluster, args.ranks, args.steps)
+            f"{network} on {cluster}, batch {batch}": _scaling(
+                (*job, "data.image_size=224", f"data.batch_size={batch}"), cluster, args.ranks, args.steps
+            )
             for network, job in NETWORKS.items()
             for cluster in CLUSTERS
+            for batch in args.batch_sizes
         },
     }
     if args.paper.exists():
@@ -85,9 +87,9 @@ def _scaling(job: Sequence[str], cluster_name: str, ranks: Sequence[int], steps:
 def _best(
     costs: Costs, spans: Sequence[Span], ranks: int, alone: float, joules: Callable[[Sequence[float], float], float]
 ) -> dict[str, Any]:
-    found = [simulate(PLANNERS[name](costs, spans, ranks), costs) for name in CHOSEN_FROM]
-    best = min(found, key=lambda one: one.makespan_s)
-    efficiency = {one.plan.strategy: alone / one.makespan_s / ranks for one in found}
+    found = {name: simulate(SIMULATED[name](costs, spans, ranks), costs) for name in IMAGINED}
+    best = min(found.values(), key=lambda one: one.makespan_s)
+    efficiency = {name: alone / one.makespan_s / ranks for name, one in found.items()}
     return {
         "strategy": best.plan.label,
         "seconds": best.makespan_s,
@@ -154,7 +156,9 @@ def _ours(
         network=load_cluster(name).network(4),
     )
     spans = [Span(block, 0, steps) for block in range(len(layer_s))]
-    return min((simulate(PLANNERS[one](costs, spans, 4), costs) for one in CHOSEN_FROM), key=lambda one: one.makespan_s)
+    return min(
+        (simulate(PLANNERS[name](costs, spans, 4), costs) for name in CHOSEN_FROM), key=lambda one: one.makespan_s
+    )
 
 
 @cache

@@ -56,11 +56,12 @@ def _medians(runs: list[dict[str, float]]) -> dict[str, Any]:
 def _measure(num_bytes: int, way: str, seconds: float) -> dict[str, float]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers: Any = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, args=(store.port, num_bytes, way, seconds, answers), nprocs=2)
+    mp.spawn(_rank, args=(store.port, (num_bytes, way, seconds), answers), nprocs=2)
     return answers.get() | answers.get()
 
 
-def _rank(rank: int, port: int, num_bytes: int, way: str, seconds: float, answers: Any) -> None:
+def _rank(rank: int, port: int, what: tuple[int, str, float], answers: Any) -> None:
+    num_bytes, way, seconds = what
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     wire = Wire(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=WAYS[way])

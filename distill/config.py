@@ -82,6 +82,7 @@ class TeacherConfig:
     options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
     mean: list[float] | None = setting(None, "input mean per channel that the weights expect; null: data.mean")
     std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
+    amp: Amp = setting(Amp.off, "precision of the teacher and of the activations that it gives to students")
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
@@ -181,6 +182,7 @@ class DistillConfig:
     check_batches: int = setting(4, "plateau: held-out batches of one look")
     patience: int = setting(3, "plateau: looks without improvement after which a block stops")
     min_delta: float = setting(0.01, "plateau: smallest relative improvement that counts")
+    cuda_graphs: bool = setting(True, "on CUDA: replay teacher and updates as CUDA graphs, blocks on several streams")
     log_every: int = setting(20, "steps between two readings of the losses")
 
     def __post_init__(self) -> None:
@@ -202,6 +204,9 @@ class PlanConfig:
     teacher_ranks: int | None = setting(
         None, "broadcast: ranks that run the teacher, taking the batches in turn; null: as many as pay"
     )
+    groups: bool = setting(
+        False, "relay, auto: whether ranks may share a block's batch (results are then close, not bitwise equal)"
+    )
     window: int = setting(4, "batches that a teacher rank may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
     link_gbit: float | None = setting(
@@ -221,6 +226,8 @@ class PlanConfig:
             raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
+        if self.groups and self.strategy not in (Strategy.auto, Strategy.relay):
+            raise ConfigError("plan.groups", True, f"false with plan.strategy={self.strategy.name}")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 
@@ -312,12 +319,14 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.window", "plan.timeout_s", "plan.link_gbit",
-    "plan.shared_memory", "plan.memory_gib",
-    "distill.log_every",
+    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
+    "plan.link_gbit", "plan.shared_memory", "plan.memory_gib",
+    "distill.cuda_graphs", "distill.log_every",
 }  # fmt: skip
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
-_COMPUTES_OTHERWISE = {"plan.strategy": "ddp"}
+_COMPUTES_OTHERWISE = {"plan.strategy": "ddp", "plan.groups": True}
+# Settings that came after others had run: left out at the value that computes what was computed without them.
+_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"),)
 
 
 def load(cfg: DictConfig) -> JobConfig:
@@ -356,6 +365,8 @@ def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tells_apart(path: str, value: Any) -> bool:
+    if (path, value) in _NOT_IN_FINGERPRINT_AT:
+        return False
     return in_fingerprint(path) or (path in _COMPUTES_OTHERWISE and _COMPUTES_OTHERWISE[path] == value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from distill.network import Link, Network
 from distill.plan import Costs, Span
 from distill.report import write_scaling
 from distill.simulate import Simulation, simulate
-from distill.strategies import PLANNERS
+from distill.strategies import PLANNERS, Planner, plan_groups
 
 FREE = Link()
+SIMULATED: Mapping[str, Planner] = {**PLANNERS, "groups": plan_groups}  # a relay of groups of ranks
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
+IMAGINED = (*CHOSEN_FROM, "groups")  # what sharing out a batch costs is known of described devices alone
 CLUSTER = "cluster="
 EPILOG = f"""\
 examples:
@@ -41,6 +43,7 @@ or a file that describes one as those in distill/described do. docs/plan.md says
 Every strategy gets its best plan for each number of ranks, and that is played through on a simulated clock. All ranks
 are alike."""
 
+Named = tuple[str, Simulation]  # with the name of its planner
 # From the overrides of a job, a device and a number of steps to costs (without a network) and spans.
 Imagine = Callable[[Sequence[str], Device, int | None], tuple[Costs, list[Span]]]
 
@@ -72,12 +75,12 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
         console.print(_preamble(subject), soft_wrap=True)
         alone = simulate(PLANNERS["broadcast"](subject.on(1), subject.spans, 1), subject.on(1))
         found = [
-            simulate(PLANNERS[name](costs, subject.spans, ranks), costs)
+            (name, simulate(SIMULATED[name](costs, subject.spans, ranks), costs))
             for ranks in options.ranks
             for costs in [subject.on(ranks)]
-            for name in options.strategies
+            for name in options.strategies or (IMAGINED if subject.imagined else CHOSEN_FROM)
         ]
-        console.print(forecast_table(found, alone, list(map(subject.joules, found))))
+        console.print(forecast_table(found, alone, [subject.joules(one) for _, one in found]))
         if options.plot:
             write_scaling(options.plot, _curves(found, alone), title=_plot_title(subject))
             console.print(f"plot: {options.plot}", soft_wrap=True)
@@ -104,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=_at_least_one, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of ranks"
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=PLANNERS, default=list(CHOSEN_FROM), metavar="NAME",
-        help=f"of {', '.join(PLANNERS)} (default: {' '.join(CHOSEN_FROM)})",
+        "--strategies", nargs="+", choices=SIMULATED, metavar="NAME",
+        help=f"of {', '.join(SIMULATED)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
     )  # fmt: skip
     parser.add_argument("--gbit", type=_positive, help="bandwidth of a rank's link in Gbit/s (default: no limit)")
     parser.add_argument("--latency-us", type=float, default=0.0, help="latency of a link in microseconds")
@@ -165,20 +168,20 @@ def measured(run_dir: Path, *, link: Link = FREE, speed: float, steps: int | Non
     )
 
 
-def forecast_table(found: Sequence[Simulation], alone: Simulation, joules: Sequence[float | None]) -> Table:
-    """Return one line a simulation; speed-ups are over `alone`, one rank that shares one teacher pass."""
+def forecast_table(found: Sequence[Named], alone: Simulation, joules: Sequence[float | None]) -> Table:
+    """Return one line a named simulation; speed-ups are over `alone`, one rank that shares one teacher pass."""
     table = Table(title="simulated", title_justify="left", box=None)
     powered = any(energy is not None for energy in joules)
     headings = ("ranks", "strategy", "seconds", "speed-up", "efficiency", "idle", "GB sent", "teacher passes")
     for heading in (*headings, *(["MJ"] if powered else []), ""):
         table.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
-    sizes = {one.plan.world_size for one in found}
-    best = {n: min((one for one in found if one.plan.world_size == n), key=lambda one: one.makespan_s) for n in sizes}
-    for one, energy in zip(found, joules, strict=True):
+    sizes = {one.plan.world_size for _, one in found}
+    best = {n: min((one for _, one in found if one.plan.world_size == n), key=_seconds) for n in sizes}
+    for (name, one), energy in zip(found, joules, strict=True):
         ranks, fastest = one.plan.world_size, one is best[one.plan.world_size]
         speed_up = _speed_up(one, alone)
         table.add_row(
-            str(ranks), one.plan.strategy, f"{one.makespan_s:,.1f}", f"{speed_up:.2f}x",
+            str(ranks), name, f"{one.makespan_s:,.1f}", f"{speed_up:.2f}x",
             f"{100 * speed_up / ranks:.1f} %", f"{100 * one.mean_idle_share:.1f} %", f"{one.bytes_sent / 1e9:,.2f}",
             f"{one.teacher_passes:,.0f}", *([f"{energy / 1e6:,.3f}"] if energy is not None else []),
             "fastest" if fastest else "", style="bold" if fastest else "",
@@ -186,16 +189,20 @@ def forecast_table(found: Sequence[Simulation], alone: Simulation, joules: Seque
     return table
 
 
+def _seconds(one: Simulation) -> float:
+    return one.makespan_s
+
+
 def _speed_up(one: Simulation, alone: Simulation) -> float:
     return alone.makespan_s / one.makespan_s if one.makespan_s else 0.0
 
 
-def _curves(found: Sequence[Simulation], alone: Simulation) -> dict[str, list[tuple[int, float]]]:
+def _curves(found: Sequence[Named], alone: Simulation) -> dict[str, list[tuple[int, float]]]:
     """Return every strategy's points (ranks, efficiency)."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for one in found:
+    for name, one in found:
         ranks = one.plan.world_size
-        curves.setdefault(one.plan.strategy, []).append((ranks, _speed_up(one, alone) / ranks))
+        curves.setdefault(name, []).append((ranks, _speed_up(one, alone) / ranks))
     return curves
 
 

@@ -92,8 +92,7 @@ def plan_serial(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
 
 def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
-    anew; gradients are averaged. The prediction takes a share of a batch to cost that share, and every gradient byte to
-    cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
+    anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
     share = 1 / world_size
     slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
@@ -193,7 +192,8 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     passed_on[0] = 0.0  # the images are everybody's own
     hop = costs.network.hop
     seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
-    seconds = np.maximum(seconds, (passed_on / hop.bytes_per_s)[:, None])  # its first boundary must come as fast
+    wire_s = passed_on / hop.bytes_per_s  # the first boundary of a range must come as fast, and its last one leave
+    seconds = np.maximum(seconds, np.maximum(wire_s[:, None], wire_s[None, :]))
     seconds[_between(trained) == 0] = np.inf
     if costs.memory is not None and costs.memory.limit is not None:
         room, sizes = costs.memory.room(sends=False), np.zeros(depth + 1)
@@ -359,6 +359,7 @@ def _on(strategy: str, problem: Problem, found: Placement) -> Plan:
 PLANNERS: Mapping[str, Planner] = {
     "broadcast": plan_teachers,
     "relay": plan_relay,
+    "groups": plan_groups,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
     "serial": plan_serial,

@@ -119,7 +119,7 @@ class TeacherStream:
         self._schedule.served(service, time.monotonic())
         if self._rank not in wanted:
             return None
-        return Delivery(service.address, {k: boundaries[k].float() for k in wanted[self._rank]})
+        return Delivery(service.address, {k: boundaries[k] for k in wanted[self._rank]})
 
     def _end(self) -> None:
         with self._trace.span("wait", "for the last batches to be taken"):
@@ -172,8 +172,7 @@ class RemoteStream:
             self._trace.since(start, "wait", "for a batch", None if delivery is None else delivery.address.step)
             if delivery is None:
                 return
-            boundaries = {k: tensor.float() for k, tensor in delivery.boundaries.items()}
-            yield Delivery(delivery.address, boundaries)
+            yield delivery
 
     def finish(self, block: int) -> None:
         """Nothing to do: rank 0 hears of it by the announcement of the finished block."""

@@ -95,8 +95,7 @@ class Merger:
     def end(self) -> None:
         """Take what still comes until every teacher rank has closed its edge."""
         for receiver in self._open.values():
-            while receiver.next() is not None:
-                pass
+            receiver.take_the_rest()
 
     def finish(self, block: int) -> None:
         self._own.finish(block)
@@ -112,7 +111,7 @@ class Merger:
         if delivery.address != self._own.cursor:
             return None
         self._own.advance()
-        return Delivery(delivery.address, {k: tensor.float() for k, tensor in delivery.boundaries.items()})
+        return delivery
 
 
 class MergedStream:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill.choices import DataName
+from distill.choices import Amp, DataName
 from distill.compose import compose
 from distill.config import JobConfig
 from distill.counting import Recorder
@@ -37,14 +37,15 @@ def imagined_costs(overrides: Sequence[str], device: Device, *, steps: int | Non
     budget = steps or config.distill.steps
     if budget is None or (config.distill.epochs is not None and not steps):
         raise ConfigError("distill.epochs", config.distill.epochs, "--steps N: without data, epochs have no length")
+    if config.teacher.amp is not Amp.off:
+        raise ConfigError("teacher.amp", config.teacher.amp.name, "off: kernels of an imagined teacher are in float32")
     blocks = _cut(config)
     teacher = _teacher_operations(blocks)
     students = {block: _student(config, blocks, block) for block in blocks.replaced}
-    scale = wire_dtype(config).itemsize / torch.float32.itemsize
     costs = Costs(
         tuple(map(device.seconds, teacher)),
         tuple(device.seconds(students[block][1]) if block in students else 0.0 for block in range(len(teacher))),
-        tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries),
+        tuple(boundary.numel * wire_dtype(config).itemsize for boundary in blocks.chain.boundaries),
         tuple(students[block][0] if block in students else 0 for block in range(len(teacher))),
         batch_size=config.data.batch_size if blocks.chain.divisible else None,
         teacher_fixed_s=tuple(map(device.gaps_s, teacher)),

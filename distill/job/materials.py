@@ -14,14 +14,17 @@ from torch import nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.checkpoint import CheckpointFolder, contiguous
-from distill.choices import AugmentName
+from distill.choices import Amp, AugmentName
 from distill.config import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, one_of
 from distill.files import write_bytes
 from distill.finetune import FitOptions, Team, fit, label_loss
+from distill.graphed_teacher import GraphedChain
+from distill.graphs import cuda_capture
 from distill.job.context import Context
+from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Recipe
 from distill.report.markup import show_count
 from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
@@ -152,6 +155,10 @@ def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modu
         granularity=Granularity[config.blocks.granularity.name],
         modules=config.blocks.modules,
     )
+    if config.teacher.amp is Amp.bf16:
+        chain = Bf16Chain(chain)
+    if device.type == "cuda" and config.distill.cuda_graphs:
+        chain = GraphedChain(chain, cuda_capture())
     recipe = make_recipe(config)
     names = [block.name for block in chain.blocks]
     chosen = _matching("blocks.include", config.blocks.include, names)

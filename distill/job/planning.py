@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.choices import Amp, Cost, Stop, Strategy, WireDtype
 from distill.config import JobConfig
 from distill.cost import (
     BlockCosts,
@@ -25,6 +25,7 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
+from distill.graphs import Lane, lanes
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
@@ -46,8 +47,9 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
 
 
 def wire_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given."""
-    return torch.bfloat16 if config.plan.wire_dtype is WireDtype.bf16 else torch.float32
+    """Return the precision of the activations that students are given; those of a teacher in bf16 have no more."""
+    rounded = config.plan.wire_dtype is WireDtype.bf16 or config.teacher.amp is Amp.bf16
+    return torch.bfloat16 if rounded else torch.float32
 
 
 class Trainers:
@@ -56,6 +58,8 @@ class Trainers:
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
         self._student_bytes: dict[int, int] = {}
+        graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
+        self._lanes = lanes(context.device) if graphs else [Lane()]
 
     def fresh(self, block: int) -> BlockTrainer | None:
         """Return a block's trainer at step 0, or None where the block gets no student.
@@ -72,7 +76,8 @@ class Trainers:
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
         self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
-        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options)
+        lane = self._lanes[block % len(self._lanes)]
+        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options, lane=lane)
 
     def resumed(self, block: int) -> BlockTrainer:
         """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""
@@ -125,8 +130,9 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
-    """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
+    """Return the planners to choose from. Those that exist to be measured against are never chosen."""
+    asked = context.config.plan
+    wanted, teacher_ranks, groups = asked.strategy, asked.teacher_ranks, asked.groups
     divisible = blocks.chain.divisible
     if teacher_ranks is not None and teacher_ranks > context.world_size:
         raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
@@ -134,13 +140,13 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
         )
-    if wanted is Strategy.ddp and context.config.distill.stop is Stop.plateau:
-        raise ConfigError(
-            "plan.strategy", "ddp", "another strategy with distill.stop=plateau: its ranks could disagree"
-        )
-    if wanted is not Strategy.auto:
-        return [wanted.name]
-    return ["broadcast", "replicate", *(["relay"] if divisible else [])]
+    if context.config.distill.stop is Stop.plateau and (groups or wanted is Strategy.ddp):
+        setting, value = ("plan.groups", "true") if groups else ("plan.strategy", "ddp")
+        raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
+    relays = ["relay", "groups"] if groups else ["relay"]
+    if wanted is Strategy.auto:
+        return ["broadcast", "replicate", *(relays if divisible else [])]
+    return relays if wanted is Strategy.relay else [wanted.name]
 
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
@@ -168,9 +174,9 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
-    sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
-    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
+    sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
+    batch_size = blocks.chain.boundaries[0].shape[0]
+    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, batch_size=batch_size)
 
 
 def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs, plan: Plan) -> dict[str, Any]:
@@ -210,7 +216,8 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
 def _role(plan: Plan, rank: int) -> str:
     """What a rank does."""
     parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
-    return " and ".join(parts) or "idle"
+    others = ", ".join(str(peer) for peer in plan.group_of(rank) if peer != rank)
+    return (" and ".join(parts) or "idle") + (f" with rank{'s' * (',' in others)} {others}" if others else "")
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

@@ -88,6 +88,7 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
     """The distill section of metrics.json. A resumed run counts only what its last attempt did."""
     return {
         "strategy": plan.strategy,
+        "groups": plan.groups,
         "teaching_ranks": [rank for rank in range(plan.world_size) if plan.teaches(rank)],
         "world_size": plan.world_size,
         "threads_per_rank": torch.get_num_threads(),

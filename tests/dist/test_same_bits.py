@@ -137,6 +137,17 @@ def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path,
     assert not set(here.values()) & set(alone.values())
 
 
+def test_a_teacher_in_bf16_gives_the_same_bits_under_any_strategy(tmp_path: Path, alone: dict[int, str]) -> None:
+    def run(name: str, owners: tuple[tuple[int, ...], ...], strategy: str) -> dict[int, str]:
+        toy = Toy(run_dir=str(tmp_path / name), owners=owners, strategy=strategy, wire_dtype=torch.bfloat16, teacher_amp="bf16")
+        return bits(run_toy(toy))
+
+    here = run("here", ALONE, "broadcast")
+    assert run("there", ((0,), (1, 2, 3)), "broadcast") == here
+    assert run("relayed", ((0, 1), (2, 3)), "relay") == here
+    assert not set(here.values()) & set(alone.values())
+
+
 @pytest.mark.parametrize(
     ("optimizer", "before", "after"),
     [("adam", "broadcast", "broadcast"), ("sgd", "relay", "replicate"), ("rmsprop", "layerwise", "relay")],

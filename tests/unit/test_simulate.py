@@ -16,7 +16,7 @@ from distill.forecast import main, measured
 from distill.network import Link, Network
 from distill.plan import Costs, Span
 from distill.simulate import SAMPLE_STEPS, simulate
-from distill.strategies import PLANNERS, plan_broadcast, plan_relay
+from distill.strategies import PLANNERS, plan_broadcast, plan_groups, plan_relay
 
 COSTS = Costs((1.0, 2.0, 1.0, 3.0), (3.0, 5.0, 4.0, 2.0), (100, 200, 300, 400, 500))
 
@@ -82,6 +82,17 @@ def test_two_teacher_ranks_halve_the_time_of_a_dear_teacher() -> None:
     one, two = (simulate(plan_broadcast(dear, whole(80), 2, number), dear).makespan_s for number in (1, 2))
     assert one == pytest.approx(80 * 80.0, rel=0.01)
     assert two == pytest.approx(80 * (80 + 14) / 2, rel=0.05), "students and the teacher's batches are shared out"
+
+
+def test_groups_take_what_their_plan_says_and_a_few_steps_to_fill() -> None:
+    shared = replace(COSTS, student_bytes=(100,) * 4, batch_size=64, network=Network(within=Link(1e4, 1e-3, 1e-4)))
+    for ranks in (3, 5, 8):
+        plan = plan_groups(shared, whole(60), ranks)
+        assert plan.groups
+        found = simulate(plan, shared)
+        longest = max(plan.predicted_rank_s)
+        assert longest - 1e-6 <= found.makespan_s <= longest + 8 * (sum(COSTS.teacher_s) + sum(COSTS.student_s))
+        assert found.busy_s == pytest.approx(plan.predicted_rank_s, rel=0.02)
 
 
 def test_a_slow_link_sets_the_pace() -> None:

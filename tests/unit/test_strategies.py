@@ -177,6 +177,19 @@ def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
     assert plan.predicted_makespan_s == pytest.approx(10 * (1 + 2 + 2 + 2) / 2 + 0.01 * 150 * 10)
 
 
+@pytest.mark.parametrize("slowness", [(1.0, 2.0), (2.0, 1.0), (2.0, 2.0)])
+def test_ranks_that_share_a_block_go_as_fast_as_the_slowest(slowness: tuple[float, float]) -> None:
+    costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, slowness=slowness, student_bytes=(0, 0))
+    plan = PLANNERS["ddp"](costs, [Span(0, 0, 10), Span(1, 0, 10)], 2)
+    assert plan.predicted_rank_s == pytest.approx([10 * (1 + 2 + 2 + 2) / 2 * 2.0] * 2)
+
+
+def test_among_equal_makespans_the_one_with_less_work_is_taken() -> None:
+    costs = Costs((1.0, 1.0, 1.0), (90.0, 1.0, 1.0), (0,) * 4)
+    plan = plan_replicate(costs, [Span(block, 0, 10) for block in range(3)], 3)
+    assert sorted(plan.owners) == [(), (0,), (1, 2)], "a rank each would run the teacher once more"
+
+
 def teacher_heavy(student_s: float = 1.0) -> tuple[Costs, list[Span]]:
     return Costs((5.0,) * 4, (student_s,) * 4, (10,) * 5), [Span(block, 0, 12) for block in range(4)]
 
