@@ -224,10 +224,10 @@ class PlanConfig:
         _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
         if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
             raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.groups and self.strategy not in (Strategy.auto, Strategy.relay):
             raise ConfigError("plan.groups", True, f"false with plan.strategy={self.strategy.name}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.devices import DESCRIBED, Device, load_device
-from distill.forecast import main, measured
+from distill.forecast import ENOUGH, main, measured, planned
 from distill.network import Link, Network
 from distill.plan import Costs, Span
 from distill.simulate import SAMPLE_STEPS, simulate
@@ -174,6 +174,7 @@ def test_the_command_tells_of_every_number_of_ranks(tmp_path: Path, capsys: pyte
     rows = rows_of(shown)
     assert [row[:2] for row in rows] == [["1", "broadcast"], ["1", "relay"], ["4", "broadcast"], ["4", "relay"]]
     assert rows[0][3] == "1.00x"
+    assert rows[0][6] == "0.0"
     assert [row[0] for row in rows if row[-1] == "fastest"] == ["1", "4"]
     costs, spans = measured(run, speed=2.0, steps=None)
     assert math.isclose(sum(costs.student_s), sum(COSTS.student_s) / 2)
@@ -259,3 +260,12 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     (run / "costs.json").write_text('{"seconds": {"teacher": [], "student": []}}')
     assert command(str(run)) == 2
     assert "written by an older version" in capsys.readouterr().err
+
+
+def test_ranks_that_a_plan_cannot_use_are_left_idle() -> None:
+    found = simulate(planned("broadcast", COSTS, whole(20), 300), COSTS)
+    assert found.plan.world_size == len(found.busy_s) == 300
+    assert sum(busy > 0 for busy in found.busy_s) <= ENOUGH * 4
+    assert found.makespan_s == simulate(planned("broadcast", COSTS, whole(20), ENOUGH * 4), COSTS).makespan_s
+    groups = planned("groups", replace(COSTS, batch_size=128), whole(20), 300)
+    assert sum(groups.has_work(rank) for rank in range(300)) > ENOUGH * 4
