@@ -27,6 +27,7 @@ class Costs:
     student_bytes: tuple[int, ...] = ()  # of the student's parameters, by block
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
+    read_s_per_byte: float = 0.0  # of recorded boundaries
 
     def slowness_of(self, rank: int) -> float:
         return self.slowness[rank] if rank < len(self.slowness) else 1.0
@@ -59,6 +60,7 @@ class Plan:
     predicted_makespan_s: float
     predicted_rank_s: tuple[float, ...]
     starts: tuple[int, ...] = ()
+    recording_s: float = 0.0  # predicted for recording the teacher's activations before the stage begins, if they are
 
     @property
     def world_size(self) -> int:
@@ -113,6 +115,7 @@ class Plan:
             predicted_makespan_s=raw["predicted_makespan_s"],
             predicted_rank_s=tuple(raw["predicted_rank_s"]),
             starts=tuple(raw["starts"]),
+            recording_s=raw["recording_s"],
         )
 
 

@@ -15,6 +15,7 @@ from distill.control import Control
 from distill.data import Dataset
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule
+from distill.recording import CachedStream, Recorded
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.trace import Trace
@@ -60,6 +61,7 @@ class Setting:
     window: int
     timeout_s: float
     trace: Trace
+    recorded: Recorded | None = None  # under a plan of the strategy `cached`
 
 
 class Streams:
@@ -83,6 +85,8 @@ class Streams:
     def of(self, blocks: Sequence[int]) -> Stream:
         """Return the stream for these blocks of this rank."""
         plan = self._setting.plan
+        if plan.strategy == "cached":
+            return self._cached()
         if plan.strategy != "broadcast":
             return self._relay(blocks)
         return (
@@ -101,6 +105,12 @@ class Streams:
             timeout_s=setting.timeout_s,
             backend=setting.wire_backend,
         )
+
+    def _cached(self) -> CachedStream:
+        setting = self._setting
+        assert setting.recorded is not None, "a cached plan needs what was recorded"
+        feed = Feed(self._rank, setting.plan.spans_of(self._rank), setting.checks)
+        return CachedStream(recorded=setting.recorded, feed=feed, trace=setting.trace)
 
     def _broadcast(self) -> TeacherStream:
         """Rank 0 of a broadcast: the whole teacher, for everybody."""

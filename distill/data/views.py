@@ -32,7 +32,7 @@ def _uniform(rows: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.float32]:
     Source: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 17.
     """
     index = rows.astype(np.uint64)[:, None] * np.uint64(NUMBERS) + np.arange(NUMBERS, dtype=np.uint64)
-    z = (index + np.uint64(1)) * np.uint64(GAMMA)  # arrays of integers wrap around without a word
+    z: npt.NDArray[np.uint64] = np.multiply(index + np.uint64(1), np.uint64(GAMMA), dtype=np.uint64)  # wraps around
     z += np.uint64(key)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.choices import Cost, Stop, Strategy, WireDtype
+from distill.choices import Cost, Stop, Strategy
 from distill.config import JobConfig
 from distill.cost import (
     SENDER_S_PER_BYTE,
@@ -26,6 +26,7 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
+from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
@@ -44,11 +45,6 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
     if config.distill.epochs is not None:
         return math.ceil(config.distill.epochs * dataset.steps_per_epoch)
     return config.distill.steps or 0
-
-
-def wire_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given."""
-    return torch.bfloat16 if config.plan.wire_dtype is WireDtype.bf16 else torch.float32
 
 
 class Trainers:
@@ -96,7 +92,7 @@ class Trainers:
         return Span(block, checkpoint.step if checkpoint else 0, self._budget)
 
 
-def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers) -> Plan:
+def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers, caching: Caching | None) -> Plan:
     """Return the plan, the same on every rank: rank 0 makes it for the blocks that its ledger lacks.
 
     With plan.cost=measured all ranks measure at the same time, as they will train.
@@ -113,8 +109,8 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = _planning_costs(context, blocks, seconds, speeds, sizes)
         plans = rank_plans(names, costs, spans, context.world_size)
-        plan = plans[0]
         _show_ranking(context, plans)
+        plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])
         write_text(context.run.path / "plan.json", plan.to_json())
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs))
         _show(context, blocks, plan, seconds, flops)
@@ -164,7 +160,7 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    scale = wire_dtype(context.config).itemsize / torch.float32.itemsize
+    scale = students_dtype(context.config).itemsize / torch.float32.itemsize
     sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
     wire = Link(sender_s_per_byte=SENDER_S_PER_BYTE if context.device.type == "cpu" else 0.0)
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, Network(within=wire, between=wire))
@@ -188,7 +184,7 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        teaches = plan.strategy != "broadcast" or rank == 0
+        teaches = plan.strategy not in ("broadcast", "cached") or (rank == 0 and plan.strategy == "broadcast")
         role = "teacher and students" if teaches and plan.has_work(rank) else "students"
         context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
     context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")

@@ -18,13 +18,16 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from distill.blocks import Chain
+from distill.cache import Layout
+from distill.cache_places import File, Memory
 from distill.chain import Granularity, cut
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.control import Control, StoreAddress
-from distill.data import Augment, open_dataset
+from distill.data import Augment, Dataset, open_dataset
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
 from distill.protocol import Checks
+from distill.recording import Contents, Recorded, record
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
 from distill.trace import Trace
@@ -90,7 +93,8 @@ class Toy:
 
     `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `fail_at` (rank, step) makes
     that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
-    (block, step) poisons that block's input.
+    (block, step) poisons that block's input. With the strategy `cached` the teacher's activations are recorded first,
+    in memory or in `cache_dir`, with `record_fails` (rank, passes) up to an error in that rank's pass.
     """
 
     run_dir: str
@@ -108,6 +112,9 @@ class Toy:
     fail_at: tuple[int, int] | None = None
     kill_at: tuple[int, int] | None = None
     nan_at: tuple[int, int] | None = None
+    views: int | None = None
+    cache_dir: str | None = None
+    record_fails: tuple[int, int] | None = None
 
 
 class InjectedError(RuntimeError):
@@ -135,12 +142,14 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         device=torch.device("cpu"),
-    ) as dataset:
+    ) as fresh:
+        dataset = fresh.with_views(toy.views)
         chain = toy_chain(dataset.train_batch(0).images)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
         trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.trained_by(rank)]
         readings: list[Reading] = []
+        trace = Trace(rank, toy.generation)
         session = Session(
             control=control,
             chain=chain,
@@ -156,7 +165,8 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             checkpoints=checkpoints,
             checkpoint_every=toy.checkpoint_every,
             report=readings.append,
-            trace=Trace(rank, toy.generation),
+            trace=trace,
+            recorded=_recorded(toy, plan, chain, dataset, control, trace) if toy.strategy == "cached" else None,
         )
         if rank == 0:
             recorded: list[int] = []
@@ -187,6 +197,40 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
         plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * len(toy.owners), _starts(toy))
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
+
+
+def _recorded(
+    toy: Toy, plan: Plan, chain: Chain, dataset: Dataset, control: Control, trace: Trace
+) -> Recorded:
+    """The toy's cache on this rank; how many passes each rank has made is left in passes.RANK.GENERATION."""
+    contents = Contents(dataset, toy.checks.batches)
+    forms = {boundary: chain.boundaries[boundary] for boundary in range(5)}
+    recorded = record(
+        lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else Memory(),
+        layout=Layout(forms, toy.wire_dtype, contents.num_rows),
+        contents=contents,
+        chain=_Failing(chain, toy, control.rank),
+        device=torch.device("cpu"),
+        control=control,
+        peers=list(range(plan.world_size)),
+        trace=trace,
+    )
+    passes = control.get(f"cache/share/{control.rank}")["passes"]
+    (Path(toy.run_dir) / f"passes.{control.rank}.{toy.generation}").write_text(str(passes))
+    return recorded
+
+
+class _Failing:
+    """The chain to record with, which fails in the pass where the toy says so."""
+
+    def __init__(self, chain: Chain, toy: Toy, rank: int) -> None:
+        self._chain, self._fails_in = chain, toy.record_fails[1] if toy.record_fails and toy.record_fails[0] == rank else -1
+
+    def run(self, *arguments: Any, **options: Any) -> dict[int, Tensor]:
+        if self._fails_in == 0:
+            raise InjectedError("injected while recording")
+        self._fails_in -= 1
+        return self._chain.run(*arguments, **options)
 
 
 def _starts(toy: Toy) -> tuple[int, ...]:

@@ -69,10 +69,14 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"errors"},
     "transport": {"blocks", "errors", "protocol", "trace"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
+    "cache": {"blocks"},
+    "cache_places": {"errors"},
+    "recording": {"blocks", "cache", "cache_places", "control", "data", "protocol", "trace", "transport"},
     "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
     "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
     "routes": {
-        "blocks", "completion", "control", "data", "plan", "protocol", "relay", "stream", "trace", "transport",
+        "blocks", "completion", "control", "data", "plan", "protocol", "recording", "relay", "stream", "trace",
+        "transport",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
