@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill.choices import Stage
-from distill.config import JobConfig, from_yaml, load, setting_kinds
+from distill.config import JobConfig, LaunchConfig, from_yaml, load, setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError
 
@@ -36,11 +36,12 @@ def register_schema() -> None:
 
 
 def _port_for(job: str, restart: str) -> int:
-    """A port below those that systems hand out by themselves: another one for most jobs of a node, and each restart.
+    """Return the port that a job's launchers meet at, as slurm/distill.sbatch has it: another one for each restart.
 
-    The numbers come as text: they are variables of the environment.
+    It is below those that systems hand out by themselves, and another one for a node's jobs. The numbers come as
+    text: they are variables of the environment.
     """
-    return 10_000 + (int(job) * 31 + int(restart)) % 20_000
+    return 20_000 + (int(job) * 8 + int(restart) % 8) % 10_000
 
 
 def compose(overrides: Sequence[str]) -> JobConfig:
@@ -66,7 +67,10 @@ def _compose(name: str, overrides: Sequence[str]) -> JobConfig:
 
 
 def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
-    """Return the configuration of the run in `folder` with single settings replaced; how far it goes starts anew."""
+    """Return the configuration of the run in `folder` with single settings replaced.
+
+    How far it goes and where its nodes meet are asked anew.
+    """
     for override in overrides:
         group, _, choice = override.partition("=")
         if group.lstrip("+~").partition("@")[0] in _groups():
@@ -74,6 +78,11 @@ def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
             raise ConfigError(group, choice, allowed)
     config = _of_run(folder)
     config.stage, config.run.dir = Stage.all, folder
+    config.launch = LaunchConfig(
+        nproc_per_node=config.launch.nproc_per_node,
+        threads_per_rank=config.launch.threads_per_rank,
+        max_restarts=config.launch.max_restarts,
+    )
     ConfigStore.instance().store(name="job_of_run", node=OmegaConf.structured(config))
     with initialize(config_path=None, version_base=VERSION_BASE):
         return _compose("job_of_run", overrides)

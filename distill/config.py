@@ -206,10 +206,18 @@ class PlanConfig:
     cost: Cost = setting(Cost.measured, "costs by timing every block here, or by counting FLOPs")
     window: int = setting(4, "batches that rank 0 may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
+    link_gbit: float | None = setting(
+        None, "bandwidth of a host's link to the others in Gbit/s; null: probed with plan.cost=measured, else unlimited"
+    )
+    shared_memory: bool = setting(
+        True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
+    )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
 
     def __post_init__(self) -> None:
         _at_least("plan", self, window=2, timeout_s=1)
+        if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
+            raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 
 
 @dataclass(kw_only=True)
@@ -328,7 +336,8 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s",
+    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s", "plan.link_gbit",
+    "plan.shared_memory",
     "distill.log_every",
     "teacher.cache", "cache.max_gib", "cache.dir",
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """What a block costs: FLOPs counted, seconds measured on this machine, bytes of its boundaries.
 
-FLOPs are torch.utils.flop_counter's: two per multiply-add.
+FLOPs are two per multiply-add (flops.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.blocks import Chain
+from distill.flops import flop_counter
 from distill.trainer import BlockTrainer
 
 REPEAT_S = 0.4  # timing one call stops after this long, but not before three repetitions
@@ -23,9 +23,6 @@ LONG_S = 2.0  # or fewer that took this long together: 64 images of 224 pixels t
 BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds
 MIN_ROUNDS = 3
 SAME = 0.1  # ranks whose speeds differ by less are planned as equals
-# By how much sending slows rank 0 down, gloo over loopback with both cores training (ResNet-20, 2 cores, 2026-11-21):
-# with 0.4 ns a byte rank 1 idled 4 to 19 % of the stage, with 1.2 ns rank 0 idled 10 to 14 %.
-SENDER_S_PER_BYTE = 0.8e-9
 
 MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
 
@@ -40,7 +37,7 @@ class BlockCosts:
 
 def count_flops(call: Callable[[], object]) -> int:
     """Return the FLOPs of a call, forward and backward, two per multiply-add."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         call()
     return int(counter.get_total_flops())
 
@@ -57,7 +54,7 @@ def measure_seconds(call: Callable[[], object], device: torch.device) -> float:
 def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
     """Return FLOPs per block for a batch like `sample` (batch, channels, height, width); two images are counted."""
     scale = len(sample) / 2
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         costs = _per_block(chain, make_trainer, sample[:2], counter.get_total_flops)
     return BlockCosts(tuple(scale * flops for flops in costs.teacher), tuple(scale * flops for flops in costs.student))
 

@@ -32,16 +32,27 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 
 
 def job_joules(summary: Mapping[str, Any]) -> float | None:
-    """Return the joules of all stages together, idle devices left out; None where nothing was measured."""
-    return _sum(stage["joules"] for stage in summary["stages"].values())
+    """Return the joules of all stages together, idle devices left out; None where nothing was measured.
+
+    What is missing or damaged in a summary that was read back from a file counts as not measured.
+    """
+    return _sum(stage_joules(summary, stage) for stage in summary.get("stages") or {})
 
 
-def joules_per_image(summary: Mapping[str, Any], images: int) -> dict[str, float | None]:
+def stage_joules(summary: Mapping[str, Any], stage: str) -> float | None:
+    """Return the joules of one stage, idle devices left out; None where they are not known."""
+    try:
+        return _amount(summary["stages"][stage]["joules"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def joules_per_image(summary: Mapping[str, Any], images: float | None) -> dict[str, float | None]:
     """Return joules per image of the distill stage and of the whole job ("distill", "job").
 
     `images` is how many the distill stage trained on, an image counted each time that a batch has it.
     """
-    spent = {"distill": summary["stages"].get("distill", {}).get("joules"), "job": job_joules(summary)}
+    spent = {"distill": stage_joules(summary, "distill"), "job": job_joules(summary)}
     return {name: joules / images if joules is not None and images else None for name, joules in spent.items()}
 
 

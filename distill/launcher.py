@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from distill import __version__
 from distill.compose import VERSION_BASE, compose, config_dir, register_schema
 from distill.config import JobConfig, load, to_yaml
 from distill.errors import DistillError
@@ -36,6 +37,9 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that the command line describes; return the exit status. Flags (--help, --cfg) go to Hydra."""
+    if arguments == ["--version"]:
+        sys.stdout.write(f"distill {__version__}\n")
+        return 0
     if any(argument.startswith("-") for argument in arguments):
         return _hydra_main()
     try:

@@ -33,6 +33,7 @@ from distill.errors import ConfigError, DistillError
 from distill.files import read_json, write_json
 from distill.launcher import Outcome, launch
 from distill.report import comparison_table, write_comparison
+from distill.report.markup import show_count
 from distill.rundir import RunDirectory
 from distill.stopper import stoppable
 from distill.submitted import every_submitted_job
@@ -255,7 +256,7 @@ def _shown(job: Job) -> str:
 
 def _counts(jobs: Sequence[Job]) -> str:
     found = Counter(job.status for job in jobs)
-    return f"{len(jobs)} jobs, " + ", ".join(f"{count} {status}" for status, count in found.items())
+    return f"{show_count(len(jobs), 'job')}, " + ", ".join(f"{count} {status}" for status, count in found.items())
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,13 @@ class Link:
     bytes_per_s: float = math.inf
     latency_s: float = 0.0
     sender_s_per_byte: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{8e-9 * self.bytes_per_s:.3g} Gbit/s, {1e3 * self.latency_s:.2g} ms"
+
+    def facts(self) -> dict[str, float | None]:
+        """Return the link as JSON can say it: null for a bandwidth without limit."""
+        return asdict(self) | {"bytes_per_s": self.bytes_per_s if math.isfinite(self.bytes_per_s) else None}
 
 
 @dataclass(frozen=True)

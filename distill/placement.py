@@ -49,7 +49,7 @@ def place(problem: Problem) -> dict[int, int]:
 
     Source: Graham 1969 for the largest-first rule (LPT).
     """
-    placement = _improve(_largest_first(problem), problem)
+    placement = _improve(largest_first(problem), problem)
     return _branch_and_bound(placement, problem)
 
 
@@ -57,7 +57,8 @@ def _ordered(problem: Problem) -> list[Span]:
     return sorted(problem.spans, key=lambda span: (-problem.work(span, 0), span.block))
 
 
-def _largest_first(problem: Problem) -> dict[int, int]:
+def largest_first(problem: Problem) -> dict[int, int]:
+    """Return the placement of the largest blocks first, each on the rank that is then the least loaded."""
     loads = list(problem.base)
     placement = {}
     for span in _ordered(problem):

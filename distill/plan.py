@@ -27,6 +27,7 @@ class Costs:
     student_bytes: tuple[int, ...] = ()  # of the student's parameters, by block
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
+    batch_size: int | None = None  # images of a batch, where ranks may share them out
     read_s_per_byte: float = 0.0  # of recorded boundaries
 
     def slowness_of(self, rank: int) -> float:
@@ -51,7 +52,9 @@ class Plan:
     """Which rank owns which blocks (`owners[rank]`), from which step on (`spans`), and the prediction.
 
     In a relay rank r receives boundary `starts[r]` (rank 0: the images) and runs the teacher from there up to the start
-    of the next rank that owns blocks. Other strategies have no `starts`.
+    of the next rank that owns blocks. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
+    take the batches in turn. The ranks of one of the `groups` train the blocks of its first rank together, each on its
+    rows of every batch; a rank that is in none of them is on its own.
     """
 
     strategy: str
@@ -60,7 +63,16 @@ class Plan:
     predicted_makespan_s: float
     predicted_rank_s: tuple[float, ...]
     starts: tuple[int, ...] = ()
+    teacher_ranks: int = 1
+    groups: tuple[tuple[int, ...], ...] = ()
     recording_s: float = 0.0  # predicted for recording the teacher's activations before the stage begins, if they are
+
+    @property
+    def label(self) -> str:
+        """The strategy with what distinguishes this plan within it."""
+        if self.strategy == "broadcast" and self.teacher_ranks > 1:
+            return f"broadcast with {self.teacher_ranks} teacher ranks"
+        return "relay in groups" if self.starts and self.groups else self.strategy
 
     @property
     def world_size(self) -> int:
@@ -75,32 +87,45 @@ class Plan:
         """Whether a rank trains its blocks one after another, each with a teacher pass of its own."""
         return self.strategy in ("serial", "layerwise", "ddp")
 
-    @property
-    def shared(self) -> bool:
-        """Whether all ranks train every block together, each on its rows of the batch; rank 0 owns the results."""
-        return self.strategy == "ddp"
+    def group_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share every batch of `rank`, itself included; the first owns what they train."""
+        return next((group for group in self.groups if rank in group), (rank,))
 
     def trained_by(self, rank: int) -> tuple[Span, ...]:
         """The spans of the blocks that `rank` trains, in block order."""
-        return self.spans if self.shared else self.spans_of(rank)
+        return self.spans_of(self.group_of(rank)[0])
+
+    def teaches(self, rank: int) -> bool:
+        """Whether a rank runs the teacher or a part of it."""
+        if self.strategy == "cached":
+            return False
+        return rank < self.teacher_ranks if self.strategy == "broadcast" else bool(self.trained_by(rank))
 
     def has_work(self, rank: int) -> bool:
         """Whether a rank takes part: it has blocks to train, or runs the teacher for others."""
-        return bool(self.trained_by(rank)) or (rank == 0 and self.strategy == "broadcast")
+        return bool(self.trained_by(rank)) or self.teaches(rank)
 
-    def rank_before(self, rank: int) -> int | None:
-        """The rank that passes activations on to `rank` in a relay; None where it begins with the images."""
-        return max((r for r in range(rank) if self.starts and self.spans_of(r)), default=None)
+    def group_before(self, rank: int) -> tuple[int, ...]:
+        """The ranks that pass activations on to those of `rank` in a relay; none where it begins with the images."""
+        owner = max((r for r in range(self.group_of(rank)[0]) if self.starts and self.spans_of(r)), default=None)
+        return () if owner is None else self.group_of(owner)
 
-    def rank_after(self, rank: int) -> int | None:
-        """The rank that `rank` passes activations on to in a relay."""
-        later = range(rank + 1, self.world_size)
-        return min((r for r in later if self.starts and self.spans_of(r)), default=None)
+    def group_after(self, rank: int) -> tuple[int, ...]:
+        """The ranks that those of `rank` pass activations on to in a relay."""
+        later = range(self.group_of(rank)[-1] + 1, self.world_size)
+        owner = min((r for r in later if self.starts and self.spans_of(r)), default=None)
+        return () if owner is None else self.group_of(owner)
 
     def blocks_behind(self, rank: int) -> frozenset[int]:
-        """The blocks of all ranks behind `rank` in a relay."""
-        later = range(rank + 1, self.world_size) if self.starts else ()
+        """The blocks of all ranks behind `rank` and its group in a relay."""
+        later = range(self.group_of(rank)[-1] + 1, self.world_size) if self.starts else ()
         return frozenset(span.block for r in later for span in self.spans_of(r))
+
+    def taught_elsewhere(self, rank: int) -> frozenset[int]:
+        """The blocks of other ranks that `rank` computes activations for."""
+        if self.strategy != "broadcast":
+            return self.blocks_behind(rank)
+        return frozenset(s.block for s in self.spans if self.teaches(rank) and s.block not in self.owners[rank])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -115,7 +140,9 @@ class Plan:
             predicted_makespan_s=raw["predicted_makespan_s"],
             predicted_rank_s=tuple(raw["predicted_rank_s"]),
             starts=tuple(raw["starts"]),
-            recording_s=raw["recording_s"],
+            teacher_ranks=raw.get("teacher_ranks", 1),  # plans of earlier versions have none of these
+            groups=tuple(tuple(group) for group in raw.get("groups", ())),
+            recording_s=raw.get("recording_s", 0.0),
         )
 
 

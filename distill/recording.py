@@ -20,8 +20,8 @@ from distill.cache_places import Place
 from distill.control import Control
 from distill.data import Dataset
 from distill.protocol import Address, Feed
+from distill.receiver import Delivery
 from distill.trace import Trace
-from distill.transport import Delivery
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from distill.blocks import Chain
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.protocol import Address, Feed
+from distill.receiver import BoundaryReceiver, Delivery
+from distill.sender import BoundarySender
 from distill.stream import WAKE_S, TrainingBatches
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, BoundarySender, Delivery
 
 Origin = Callable[[], "tuple[Address, Tensor] | None"]  # the next batch of the stretch's first boundary
 

@@ -15,19 +15,22 @@ from distill.control import Control
 from distill.data import Dataset
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule
+from distill.receiver import BoundaryReceiver
 from distill.recording import CachedStream, Recorded
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
+from distill.sender import BoundarySender
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.trace import Trace
-from distill.transport import Averager, BoundaryReceiver, BoundarySender, Edge, Wire
+from distill.transport import Averager, Edge
+from distill.wire import Wire
 
 
 class News:
-    """Which blocks behind this rank in a relay have finished, so that the teacher stops computing for them."""
+    """Which blocks of other ranks that this rank runs the teacher for have finished, so that it stops doing so."""
 
     def __init__(self, control: Control, plan: Plan) -> None:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._announcements = Announcements(control, blocks=plan.blocks_behind(control.rank), heard=self._heard)
+        self._announcements = Announcements(control, blocks=plan.taught_elsewhere(control.rank), heard=self._heard)
 
     def finished_elsewhere(self) -> list[int]:
         """Return the blocks announced since the last call; raises what the watching thread met."""
@@ -57,6 +60,7 @@ class Setting:
     checks: Checks
     wire_dtype: torch.dtype
     wire_backend: str
+    shared_memory: bool
     device: torch.device
     window: int
     timeout_s: float
@@ -96,12 +100,13 @@ class Streams:
         )
 
     def averager(self) -> Averager:
-        """Return what averages gradients over all ranks, who must all ask for it."""
+        """Return what averages gradients over the group of this rank, whose ranks must all ask for it."""
         setting = self._setting
+        group = setting.plan.group_of(self._rank)
         return Averager(
-            setting.control.store_for("average"),
-            rank=self._rank,
-            world_size=setting.plan.world_size,
+            setting.control.store_for(f"average/{group[0]}"),
+            rank=group.index(self._rank),
+            world_size=len(group),
             timeout_s=setting.timeout_s,
             backend=setting.wire_backend,
         )
@@ -137,25 +142,25 @@ class Streams:
     def _relay(self, blocks: Sequence[int]) -> RelayStream:
         """A stretch of the teacher: all of it from the images, or in a relay this rank's own."""
         setting, plan, rank = self._setting, self._setting.plan, self._rank
-        before, after = plan.rank_before(rank), plan.rank_after(rank)
-        first = plan.starts[rank] if before is not None else 0
+        before, after = plan.group_before(rank), plan.group_after(rank)
+        first = plan.starts[rank] if before else 0
         own = Feed(rank, [span for span in plan.trained_by(rank) if span.block in blocks], setting.checks)
         following = None
-        if after is not None:
+        if after:
             behind = plan.blocks_behind(rank)
             following = Next(
-                Feed(after, [span for span in plan.spans if span.block in behind], setting.checks),
-                plan.starts[after],
-                self._sender(after, torch.float32),
+                Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
+                plan.starts[after[0]],
+                self._sender(after[0], torch.float32),
             )
         feeds = (own,) if following is None else (own, following.feed)
-        if before is None:
-            part, num_parts = (rank, plan.world_size) if plan.shared else (0, 1)
-            origin: OwnBatches | PassedOn = OwnBatches(
-                setting.dataset, budget=setting.budget, feeds=feeds, part=part, num_parts=num_parts
-            )
+        if before:
+            origin: OwnBatches | PassedOn = PassedOn(self._receiver(before[0], {first}), first, setting.trace)
         else:
-            origin = PassedOn(self._receiver(before, {first}), first, setting.trace)
+            group = plan.group_of(rank)
+            origin = OwnBatches(
+                setting.dataset, budget=setting.budget, feeds=feeds, part=group.index(rank), num_parts=len(group)
+            )
         stream = RelayStream(
             chain=setting.chain,
             origin=origin,
@@ -198,4 +203,10 @@ class Streams:
         )
 
     def _wire(self, dtype: torch.dtype) -> Wire:
-        return Wire(dtype=dtype, device=self._setting.device, backend=self._setting.wire_backend)
+        setting = self._setting
+        return Wire(
+            dtype=dtype,
+            device=setting.device,
+            backend=setting.wire_backend,
+            shared_memory=setting.shared_memory,
+        )

@@ -82,19 +82,21 @@ class Session(Setting):
         return SessionReport(makespan_s, reports)
 
     def follow(self, trainers: Sequence[BlockTrainer]) -> None:
-        """Any other rank: do its part; returns when rank 0 has confirmed all of its blocks. A rank without blocks
-        returns at once."""
-        if not trainers:
+        """Any other rank: do its part; returns when rank 0 has confirmed all of its blocks. A rank that has nothing to
+        do returns at once."""
+        if not self.plan.has_work(self.control.rank):
             return
-        wake = threading.Event()
-        if self.plan.shared:
-            report = self._work(trainers, lambda *_: None, list, wake)  # rank 0 delivers
-        else:
-            deliverer, news = Deliverer(self.control, self.trace), News(self.control, self.plan)
-            report = self._work(trainers, deliverer.deliver, news.finished_elsewhere, wake)
-            deliverer.close()
-            news.close()
+        deliverer, news = Deliverer(self.control, self.trace), News(self.control, self.plan)
+        deliver = deliverer.deliver if self._owns else lambda *_: None
+        report = self._work(trainers, deliver, news.finished_elsewhere, threading.Event())
+        deliverer.close()
+        news.close()
         self.control.set(f"rank/{self.control.rank}", asdict(report))
+
+    @property
+    def _owns(self) -> bool:
+        """Whether the results of what this rank trains are its to report."""
+        return self.plan.group_of(self.control.rank)[0] == self.control.rank
 
     def _work(
         self,
@@ -106,8 +108,7 @@ class Session(Setting):
         """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
         started, cpu_started = time.monotonic(), time.process_time()
         streams = Streams(self, finished_elsewhere, wake)
-        speaks = self.control.rank == 0 or not self.plan.shared
-        if self.plan.shared and self.control.world_size > 1:
+        if len(self.plan.group_of(self.control.rank)) > 1:
             average = streams.averager()
             for trainer in trainers:
                 trainer.share(average)
@@ -121,10 +122,10 @@ class Session(Setting):
                 rank=self.control.rank,
                 generation=self.control.generation,
                 checks=self.checks,
-                save=self.checkpoints.save if speaks else lambda _: None,
+                save=self.checkpoints.save if self._owns else lambda _: None,
                 checkpoint_every=self.checkpoint_every,
                 deliver=deliver,
-                report=self.report if speaks else lambda _: None,
+                report=self.report if self._owns else lambda _: None,
                 trace=self.trace,
             )
         return RankReport(

@@ -6,19 +6,41 @@ T_k is the teacher's forward of block k, S_k one student step, b_k the bytes of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 
-from distill.placement import Problem, Share, place
+from distill.placement import Problem, Share, largest_first, place
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.ranges import RangeCosts, best_ranges
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
+WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
 
 
-def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
-    """Rank 0 runs the teacher once for everybody and sends each rank the boundaries of its blocks; it trains too."""
-    return _placed("broadcast", broadcast_problem(costs, spans, world_size))
+def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Plan:
+    """The first rank or ranks run the teacher for everybody, a batch each in turn, and send each rank the boundaries of
+    its blocks; they train too."""
+    problem = broadcast_problem(costs, spans, world_size, teacher_ranks)
+    return replace(_placed("broadcast", problem), teacher_ranks=teacher_ranks)
+
+
+def plan_teachers(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """A broadcast with as many teacher ranks as pay."""
+    numbers = sorted({1, teacher_ranks_needed(costs, spans, world_size)})
+    return min(
+        (plan_broadcast(costs, spans, world_size, number) for number in numbers), key=lambda p: p.predicted_makespan_s
+    )
+
+
+def teacher_ranks_needed(costs: Costs, spans: Sequence[Span], world_size: int) -> int:
+    """Return the smallest number of teacher ranks that is within WORTH of the best, by a quick placement for each."""
+    estimates = []
+    for number in range(1, world_size + 1):
+        problem = broadcast_problem(costs, spans, world_size, number)
+        estimates.append(max(problem.seconds(largest_first(problem))))
+    return 1 + next(n for n, seconds in enumerate(estimates) if seconds <= (1 + WORTH) * min(estimates))
 
 
 def plan_replicate(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
@@ -64,7 +86,8 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     )
     seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
     owners = alone.owners + ((),) * (world_size - 1)
-    return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size)
+    everybody = (tuple(range(world_size)),)
+    return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size, groups=everybody)
 
 
 def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
@@ -94,6 +117,44 @@ def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     return Plan("relay", owners, ordered, max(loads, default=0.0) + fill, loads, starts)
 
 
+def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """A relay whose ranges may each have a group of consecutive ranks, which share out the rows of every batch and
+    average their gradients. A share of a batch is taken to cost that share."""
+    ordered = tuple(sorted(spans, key=lambda span: span.block))
+    depth = max((span.block for span in ordered), default=-1) + 1
+    link = costs.network.link(0, world_size - 1)
+    moved, calls = np.zeros(depth + 1), np.zeros(depth + 1)
+    for span in ordered:
+        size = costs.student_bytes[span.block] if costs.student_bytes else 0
+        moved[span.block + 1] = 2 * size * span.steps * (link.sender_s_per_byte + 1 / link.bytes_per_s)
+        calls[span.block + 1] = 2 * span.steps * link.latency_s
+    range_costs = RangeCosts(
+        divided=_range_seconds(costs, ordered, depth), shared=_between(moved), hops=_between(calls)
+    )
+    slowness = [costs.slowness_of(rank) for rank in range(world_size)]
+    ranges = best_ranges(range_costs, slowness, most=costs.batch_size or world_size)
+    owners: list[tuple[int, ...]] = [()] * world_size
+    starts, loads, fill = [0] * world_size, [0.0] * world_size, 0.0
+    for found in ranges:
+        ranks = range(found.first, found.first + found.ranks)
+        seconds = float(range_costs.seconds(found.ranks)[found.start, found.end])
+        owners[found.first] = tuple(s.block for s in ordered if found.start <= s.block < found.end)
+        for rank in ranks:
+            starts[rank], loads[rank] = found.start, seconds * max(slowness[r] for r in ranks)
+        if found.end < depth:
+            fill += sum(costs.teacher_s[found.start : found.end]) / found.ranks  # until the last group begins
+    groups = tuple(tuple(range(r.first, r.first + r.ranks)) for r in ranges if r.ranks > 1)
+    makespan_s = max(loads, default=0.0) + fill
+    return Plan("relay", tuple(owners), ordered, makespan_s, tuple(loads), tuple(starts), groups=groups)
+
+
+def _between(by_block: np.ndarray) -> np.ndarray:
+    """Return an array [start, end] of sums over blocks; `by_block[k + 1]` is block k's."""
+    total = np.cumsum(by_block)
+    sums: np.ndarray = total[None, :] - total[:, None]
+    return sums
+
+
 def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarray:
     """Return an array [start, end] of the seconds of a rank with the blocks from start up to end; the empty range costs
     nothing, one that trains nothing is not allowed, and neither is end < start."""
@@ -108,9 +169,8 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     for span in spans:
         student[span.block + 1] += costs.student_s[span.block] * span.steps
         trained[span.block + 1] += 1
-    own, count = np.cumsum(teacher + student), np.cumsum(trained)
-    seconds = own[None, :] - own[:, None] + passed_on[None, :]
-    seconds[count[None, :] == count[:, None]] = np.inf
+    seconds = _between(teacher + student) + passed_on[None, :]
+    seconds[_between(trained) == 0] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
     return seconds
@@ -126,29 +186,43 @@ def _steps_from(spans: Sequence[Span], block: int) -> int:
     return total
 
 
-def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
-    """Return what a placement costs where rank 0 runs the teacher for everybody."""
+def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:
+    """Return what a placement costs where the first `teacher_ranks` ranks run the teacher for everybody in turn."""
     teacher_s = teacher_seconds(costs, spans)
+    price = [_price_of_serving(costs, rank, teacher_ranks) for rank in range(world_size)]
 
     def share(owned: Sequence[Span], rank: int) -> Share:
         size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
-        wire = max((span.steps for span in owned), default=0) * size * costs.network.link(0, rank).sender_s_per_byte
+        wire = max((span.steps for span in owned), default=0) * size * price[rank]
         return sum(costs.student_s[span.block] * span.steps for span in owned), wire
 
     def loads(shares: Sequence[Share]) -> list[float]:
-        (own, _), *others = shares  # rank 0's own boundaries do not travel
-        first = (teacher_s + own + sum(wire for _, wire in others)) * costs.slowness_of(0)
-        return [first, *(own * costs.slowness_of(rank) for rank, (own, _) in enumerate(others, start=1))]
+        wires = sum(wire for _, wire in shares)  # what a teacher rank computes itself does not travel to it
+        taught = [(teacher_s + wires - wire) / teacher_ranks for _, wire in shares[:teacher_ranks]]
+        taught += [0.0] * (world_size - teacher_ranks)
+        return [
+            (own + more) * costs.slowness_of(rank)
+            for rank, ((own, _), more) in enumerate(zip(shares, taught, strict=True))
+        ]
 
+    base = teacher_s / teacher_ranks
     return Problem(
         spans=spans,
         world_size=world_size,
         work=lambda span, rank: costs.student_s[span.block] * span.steps * costs.slowness_of(rank),
         share=share,
         loads=loads,
-        base=[teacher_s * costs.slowness_of(0)] + [0.0] * (world_size - 1),
-        kind=[(rank == 0, costs.slowness_of(rank)) for rank in range(world_size)],
+        base=[base * costs.slowness_of(rank) if rank < teacher_ranks else 0.0 for rank in range(world_size)],
+        kind=[(rank < teacher_ranks, costs.slowness_of(rank)) for rank in range(world_size)],
     )
+
+
+def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:
+    """Seconds of computing that a byte for `rank` costs its sender, the mean over the other teacher ranks."""
+    prices = [
+        costs.network.link(teacher, rank).sender_s_per_byte for teacher in range(teacher_ranks) if teacher != rank
+    ]
+    return sum(prices) / max(1, len(prices))
 
 
 def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:

@@ -18,8 +18,9 @@ from distill.blocks import Chain
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.protocol import Schedule
+from distill.receiver import BoundaryReceiver, Delivery
+from distill.sender import BoundarySender
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, BoundarySender, Delivery
 
 WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
 

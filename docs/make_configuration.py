@@ -17,8 +17,8 @@ Generated from `distill/config.py` by `python docs/make_configuration.py`; a tes
 A job is composed by Hydra from `conf/job.yaml`, the groups below and your overrides: `group=choice` picks a file,
 `setting=value` changes one value, `+teacher.options.NAME=VALUE` adds an argument of the architecture.
 
-`run=DIR` starts from the configuration of the run in that directory instead (all but its `stage`) and goes on with that
-run, or prints it where it is finished. Single settings may follow, groups may not.
+`run=DIR` starts from the configuration of the run in that directory instead (all but its `stage`, and where its
+nodes met) and goes on with that run, or prints it where it is finished. Single settings may follow, groups may not.
 
 """
 

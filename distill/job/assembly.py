@@ -16,6 +16,7 @@ from distill.files import write_bytes
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
+from distill.report.markup import show_count
 
 
 def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
@@ -32,7 +33,8 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         if batches > 0:
             recalibrate(student, (batch.images for batch in dataset.train_batches(0, batches)))
         save_network(context, "recalibrated", student)
-        context.say(f"assembled {len(weights)} student blocks; batch norms re-estimated on {batches} batches")
+        norms = f"batch norms re-estimated on {show_count(batches, 'batch')}"
+        context.say(f"assembled {show_count(len(weights), 'student block')}; {norms}")
         return {"seconds": time.monotonic() - start}
 
     context.lead("assemble", work)

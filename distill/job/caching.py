@@ -24,6 +24,7 @@ from distill.config import JobConfig, fingerprint, identity
 from distill.control import Control
 from distill.data import Dataset
 from distill.errors import ConfigError
+from distill.host import host_identity
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.plan import Costs, Plan, Span, boundaries_of
@@ -194,7 +195,7 @@ class Caching:
         )
         context.say(
             f"cache: recording {plan.recording_s:.1f} s and the stage {plan.predicted_makespan_s:.1f} s are predicted; "
-            f"without a cache {without.strategy} {without.predicted_makespan_s:.1f} s"
+            f"without a cache {without.label} {without.predicted_makespan_s:.1f} s"
         )
 
 
@@ -204,15 +205,15 @@ def _digest(facts: dict[str, Any]) -> str:
 
 def _hosts(control: Control) -> list[Host]:
     """Return which ranks can share memory: those on one machine that see one another's processes."""
-    own = [socket.gethostname(), os.readlink("/proc/self/ns/pid")]
+    own = [socket.gethostname(), f"{host_identity()} {os.readlink('/proc/self/ns/pid')}"]
     control.set(f"cache/host/{control.rank}", own)
     if control.rank == 0:
         ranks = range(control.world_size)
         control.set("cache/hosts", [control.wait(f"cache/host/{r}", peer=r, purpose="host") for r in ranks])
     found = control.wait("cache/hosts", peer=0, purpose="hosts of all ranks")
     groups: dict[tuple[str, str], list[int]] = {}
-    for rank, (name, namespace) in enumerate(found):
-        groups.setdefault((name, namespace), []).append(rank)
+    for rank, (name, memory) in enumerate(found):
+        groups.setdefault((name, memory), []).append(rank)
     names = [name for name, _ in groups]
     return [
         Host(name if names.count(name) == 1 else f"{name}-{number}", ranks)

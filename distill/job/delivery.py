@@ -30,6 +30,7 @@ from distill.job.materials import Blocks, architecture_of
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report
+from distill.report.markup import show_count
 from distill.rundir import RunDirectory
 from distill.transport import wire_backend
 
@@ -54,7 +55,7 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
             context.scalars.add("epochs/finetune_loss", loss, epoch)
         context.say(f"finetune: epoch {epoch} of {options.epochs}, loss {loss:.4f}, {seconds:.1f} s")
 
-    context.say(f"finetune: {options.epochs} epochs over {context.world_size} ranks")
+    context.say(f"finetune: {show_count(options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}")
     fit(
         student,
         dataset,

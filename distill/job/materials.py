@@ -23,6 +23,7 @@ from distill.files import write_bytes
 from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.recipes import RECIPES, Recipe
+from distill.report.markup import show_count
 from distill.teachers import build_architecture, load_backbone, load_teacher_weights
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def train_teacher(context: Context, dataset: Dataset, teacher: nn.Module) -> Non
 def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict[str, Any]:
     options = context.config.teacher.fit
     epochs = context.config.teacher.fit_epochs
-    context.say(f"teacher: training {context.config.teacher.name} for {epochs} epochs on {dataset.num_train} images")
+    times, images = show_count(epochs, "epoch"), dataset.num_train
+    context.say(f"teacher: training {context.config.teacher.name} for {times} on {images} images")
     course: list[dict[str, float]] = []
 
     def report(epoch: int, loss: float, seconds: float) -> None:

@@ -15,11 +15,11 @@ import torch
 from distill.control import Control, PeerLostError
 from distill.counters import open_counters
 from distill.energy import describe, summarize
+from distill.host import BOOT_ID
 from distill.meter import Meter, Place, by_host
 
 log = logging.getLogger(__name__)
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers and network namespaces of a machine
 FOLLOW_S = 0.5  # how late another host's reader may notice a new stage
 
 Watcher = Callable[[str], AbstractContextManager[None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from distill.checkpoint import CheckpointFolder, block_name
 from distill.choices import Cost, Stop, Strategy
 from distill.config import JobConfig
 from distill.cost import (
-    SENDER_S_PER_BYTE,
     BlockCosts,
     average,
     calibrated,
@@ -28,9 +27,9 @@ from distill.errors import ConfigError
 from distill.files import write_json, write_text
 from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
+from distill.job.links import find_network
 from distill.job.materials import Blocks
 from distill.ledger import Ledger
-from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
@@ -100,6 +99,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
     sample = dataset.train_batch(0).images
     flops = flop_costs(blocks.chain, trainers.fresh, sample) if context.leads else None
     measured = _measure(context, blocks, trainers, sample) if context.config.plan.cost is Cost.measured else None
+    network = find_network(context)
     if context.leads:
         assert flops is not None
         seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
@@ -107,7 +107,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
-        costs = _planning_costs(context, blocks, seconds, speeds, sizes)
+        costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
         plans = rank_plans(names, costs, spans, context.world_size)
         _show_ranking(context, plans)
         plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])
@@ -162,8 +162,7 @@ def _planning_costs(
 ) -> Costs:
     scale = students_dtype(context.config).itemsize / torch.float32.itemsize
     sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
-    wire = Link(sender_s_per_byte=SENDER_S_PER_BYTE if context.device.type == "cpu" else 0.0)
-    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, Network(within=wire, between=wire))
+    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
 
 
 def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
@@ -174,7 +173,12 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "flops": asdict(flops),
         "boundary_bytes": costs.boundary_bytes,
         "student_bytes": costs.student_bytes,
-        "sender_s_per_byte": costs.network.within.sender_s_per_byte,
+        "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
+        "network": {
+            "within": costs.network.within.facts(),
+            "between": costs.network.between.facts(),
+            "hosts": costs.network.hosts,
+        },
     }
 
 
@@ -184,8 +188,7 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        teaches = plan.strategy not in ("broadcast", "cached") or (rank == 0 and plan.strategy == "broadcast")
-        role = "teacher and students" if teaches and plan.has_work(rank) else "students"
+        role = "teacher and students" if plan.teaches(rank) else "students"
         context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
     context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]

@@ -56,6 +56,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
             checks=checks,
             wire_dtype=students_dtype(config),
             wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+            shared_memory=config.plan.shared_memory,
             device=context.device,
             window=config.plan.window,
             timeout_s=config.plan.timeout_s,

@@ -11,15 +11,16 @@ from typing import Any
 
 from rich.table import Table
 
+from distill.energy import job_joules
 from distill.files import write_text
-from distill.report.energy import show_joules, total_joules
-from distill.report.markup import Markup, finite, join, section, show, show_seconds, show_short, table, tag
+from distill.report.energy import show_joules
+from distill.report.markup import Markup, finite, join, section, show, show_count, show_seconds, show_short, table, tag
 from distill.report.page import document
 from distill.report.plot import Axis, chart, point
 from distill.report.run import NoRunError, Run
 
-HEADINGS = ("run", "what differs", "state", "ranks", "top-1", "to teacher", "parameters", "FLOP", "distill",
-            "all stages", "images/s", "speed-up", "energy")  # fmt: skip
+# What a speed-up is over, in the lines of its heading.
+SAME_JOB, ANY_JOB = "over\nthe fewest ranks\nof the same job", "over\nthe slowest run"
 WORDS = (0, 1, 2)  # columns that are not numbers
 NOT_TOLD = ("run.", "launch.", "checkpoint.", "distill.log_every", "plan.timeout_s")
 MOST_DIFFERENCES = 6
@@ -60,7 +61,7 @@ class Line:
         a, b = self.teacher("top1"), self.student("top1")
         distill: dict[str, Any] = self.run.part("distill") if self.run is not None else {}
         stages = self.run.stage_seconds if self.run is not None else {}
-        joules = total_joules(self.run.energy) if self.run is not None else None
+        joules = job_joules(self.run.energy) if self.run is not None else None
         return (
             f"{self.number} {self.name}",
             self.differs or "-",
@@ -81,9 +82,8 @@ class Line:
 def comparison_table(run_dirs: Sequence[Path]) -> Table:
     """Return one row a run, in the given order; a run that failed or is missing says so."""
     found, base = _lines(run_dirs)
-    title = f"{len(found)} runs; speed-up {base}" if base else f"{len(found)} runs"
-    result = Table(title=title, title_justify="left", box=None)
-    for column, heading in enumerate(HEADINGS):
+    result = Table(title=show_count(len(found), "run"), title_justify="left", box=None)
+    for column, heading in enumerate(_headings(base)):
         result.add_column(heading, justify="left" if column in WORDS else "right", overflow="fold")
     for line in found:
         result.add_row(*line.cells())
@@ -94,26 +94,31 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     """Draw the page that compares these runs; return `path`."""
     found, base = _lines(run_dirs)
     finished = sum(line.run is not None and line.run.finished for line in found)
-    title = f"{len(found)} runs compared"
+    title = f"{show_count(len(found), 'run')} compared"
     heading = join(tag("h1", title), tag("p", _best(found) or "No run has a student yet.", class_="lead"))
     rows = [_linked(line, path) for line in found]
-    note = f"{finished} of {len(found)} runs are finished. " + (
-        f"Speed-up of the distill stage {base}." if base else ""
-    )
+    note = f"{finished} of {show_count(len(found), 'run')} finished."
     write_text(
         path,
         document(
             title,
             heading,
-            section("Runs", table(HEADINGS, rows, text=WORDS, long=1), note=note),
+            section("Runs", table(_headings(base), rows, text=WORDS, long=1), note=note),
             section("Accuracy against its price", tag("div", *_scatters(found), class_="pair"),
                     note="Numbers are those of the table; rings are the teachers."),
-            section("Speed-up against ranks", _speed_ups(found),
-                    note=f"{base.capitalize()}. The dashed line is ideal."),
+            section("Speed-up against ranks", _speed_ups(found) if base == SAME_JOB else Markup(),
+                    note="Of the distill stage, as in the table. The dashed line is ideal; it is there where all jobs "
+                         "start from as many ranks."),
             broad=True,
         ),
     )  # fmt: skip
     return path
+
+
+def _headings(base: str) -> tuple[str, ...]:
+    """Return the headings of Line.cells()."""
+    return ("run", "what differs", "state", "ranks", "top-1", "to\nteacher", "parameters", "FLOP", "distill",
+            "all\nstages", "images/s", f"speed-up {base}".strip(), "energy")  # fmt: skip
 
 
 def _lines(run_dirs: Sequence[Path]) -> tuple[list[Line], str]:
@@ -144,21 +149,20 @@ def _tell_differences(lines: Iterable[Line]) -> None:
 
 def _set_speed_ups(lines: Sequence[Line]) -> str:
     """Give every run its speed-up over the fewest ranks that computed the same (the same fingerprint); where no two
-    did, over the slowest run of all. Returns those words."""
+    did, over the slowest run of all. Returns which of the two, in words, or "" where there is none."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         if line.run is not None and line.seconds:
             groups[str(line.run.metrics.get("fingerprint") or line.name)].append(line)
     alike = [group for group in groups.values() if len(group) > 1]
     measured = [line for group in groups.values() for line in group]
+    words = SAME_JOB if alike else ANY_JOB
     if not alike and len(measured) > 1:
-        alike, words = [measured], "over the slowest run"
-    else:
-        words = "over the fewest ranks of the same job"
+        alike = [measured]
     for group in alike:
         slowest = max(group, key=lambda line: line.seconds or 0.0)
         fewest = min(group, key=lambda line: (line.ranks or 1, -(line.seconds or 0.0)))
-        base = slowest if words.endswith("slowest run") else fewest
+        base = fewest if words == SAME_JOB else slowest
         for line in group:
             line.speed_up = (base.seconds or 0.0) / (line.seconds or 1.0)
     return words if alike else ""
@@ -220,7 +224,7 @@ def _scatter(
             ", ".join(str(students[m][2].number) for m in near) if near[0] == n else ""
         )  # one label for what overlaps
         dots.append(point(*places[n], kind="run", title=words, text=text))
-    label = f"top-1 accuracy against {name} of {len(students)} runs"
+    label = f"top-1 accuracy against {name} of {show_count(len(students), 'run')}"
     drawing = chart(join(*dots), x_axis, y_axis, label=label, x_title=x_title, y_title="top-1 accuracy, %")
     return tag("figure", tag("figcaption", tag("b", f"Accuracy against {name}")), drawing)
 
@@ -231,14 +235,16 @@ def _speed_ups(lines: Sequence[Line]) -> Markup:
         return Markup()
     most = max(ranks for ranks, _, _ in known)
     x, y = Axis.around([most], zero=True, whole=True), Axis.around([max(up for _, up, _ in known), 1.0], zero=True)
-    base = min(ranks for ranks, _, _ in known)
-    reach = min(x.high, y.high * base)
-    ideal = (f'<line class="ideal" x1="0" y1="100%" x2="{100 * x.at(reach):.2f}%" '
-             f'y2="{100 * (1 - y.at(reach / base)):.2f}%"/>')  # fmt: skip
+    ideal = ""
+    if len(bases := {ranks for ranks, up, _ in known if up == 1.0}) == 1:
+        base = bases.pop()
+        reach = min(x.high, y.high * base)
+        ideal = (f'<line class="ideal" x1="0" y1="100%" x2="{100 * x.at(reach):.2f}%" '
+                 f'y2="{100 * (1 - y.at(reach / base)):.2f}%"/>')  # fmt: skip
     dots = [
-        point(x.at(ranks), y.at(up), kind="run", title=f"{line.number} {line.name}: {up:.2f}x on {ranks} ranks",
-              text=str(line.number))
+        point(x.at(ranks), y.at(up), kind="run", text=str(line.number),
+              title=f"{line.number} {line.name}: {up:.2f}x on {show_count(ranks, 'rank')}")
         for ranks, up, line in known
     ]  # fmt: skip
-    label = f"speed-up against ranks of {len(known)} runs, at most {max(up for _, up, _ in known):.2f}"
+    label = f"speed-up against ranks of {show_count(len(known), 'run')}, at most {max(up for _, up, _ in known):.2f}"
     return chart(join(Markup(ideal), *dots), x, y, label=label, x_title="ranks", y_title="speed-up", kind="wide")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill.report.markup import Markup, finite, folded, join, show, tag
+from distill.report.markup import Markup, finite, folded, join, show, show_count, tag
 from distill.report.plot import Axis, chart, curve, stretched, tick_label
 from distill.report.run import BlockState, Run
 
@@ -25,8 +25,9 @@ def block_courses(run: Run) -> Markup:
     lines = []
     for n, block in enumerate(blocks):
         path = curve(block.course, x, y, most=most)
-        lines.append(f'<path id="c{n}" class="line" style="--p:{_place(n, len(blocks))}" d="{path}"/>')
-    label = f"relative error by step of {len(blocks)} blocks, from {tick_label(y.high)} down to {tick_label(y.low)}"
+        lines.append(f'<path id="c{n}" class="line" style="{_colour(n, len(blocks))}" d="{path}"/>')
+    fall = f"from {tick_label(y.high)} down to {tick_label(y.low)}"
+    label = f"relative error by step of {show_count(len(blocks), 'block')}, {fall}"
     y_title = "relative error of the block's output, logarithmic"
     overview = chart(stretched("".join(lines)), x, y, x_title="step", y_title=y_title, label=label, kind="wide")
     small = [_small(n, block, x, y) for n, block in enumerate(blocks)]
@@ -40,29 +41,28 @@ def _drawable(block: BlockState) -> bool:
     return any(error > 0 and finite(error) is not None for _, error in block.course)
 
 
-def _place(index: int, number: int) -> str:
-    """Where a block lies between the first and the last, for its colour."""
-    return f"{100 * index / max(1, number - 1):.0f}%"
+def _colour(index: int, number: int) -> str:
+    """Say for the style sheet where a block lies between the first and the last; where each has its own entry in the
+    legend, every other one is nearer to the ink, so that neighbours differ in more than their hue."""
+    shade = ";--share:var(--shade)" if index % 2 and number <= MOST_NAMED else ""
+    return f"--p:{100 * index / max(1, number - 1):.0f}%{shade}"
 
 
 def _key(blocks: Sequence[BlockState]) -> Markup:
     if len(blocks) > MOST_NAMED:
         return tag("p", blocks[0].name, tag("i", class_="ramp"), blocks[-1].name, class_="legend ramped")
     items = [
-        tag("li", tag("i", class_="line", style=f"--p:{_place(n, len(blocks))}"), block.name)
-        for n, block in enumerate(blocks)
+        tag("li", tag("i", class_="line", style=_colour(n, len(blocks))), block.name) for n, block in enumerate(blocks)
     ]
     return tag("ul", *items, class_="legend")
 
 
 def _small(index: int, block: BlockState, x: Axis, y: Axis) -> Markup:
     use = f'<use href="#c{index}"/>'
-    label = (
-        f"{block.name}: {show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}, {block.steps} steps"
-    )
+    change = f"{show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}"
+    label = f"{block.name}: {change}, {show_count(block.steps, 'step')}"
     drawing = chart(stretched(use), x, y, label=label, x_title="", y_title="", ticks=(3, 4))
     bad = "" if block.status in ("finished", "training") else f" {block.status}"
-    change = f"{show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}"
     caption = tag("figcaption", tag("b", block.name), f" {change}", tag("strong", bad) if bad else Markup())
     return tag("figure", caption, drawing)
 
@@ -91,7 +91,7 @@ def _fit(run: Run, stage: str, title: str) -> Markup:
         for e, v in epochs[:200]
     )
     line = stretched(f'<path class="line solo" d="{curve(epochs, x, y)}"/>')
-    label = f"{title}: loss from {epochs[0][1]:.3g} to {epochs[-1][1]:.3g} in {len(epochs)} epochs"
+    label = f"{title}: loss from {epochs[0][1]:.3g} to {epochs[-1][1]:.3g} in {show_count(len(epochs), 'epoch')}"
     drawing = chart(join(line, Markup(dots)), x, y, label=label, x_title="epoch", y_title="loss, mean of the epoch")
     words = f" {epochs[0][1]:.3g} to {epochs[-1][1]:.3g}"
     return tag("figure", tag("figcaption", tag("b", title), words), drawing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distill.energy import job_joules, joules_per_image
 from distill.report.markup import Markup, finite, join, show, table, tag
 from distill.report.plot import bar, legend
 from distill.report.run import STAGES, Run
@@ -26,21 +27,6 @@ def energy_section(run: Run) -> Markup:
     return join(*parts, *notes, _by_stage(stages), _by_rank(stages), _by_device(energy))
 
 
-def total_joules(energy: Mapping[str, Any]) -> float | None:
-    """Return the joules of all stages that were measured, idle devices left out; None where none was."""
-    stages = energy.get("stages")
-    found = [finite(stage.get("joules")) for stage in (stages or {}).values() if isinstance(stage, dict)]
-    known = [joules for joules in found if joules is not None]
-    return sum(known) if known else None
-
-
-def image_joules(run: Run) -> float | None:
-    """Return the joules of the distill stage for each image that its blocks were trained on."""
-    joules = finite(((run.energy.get("stages") or {}).get("distill") or {}).get("joules"))
-    images = finite(run.energy.get("images"))
-    return joules / images if joules is not None and images else None
-
-
 def show_joules(value: Any) -> str:
     """Return joules as text; "not measured" where there is no reading."""
     number = finite(value)
@@ -50,8 +36,8 @@ def show_joules(value: Any) -> str:
 
 
 def _sum(run: Run, measured: Mapping[str, Any]) -> str:
-    text = f"{show_joules(total_joules(run.energy))} in the measured stages ({', '.join(measured)})"
-    each = image_joules(run)
+    text = f"{show_joules(job_joules(run.energy))} in the measured stages ({', '.join(measured)})"
+    each = joules_per_image(run.energy, finite(run.energy.get("images")))["distill"]
     return text + (f", {show(1000 * each, '{:.3g}')} mJ an image of the distill stage." if each is not None else ".")
 
 

@@ -8,8 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.report.energy import show_joules, total_joules
-from distill.report.markup import Markup, finite, folded, join, section, show, show_seconds, show_short, table, tag
+from distill.energy import job_joules
+from distill.report.energy import show_joules
+from distill.report.markup import (
+    Markup,
+    finite,
+    folded,
+    join,
+    section,
+    show,
+    show_count,
+    show_seconds,
+    show_short,
+    table,
+    tag,
+)
 from distill.report.plot import bar
 from distill.report.run import STAGES, Run
 
@@ -38,7 +51,7 @@ def _some(names: list[str]) -> str:
 def _sentence(run: Run) -> str:
     if not run.finished:
         done = sum(block.entry is not None for block in run.blocks)
-        blocks = f"{done} of {len(run.blocks)} blocks are finished. " if run.blocks else ""
+        blocks = f"{done} of {show_count(len(run.blocks), 'block')} finished. " if run.blocks else ""
         stages = ", ".join(stage for stage in STAGES if run.done(stage)) or "none"
         sign = run.last_sign_s
         last = (
@@ -48,12 +61,12 @@ def _sentence(run: Run) -> str:
     teacher, student = run.metrics["teacher"], run.metrics["student"]
     size, work = (_ratio(student.get(key), teacher.get(key)) for key in ("params", "flops"))
     seconds, ranks = run.part("distill").get("seconds"), run.world_size
-    where = f" on {ranks} rank{'s' if ranks != 1 else ''}" if ranks else ""
+    where = f" on {show_count(ranks, 'rank')}" if ranks else ""
     return (
         f"The student reaches {show(student.get('top1'))} % top-1 where its teacher has {show(teacher.get('top1'))} %, "
         f"with {show(_percent(size), '{:.1f}')} % of the parameters and {show(_percent(work), '{:.1f}')} % of the "
         f"FLOPs. "
-        f"Its {len(run.blocks)} blocks were distilled in {show_seconds(seconds)}{where}."
+        f"Distilling {show_count(len(run.blocks), 'block')} took {show_seconds(seconds)}{where}."
     )
 
 
@@ -73,7 +86,7 @@ def _tiles(run: Run) -> list[Markup]:
               f"predicted {show_seconds(distill.get('makespan_predicted_s'))}",
               f"{show_short(distill.get('images_per_second'))} images/s"),
     ]  # fmt: skip
-    joules = total_joules(run.energy)
+    joules = job_joules(run.energy)
     if joules is not None:
         tiles.append(_tile("energy", show_joules(joules), "measured stages", ""))
     return tiles
@@ -99,7 +112,7 @@ def _progress_tiles(run: Run) -> list[Markup]:
         _tile(
             "steps done", f"{100 * steps / budget:.0f} %" if budget else "-", f"{steps:,} of {budget:,}, all blocks", ""
         ),
-        _tile("attempt", str(run.attempts), f"on {run.world_size or '-'} ranks", ""),
+        _tile("attempt", str(run.attempts), f"on {show_count(run.world_size, 'rank')}" if run.world_size else "-", ""),
         _tile("plan", show_seconds(predicted), "predicted for what this attempt had to do", ""),
     ]
 
@@ -164,7 +177,8 @@ def what_stopped(run: Run) -> Markup:
     last = [join(tag("h3", name), tag("pre", "\n".join(lines), tabindex=0)) for name, lines in run.last_lines if lines]
     blocks = [
         (b.name, str(b.rank if b.rank is not None else "-"), b.status,
-         bar([(b.steps, "student")], whole=b.budget or max(b.steps, 1), label=f"{b.name}: {b.steps} steps"),
+         bar([(b.steps, "student")], whole=b.budget or max(b.steps, 1),
+             label=f"{b.name}: {show_count(b.steps, 'step')}"),
          f"{b.steps} of {b.budget}" if b.budget else str(b.steps), show(b.last_error, "{:.4f}"))
         for b in run.blocks
     ]  # fmt: skip
@@ -180,15 +194,20 @@ def what_stopped(run: Run) -> Markup:
 
 
 def go_on_command(run: Run) -> str:
-    """Return a command for one node that starts from resolved.yaml and goes on in this run directory."""
+    """Return a command for one node that goes on in this run directory with the run's own configuration."""
     where = run.path.resolve()
-    given = run.settings.get("run.dir")
-    steps_up = 3 if given is None else len(Path(str(given)).parts)  # outputs/NAME/FINGERPRINT, or what run.dir said
+    given = Path(str(run.settings.get("run.dir") or where.relative_to(_above(where, 3))))  # outputs/NAME/FINGERPRINT
     lines = []
-    if given is None or not Path(str(given)).is_absolute():
-        base = where.parents[steps_up - 1] if len(where.parents) >= steps_up else where
-        lines.append(f"cd {shlex.quote(str(base))}")
-    ranks = run.settings.get("launch.nproc_per_node", run.world_size or 1)
-    record = shlex.quote(str(where / "resolved.yaml"))
-    lines.append(f"DISTILL_RESOLVED={record} torchrun --nproc-per-node={ranks} -m distill")
+    if given.is_absolute() or ".." in given.parts:  # where it was started is not known
+        given = where
+    else:
+        lines.append(f"cd {shlex.quote(str(_above(where, len(given.parts))))}")
+    stage = run.settings.get("stage", "all")
+    words = ["python", "-m", "distill", f"run={given}", *([f"stage={stage}"] if stage != "all" else [])]
+    words.append(f"launch.nproc_per_node={run.settings.get('launch.nproc_per_node', run.world_size or 1)}")
+    lines.append(shlex.join(words))
     return "\n".join(lines)
+
+
+def _above(path: Path, steps: int) -> Path:
+    return (path, *path.parents)[min(steps, len(path.parents))]

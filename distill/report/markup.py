@@ -90,6 +90,12 @@ def show(value: Any, form: str = "{:,.2f}") -> str:
     return "not finite" if number is None else form.format(number)
 
 
+def show_count(number: int, noun: str) -> str:
+    """Return a number of things: 1 epoch, 2 epochs, 3 batches."""
+    plural = noun + ("es" if noun.endswith("tch") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def show_seconds(value: Any) -> str:
     """Return seconds as a person would say them."""
     number = finite(value)

@@ -5,12 +5,14 @@ STYLE = """
   --paper: #ffffff; --card: #f5f6f8; --ink: #1a1d21; --soft: #565d67; --line: #d9dde3; --grid: #e6e9ed;
   --good: #0b6b3a; --bad: #b3261e; --open: #8a5200; --accent: #1f5fa8;
   --teacher: #2f6fb5; --student: #2f9e6e; --wait: #e6a11c; --idle: #dde1e6; --send: #a05bb5; --receive: #4fb3d9;
-  --ledger: #c8553d; --predicted: #9aa3ae; --c0: #16a085; --c1: #7d3cc8; }
+  --ledger: #c8553d; --predicted: #9aa3ae; --c0: oklch(62% .16 40); --c1: oklch(62% .16 330);
+  --shade: 70%; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #131619; --card: #1c2024; --ink: #e8eaed; --soft: #a5adb7; --line: #363c43; --grid: #282d33;
   --good: #6fd39c; --bad: #ff8f85; --open: #f0b45c; --accent: #8bbcf2;
   --teacher: #5b9be0; --student: #45bd8a; --wait: #e8b04a; --idle: #343a41; --send: #c083d4; --receive: #6cc6ea;
-  --ledger: #e37b64; --predicted: #7c8590; --c0: #35d0ae; --c1: #b58cf5; } }
+  --ledger: #e37b64; --predicted: #7c8590; --c0: oklch(68% .16 40); --c1: oklch(68% .16 330);
+  --shade: 60%; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
@@ -44,10 +46,13 @@ p { margin: .4rem 0; } .lead { font-size: 1.08rem; max-width: 56rem; margin: .7r
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; min-width: min(100%, 26rem); }
 th, td { padding: .28rem 1.1rem .28rem 0; text-align: right; border-bottom: 1px solid var(--grid);
   white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } .word { text-align: left; } td:first-child { font-weight: 500; }
+th { color: var(--soft); font-weight: 600; white-space: pre; vertical-align: bottom; }
+.word { text-align: left; } td:first-child { font-weight: 500; }
 td.word { white-space: normal; min-width: 8.5rem; overflow-wrap: anywhere; }
 td.long { min-width: 15rem; overflow-wrap: normal; }
-@media (min-width: 40rem) { td.word:first-child { white-space: nowrap; } }
+@media (min-width: 40rem) { td.word:first-child { white-space: nowrap; }
+  .broad th:first-child, .broad td:first-child { position: sticky; left: 0; background: var(--paper); }
+  .broad table { font-size: .88rem; } .broad th, .broad td { padding-right: .9rem; } }
 @media (max-width: 40rem) { table { font-size: .84rem; } th, td { padding-right: .7rem; }
   td.word { min-width: 6.4rem; } }
 a { color: var(--accent); }
@@ -66,10 +71,12 @@ figcaption strong { color: var(--bad); }
   font-size: .88rem; color: var(--soft); }
 .legend li { display: flex; align-items: center; gap: .4rem; }
 .legend i { width: .85rem; height: .85rem; border-radius: 2px; flex: none; background: currentColor; }
-.legend i.line { height: 3px; background: color-mix(in oklch, var(--c1) var(--p), var(--c0)); }
+.legend i.line { height: 3px; background: var(--own); }
+.line { --hue: color-mix(in oklch longer hue, var(--c1) var(--p), var(--c0));
+  --own: color-mix(in oklab, var(--hue) var(--share, 100%), var(--ink)); }
 .legend i.unrecorded { background: none; border: 1px dashed var(--soft); }
 .legend.ramped { align-items: center; } .legend i.ramp { width: 9rem; height: 4px;
-  background: linear-gradient(to right in oklch, var(--c0), var(--c1)); }
+  background: linear-gradient(to right in oklch longer hue, var(--c0), var(--c1)); }
 .chart { padding: 0 .9rem 0 4.2rem; margin: .3rem 0 0; }
 .chart .ytitle { margin-left: -4.2rem; font-size: .8rem; color: var(--soft); min-height: .6rem;
   padding-bottom: .45rem; }
@@ -83,8 +90,7 @@ svg text.small { font-size: 11px; } svg text.mark { fill: var(--ink); }
 svg .grid { stroke: var(--grid); } svg .axis, svg .tick { stroke: var(--soft); stroke-opacity: .6; }
 svg.marks { overflow: hidden; width: 100%; } .chart svg.marks * { vector-effect: non-scaling-stroke; }
 path.line { fill: none; vector-effect: non-scaling-stroke;
-  stroke: color-mix(in oklch, var(--c1) var(--p), var(--c0)); stroke-width: 1.6;
-  stroke-linejoin: round; }
+  stroke: var(--own); stroke-width: 1.6; stroke-linejoin: round; }
 path.solo { stroke: var(--accent); } .dot { fill: var(--accent); }
 svg.bar { display: block; width: 100%; min-width: 9rem; height: 14px; border-radius: 3px; }
 .two svg.bar { height: 7px; } .two svg.bar + svg.bar { margin-top: 1px; }

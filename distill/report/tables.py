@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from distill.plan import Plan
-from distill.report.markup import finite, show
+from distill.report.markup import finite, show, show_count
 
 
 class PerBlock(Protocol):
@@ -27,9 +27,21 @@ def plan_table(
     """Return who trains what, with both costs of every block side by side: seconds and counted FLOPs."""
     owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
     spans = {span.block: span for span in plan.spans}
-    table = Table(title=f"plan: {plan.strategy} on {plan.world_size} ranks", title_justify="left", box=None)
-    for heading in ("block", "rank", "steps", "teacher ms", "student ms", "teacher MFLOP", "student MFLOP", "input MB"):
-        table.add_column(heading, justify="left" if heading == "block" else "right")
+    table = Table(
+        title=f"plan: {plan.strategy} on {show_count(plan.world_size, 'rank')}", title_justify="left", box=None
+    )
+    # Headings of two lines leave 80 columns enough for a block's name.
+    for heading in (
+        "block",
+        "rank",
+        "steps",
+        "teacher\nms",
+        "student\nms",
+        "teacher\nMFLOP",
+        "student\nMFLOP",
+        "input\nMB",
+    ):
+        table.add_column(heading, justify="left" if heading == "block" else "right", overflow="fold")
     for block, name in enumerate(names):
         trained = block in spans
         table.add_row(

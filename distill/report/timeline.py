@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from distill.report.markup import Markup, escape, join, show_seconds, table, tag
+from distill.report.markup import Markup, escape, join, show_count, show_seconds, table, tag
 from distill.report.plot import SPAN, Axis, bar, legend, stretched, tick_label
 from distill.report.run import Run
 from distill.trace import RankTrace, TimeSpan
@@ -97,7 +97,9 @@ def _whole(ranks: Sequence[RankTimes], start: float, end: float) -> Markup:
         )
         lanes.append((f"rank {rank.rank}", height, content, (cells, 100)))
     return _lanes(
-        lanes, Axis(0.0, end - start), f"share of time by kind of {len(ranks)} ranks over {end - start:.3g} s"
+        lanes,
+        Axis(0.0, end - start),
+        f"share of time by kind of {show_count(len(ranks), 'rank')} over {end - start:.3g} s",
     )
 
 
@@ -190,7 +192,9 @@ def _close_up(title: str, ranks: Sequence[RankTimes], origin: float, low: float,
             extra = [span for span in rank.background if span.kind == kind and _inside(span, low, high)]
             if extra:
                 lanes.append((kind, 9, _plain(extra, low, high), (SPAN, 1)))
-    drawing = _lanes(lanes, Axis(low - origin, high - origin), f"{title.lower()} of {len(ranks)} ranks, span by span")
+    drawing = _lanes(
+        lanes, Axis(low - origin, high - origin), f"{title.lower()} of {show_count(len(ranks), 'rank')}, span by span"
+    )
     return tag("figure", tag("figcaption", tag("b", title), f" {show_seconds(high - low)}, span by span"), drawing)
 
 

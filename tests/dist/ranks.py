@@ -103,6 +103,7 @@ class Toy:
     strategy: str = "broadcast"
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
+    shared_memory: bool = True
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
     patience: int = 0
@@ -159,6 +160,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             checks=toy.checks,
             wire_dtype=toy.wire_dtype,
             wire_backend="gloo",
+            shared_memory=toy.shared_memory,
             device=torch.device("cpu"),
             window=toy.window,
             timeout_s=TIMEOUT_S,
@@ -194,7 +196,9 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
             checkpoint = checkpoints.load(block_name(block))
             if block not in ledger.entries:
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
-        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * len(toy.owners), _starts(toy))
+        ranks = len(toy.owners)
+        groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else ()
+        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy), groups=groups)
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
 

@@ -16,8 +16,11 @@ from torch.multiprocessing import ProcessContext, ProcessExitedException, Proces
 from distill.blocks import Boundary
 from distill.control import LeaderFailedError, PeerLostError
 from distill.protocol import Address
+from distill.receiver import BoundaryReceiver
+from distill.sender import BoundarySender
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, BoundarySender, Edge, TransportError, Wire
+from distill.transport import Edge, TransportError
+from distill.wire import Wire
 from tests.dist.ranks import Toy, connect, run_ranks, run_toy, toy_rank
 
 

@@ -20,6 +20,13 @@ SMALL = (
     "assemble.batchnorm_batches=2",
     "launch.threads_per_rank=1",
 )
+ONE_BLOCK = (  # after SMALL: long enough to be stopped in
+    "blocks.include=[layer3.2]",
+    "distill.steps=400",
+    "checkpoint.every=10",
+    "finetune.epochs=0",
+    "plan.cost=flops",
+)
 LIMIT_S = 240
 
 

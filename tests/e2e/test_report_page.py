@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from distill.checkpoint import CheckpointFolder, block_name
 from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, SMALL, environment
 from tests.run_directories import energy, huge, metrics, planned, run_directory, traced
@@ -62,6 +63,26 @@ for (const e of document.querySelectorAll('main *')) {
 return found;
 """
 
+# Every block's line: its contrast with the page (WCAG 2.1 asks 3 of what is drawn), and the least distance in OKLab
+# to another one of the same legend (0.02 is just noticeable).
+LINES = """
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+function linear(colour) { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255).map(
+    v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }
+const luminance = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
+const dot = (m, v) => m.map(row => row.reduce((sum, x, i) => sum + x * v[i], 0));
+const oklab = c => dot([[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059], [0.0259, 0.78277, -0.80868]],
+  dot([[0.41222, 0.53633, 0.05145], [0.2119, 0.6807, 0.1074], [0.0883, 0.28172, 0.62998]], c).map(Math.cbrt));
+const paper = luminance(linear(getComputedStyle(document.body).backgroundColor));
+const lines = [...document.querySelectorAll('.wide path.line')].map(e => linear(getComputedStyle(e).stroke));
+const named = [...document.querySelectorAll('.legend i.line')].map(e => linear(getComputedStyle(e).backgroundColor));
+const apart = (a, b) => Math.hypot(...oklab(a).map((v, i) => v - oklab(b)[i]));
+return {contrast: lines.map(luminance).map(l => (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05)),
+  apart: lines.flatMap((a, i) => lines.slice(i + 1).map(b => apart(a, b))),
+  astray: lines.map((line, i) => apart(line, named[i]))};
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -88,7 +109,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **quiet)
     try:
         deadline = time.monotonic() + LIMIT_S
-        while not list(cwd.glob("outputs/stopped/*/checkpoints/*.safetensors")):
+        while not list(cwd.glob("outputs/stopped/*/checkpoints/[0-9]*.safetensors")):
             assert process.poll() is None, "the run ended before it was stopped"
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -162,6 +183,17 @@ def test_words_are_legible_in_light_and_dark(browser: Any, pages: dict[str, Path
 
 
 @needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_blocks_are_told_apart_by_their_colours(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    show(browser, pages["finished"], scheme=scheme)
+    found = browser.execute_script(LINES)
+    assert len(found["contrast"]) == 9
+    assert min(found["contrast"]) >= 3
+    assert min(found["apart"]) > 0.08
+    assert max(found["astray"]) < 0.01, "the legend has other colours than the lines"
+
+
+@needs_chromium
 def test_the_page_of_a_real_run_shows_all_that_it_promises(browser: Any, pages: dict[str, Path]) -> None:
     show(browser, pages["finished"])
     labels = [drawing["label"] for drawing in browser.execute_script(DRAWINGS)]
@@ -181,25 +213,29 @@ def test_the_page_drawn_again_is_the_one_that_the_run_drew(finished: tuple[Path,
     assert page.count('<path id="c') == 9
 
 
-def test_a_stopped_run_shows_how_far_it_got_and_the_command_that_goes_on(stopped: Path) -> None:
+def test_a_stopped_run_shows_how_far_it_got(stopped: Path) -> None:
     assert report(stopped, cwd=stopped).returncode == 0
     page = (stopped / "report.html").read_text()
     assert "unfinished: distill" in page
-    assert "0 of 9 blocks are finished" in page
-    (command,) = re.findall(r"<pre[^>]*>(cd [^<]*torchrun[^<]*)</pre>", page)
-    # Its end is 100000 steps away: the same command on a copy of the record with fewer of them.
-    fewer = (
-        (stopped / "resolved.yaml").read_text().replace("steps: 100000", "steps: 4").replace(": stopped", ": goes_on")
-    )
-    record = stopped.parents[2] / "fewer.yaml"
-    record.write_text(fewer)
-    line = command.replace(str(stopped / "resolved.yaml"), str(record))
-    line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    assert "0 of 9 blocks finished" in page
+
+
+def test_the_command_of_a_stopped_run_s_page_goes_on(stopped: Path) -> None:
+    run = shutil.copytree(stopped, stopped.with_name("copy"))
+    checkpoints = CheckpointFolder(run, generation=2)
+    begun = [checkpoint for block in range(9) if (checkpoint := checkpoints.load(block_name(block)))]
+    for file in ("resolved.yaml", "identity.json"):  # its end is 100000 steps away
+        near = (run / file).read_text().replace("100000", str(20 + max(checkpoint.step for checkpoint in begun)))
+        (run / file).write_text(near)
+    assert report(run, cwd=run).returncode == 0
+    (command,) = re.findall(r"<pre[^>]*>(cd [^<]*python -m distill[^<]*)</pre>", (run / "report.html").read_text())
+    command = command.replace("python", sys.executable)
     done = subprocess.run(
-        line, shell=True, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+        command, shell=True, cwd="/", env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((stopped.parents[2] / "outputs" / "goes_on").glob("*/metrics.json"))) == 1
+    assert "(attempt 2)" in done.stdout
+    assert (run / "student.safetensors").exists()
 
 
 def test_the_commands_of_the_documentation_run(finished: tuple[Path, str], stopped: Path, tmp_path: Path) -> None:

@@ -13,15 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import LIMIT_S, SMALL, distill, environment
+from tests.e2e.command import LIMIT_S, ONE_BLOCK, SMALL, distill, environment
 
-# One block, long enough to be stopped in. Two of these four jobs cannot be composed, and the ranks of one find no file.
+# Two of these four jobs cannot be composed, and the ranks of one find no file.
 SWEEP = (
-    "blocks.include=[layer3.2]",
-    "distill.steps=400",
-    "checkpoint.every=10",
-    "finetune.epochs=0",
-    "plan.cost=flops",
+    *ONE_BLOCK,
     "run.name=swept",
     "teacher.weights=null,/nowhere.pt",
     "plan.window=3,1",

@@ -10,8 +10,11 @@ import torch
 
 from distill.blocks import Boundary
 from distill.protocol import Address
+from distill.receiver import BoundaryReceiver
+from distill.sender import BoundarySender
 from distill.trace import Trace
-from distill.transport import BoundaryReceiver, BoundarySender, Edge, Wire
+from distill.transport import Edge
+from distill.wire import Wire
 from tests.dist.ranks import connect, run_ranks
 from tests.e2e.command import distill, metrics
 

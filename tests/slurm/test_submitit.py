@@ -14,16 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import SMALL, environment
+from tests.e2e.command import ONE_BLOCK, SMALL, environment
 from tests.slurm.cluster import Cluster
 
 JOB = (
     *SMALL,
-    "blocks.include=[layer3.2]",
-    "distill.steps=400",
-    "checkpoint.every=10",
-    "finetune.epochs=0",
-    "plan.cost=flops",
+    *ONE_BLOCK,
     "run.name=swept",
     "hydra/launcher=submitit_slurm",
     "hydra.launcher.timeout_min=5",

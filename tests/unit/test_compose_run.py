@@ -43,6 +43,12 @@ def test_how_far_it_goes_is_asked_anew(run: str) -> None:
     assert compose([f"run={run}", "stage=deliver"]).stage is Stage.deliver
 
 
+def test_where_its_nodes_met_is_asked_anew(run: str, tmp_path: Path) -> None:
+    of_nodes = compose([*OF_RUN, "launch.nnodes=2", "launch.rdzv_endpoint=gone:29999", "launch.local_addr=n1"])
+    (tmp_path / "resolved.yaml").write_text(to_yaml(of_nodes))
+    assert compose([f"run={tmp_path}"]).launch == compose([f"run={run}"]).launch
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_single_settings_go_on_top_wherever_they_stand(run: str, first: bool) -> None:
     settings = ["launch.nproc_per_node=1", "data.root=/there", "+teacher.options.zero_init_residual=true"]

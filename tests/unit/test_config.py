@@ -238,6 +238,7 @@ class TestImpossibleValues:
             ),
             (lambda: named_teacher(std=[1.0]), "teacher.std: got [1.0]; expected three numbers, one a channel"),
             (lambda: schema.PlanConfig(window=1), "plan.window: got 1; expected a number >= 2"),
+            (lambda: schema.PlanConfig(link_gbit=0.0), "plan.link_gbit: got 0.0; expected a number > 0, or null"),
             (lambda: schema.PlanConfig(timeout_s=float("inf")), "plan.timeout_s: got inf; expected a number >= 1"),
             (lambda: student(rank=0), "student.rank: got 0; expected a number >= 1"),
             (

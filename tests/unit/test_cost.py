@@ -91,3 +91,13 @@ def test_a_rank_is_slow_by_the_median_over_its_blocks_and_small_differences_are_
     slow = BlockCosts((2.0, 2.0, 2.0), (4.0, 0.0, 40.0))
     assert slowness([usual, slow]) == pytest.approx((2 / 3, 4 / 3))
     assert slowness([usual, BlockCosts((1.1, 1.1, 1.1), (2.1, 0.0, 2.1))]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("groups", "transposed"), [(1, False), (4, False), (8, False), (1, True)])
+def test_the_gradients_of_a_convolution_cost_its_forward_each_also_in_groups(groups: int, transposed: bool) -> None:
+    build = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    conv = build(8, 8, 3, padding=1, groups=groups, bias=False)
+    images = torch.zeros(2, 8, 6, 6, requires_grad=True)
+    forward = count_flops(lambda: conv(images))
+    assert forward == 2 * 9 * 8 * 8 // groups * 2 * 6 * 6
+    assert count_flops(lambda: conv(images).sum().backward()) == 3 * forward

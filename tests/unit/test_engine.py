@@ -14,9 +14,9 @@ from distill.checkpoint import CheckpointFolder, block_name
 from distill.engine import distill
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
+from distill.receiver import Delivery
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
-from distill.transport import Delivery
 
 BUDGET = 12
 NO_CHECKS = Checks()

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -34,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "network": set(),
     "plan": {"network"},
     "placement": {"plan"},
-    "strategies": {"placement", "plan"},
+    "ranges": set(),
+    "strategies": {"placement", "plan", "ranges"},
     "simulate": {"network", "plan", "protocol"},
     "forecast": {"errors", "files", "network", "plan", "simulate", "strategies"},
     "protocol": {"plan"},
@@ -64,19 +66,26 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "ledger": {"files"},
     "trainer": {"checkpoint", "losses"},
-    "cost": {"blocks", "trainer"},
+    "cost": {"blocks", "flops", "trainer"},
+    "flops": set(),
     # between ranks
     "control": {"errors"},
-    "transport": {"blocks", "errors", "protocol", "trace"},
+    "transport": {"errors"},
+    "wire": {"blocks", "transport"},
+    "host": set(),
+    "shared_ring": {"host", "transport"},
+    "probe": {"blocks", "protocol", "receiver", "sender", "trace", "transport", "wire"},
+    "sender": {"protocol", "shared_ring", "trace", "transport", "wire"},
+    "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "cache": {"blocks"},
     "cache_places": {"errors"},
-    "recording": {"blocks", "cache", "cache_places", "control", "data", "protocol", "trace", "transport"},
-    "stream": {"blocks", "data", "errors", "protocol", "trace", "transport"},
-    "relay": {"blocks", "data", "errors", "protocol", "stream", "trace", "transport"},
+    "recording": {"blocks", "cache", "cache_places", "control", "data", "protocol", "receiver", "trace"},
+    "stream": {"blocks", "data", "errors", "protocol", "receiver", "sender", "trace"},
+    "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
-        "blocks", "completion", "control", "data", "plan", "protocol", "recording", "relay", "stream", "trace",
-        "transport",
+        "blocks", "completion", "control", "data", "plan", "protocol", "receiver", "recording", "relay", "sender",
+        "stream", "trace", "transport", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "trace", "trainer"},
     "session": {
@@ -95,6 +104,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "network",
     "plan",
     "placement",
+    "ranges",
     "strategies",
     "simulate",
     "forecast",
@@ -107,6 +117,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "stopper",
     "submitted",
     "trace",
+    "host",
     "counters",
     "meter",
     "energy",
@@ -166,7 +177,7 @@ def test_every_allowed_arrow_is_used(name: str) -> None:
 
 def test_arrows_form_no_circle() -> None:
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("plan") < order.index("protocol") < order.index("transport") < order.index("engine")
+    assert order.index("plan") < order.index("protocol") < order.index("sender") < order.index("engine")
 
 
 def test_configuration_objects_are_seen_by_the_job_and_the_launcher_only() -> None:
@@ -198,6 +209,14 @@ def test_importing_it_does_not_import_torch(module: str) -> None:
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == "False"
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    from distill.launcher import main
+
+    assert main(["--version"]) == 0
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"distill {project['version']}\n"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

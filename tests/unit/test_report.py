@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from distill.errors import DistillError
 from distill.plan import Costs, Span
 from distill.report import plan_table, result_table, write_report
+from distill.report.headline import go_on_command
+from distill.report.run import Run
 from distill.strategies import plan_broadcast
 from tests.run_directories import EVIL, block, energy, huge, metrics, network, planned, run_directory, traced
 
@@ -84,7 +87,7 @@ class TestFinishedRun:
         words = drawn(run_directory(tmp_path, metrics())).words
         sentence = "The student reaches 88.50 % top-1 where its teacher has 90.00 %, with 25.0 % of the parameters"
         assert words.index(sentence) < words.index("Teacher against student")
-        assert "Its 3 blocks were distilled in 12.3 s on 2 ranks." in words
+        assert "Distilling 3 blocks took 12.3 s on 2 ranks." in words
         assert "4.00x smaller" in words
 
     def test_every_block_has_its_line_its_curve_and_its_ledger_entry(self, tmp_path: Path) -> None:
@@ -217,7 +220,7 @@ class TestUnfinishedRun:
     def test_it_tells_how_far_every_block_and_stage_is(self, tmp_path: Path) -> None:
         page = drawn(self.begun(tmp_path))
         assert "unfinished: distill" in page.words
-        assert "1 of 3 blocks are finished. Complete stages: teacher, plan." in page.words
+        assert "1 of 3 blocks finished. Complete stages: teacher, plan." in page.words
         assert re.search(r"layer0\.0 0 finished 200 of 200", page.words)
         assert re.search(r"layer2\.0 0 training 100 of 200", page.words)
         assert "What stopped it" not in page.sections
@@ -227,7 +230,29 @@ class TestUnfinishedRun:
         page = drawn(self.begun(tmp_path, log))
         assert "failed in stage distill" in page.words
         assert "no activation &lt;5&gt; from rank 0 Traceback" in page.words
-        assert f"DISTILL_RESOLVED={tmp_path}/resolved.yaml torchrun --nproc-per-node=2 -m distill" in page.words
+        assert f"python -m distill run={tmp_path.relative_to(tmp_path.parents[2])} " in page.words
+
+    @pytest.mark.parametrize(
+        ("given", "cwd", "run"),
+        [
+            ("null", "", "outputs/it's/0a1b"),
+            ("outputs/it's/0a1b", "", "outputs/it's/0a1b"),
+            ("0a1b", "outputs/it's", "0a1b"),
+            (".", "outputs/it's/0a1b", "."),
+            ("../0a1b", None, None),
+            ("/elsewhere/0a1b", None, None),
+        ],
+    )
+    def test_going_on_starts_where_the_run_was_started(
+        self, tmp_path: Path, given: str, cwd: str | None, run: str | None
+    ) -> None:
+        folder = self.begun(tmp_path / "outputs" / "it's" / "0a1b")
+        record = f'stage: distill\nlaunch: {{nproc_per_node: 2}}\nrun: {{dir: "{given}"}}\n'.replace('"null"', "null")
+        (folder / "resolved.yaml").write_text(record)
+        *before, command = go_on_command(Run(folder)).splitlines()
+        assert [shlex.split(line) for line in before] == ([] if cwd is None else [["cd", str(tmp_path / cwd)]])
+        words = ["python", "-m", "distill", f"run={run or folder}", "stage=distill", "launch.nproc_per_node=2"]
+        assert shlex.split(command) == words
 
     def test_an_error_of_an_earlier_attempt_is_not_what_stopped_this_one(self, tmp_path: Path) -> None:
         log = "2030-01-01 09:59:59,000 [rank 1] ERROR distill: no activation\n"
@@ -272,12 +297,12 @@ class TestTimeLine:
         run_directory(tmp_path, metrics())
         traced(tmp_path, ranks=4, steps=50, generation=1)
         page = drawn(traced(tmp_path, ranks=1, steps=50, generation=2))
-        assert "share of time by kind of 1 ranks" in page.text
+        assert "share of time by kind of 1 rank over" in page.text
 
     def test_a_rank_whose_trace_is_damaged_is_left_out(self, tmp_path: Path) -> None:
         traced(run_directory(tmp_path, metrics()), ranks=2, steps=20)
         (tmp_path / "traces" / "rank1.1.json").write_text('{"rank": 1')
-        assert "share of time by kind of 1 ranks" in drawn(tmp_path).text
+        assert "share of time by kind of 1 rank over" in drawn(tmp_path).text
 
 
 class TestEnergy:
@@ -303,6 +328,17 @@ class Costly:
 
     def __init__(self, teacher: list[float], student: list[float]) -> None:
         self.teacher, self.student = teacher, student
+
+
+def test_names_of_blocks_are_whole_on_80_columns() -> None:
+    names = ["features.2", "features.28", "layer4.2.conv2"]
+    plan = plan_broadcast(Costs((0.1,) * 3, (0.9,) * 3, (10,) * 4), [Span(block, 0, 46_890) for block in range(3)], 2)
+    costs, flops = Costly([0.1213] * 3, [1.0123] * 3), Costly([302e6] * 3, [1807e6] * 3)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(plan_table(plan, names, costs=costs, flops=flops, boundary_bytes=[100_000_000] * 4))
+    rows = console.export_text().splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == names
+    assert all(row.split()[2:] == ["0-46890", "121.3", "1012.3", "302", "1807", "100.00"] for row in rows)
 
 
 def test_plan_table_shows_both_costs_and_who_trains_what() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from distill.report import comparison_table, write_comparison
 from distill.report.command import main
-from distill.report.markup import show, show_seconds, show_short
+from distill.report.markup import show, show_count, show_seconds, show_short
 from distill.report.plot import Axis
 from tests.run_directories import EVIL, metrics, network, planned, run_directory
 
@@ -49,7 +49,7 @@ def some(tmp_path: Path) -> list[Path]:
 class TestTable:
     def test_speed_up_is_over_the_fewest_ranks_of_the_same_job(self, some: list[Path]) -> None:
         text = shown(some)
-        assert "5 runs; speed-up over the fewest ranks of the same job" in text
+        assert re.search(r"speed-up over .*\n.* the fewest ranks .*\n.* of the same job ", text)
         assert re.search(r"1 \S*/a .* 20\.0 s .* 1\.00x", text)
         assert re.search(r"2 \S*/b .* 10\.5 s .* 1\.90x", text)
         assert re.search(r"3 \S*/c .* - +not measured", text)
@@ -57,7 +57,8 @@ class TestTable:
     def test_among_different_jobs_it_is_over_the_slowest(self, tmp_path: Path) -> None:
         runs = [run(tmp_path / n, ranks=1, seconds=s, fingerprint=n) for n, s in (("a", 10.0), ("b", 40.0))]
         text = shown(runs)
-        assert "over the slowest run" in text
+        assert re.search(r"speed-up over .*\n.* the slowest run ", text)
+        assert "same job" not in text
         assert re.search(r"1 \S*/a .* 4\.00x", text)
 
     def test_failed_and_missing_runs_have_a_row_that_says_so(self, some: list[Path]) -> None:
@@ -83,6 +84,18 @@ class TestPage:
         assert page.count('class="reference"') == 2, "the teacher, against parameters and against FLOPs"
         assert '<a href="a/report.html">' in page
         assert "Most accurate: 3 (89.50 %, 400 parameters). Smallest: 1" in page
+
+    def test_different_jobs_have_no_plot_of_their_speed_up(self, tmp_path: Path) -> None:
+        runs = [run(tmp_path / str(n), ranks=n, seconds=20.0 / n, fingerprint=str(n)) for n in (1, 2)]
+        page = write_comparison(runs, tmp_path / "comparison.html").read_text()
+        assert "speed-up over\nthe slowest run</th>" in page
+        assert "Speed-up against ranks" not in page
+        assert 'class="ideal"' not in page
+
+    def test_the_ideal_line_is_drawn_where_all_start_from_as_many_ranks(self, some: list[Path], tmp_path: Path) -> None:
+        assert 'class="ideal"' in write_comparison(some, tmp_path / "comparison.html").read_text()
+        others = [run(tmp_path / f"other{n}", ranks=n, seconds=60.0 / n, fingerprint="other") for n in (2, 4)]
+        assert 'class="ideal"' not in write_comparison([*some[:2], *others], tmp_path / "comparison.html").read_text()
 
     def test_runs_that_all_failed_still_make_a_page(self, some: list[Path], tmp_path: Path) -> None:
         page = write_comparison(some[3:], tmp_path / "comparison.html").read_text()
@@ -178,3 +191,11 @@ def test_seconds_are_written_as_a_person_would_say_them(value: float | None, wor
 def test_counts_are_written_short(value: float | None, words: str) -> None:
     assert show_short(value) == words
     assert show(None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "words"),
+    [(0, "rank", "0 ranks"), (1, "epoch", "1 epoch"), (2, "epoch", "2 epochs"), (2, "batch", "2 batches")],
+)
+def test_one_of_a_thing_is_no_plural(number: int, noun: str, words: str) -> None:
+    assert show_count(number, noun) == words

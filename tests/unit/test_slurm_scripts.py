@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.compose import compose
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 NODE = {
     "SLURM_JOB_ID": "1001",
@@ -64,6 +66,21 @@ def test_the_users_own_counts_go_before_slurms(echo: str) -> None:
     assert line.endswith("OMP=4\n")
     few = started(echo, "launch.nproc_per_node=3", SLURM_CPUS_ON_NODE="2")
     assert few.endswith("OMP=1\n")
+
+
+@pytest.mark.parametrize("job", ["1", "1249", "1250", "48000017"])
+def test_the_port_is_that_of_the_slurm_launcher_and_another_for_each_restart(job: str) -> None:
+    ports = []
+    for restart in map(str, range(8)):
+        told = bash("port", SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restart).stdout.strip()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_LAUNCH_NODE_IPADDR", "n17")
+            patch.setenv("SLURM_JOB_ID", job)
+            patch.setenv("SLURM_RESTART_COUNT", restart)
+            assert compose(["launch=slurm"]).launch.rdzv_endpoint == f"n17:{told}"
+        ports.append(int(told))
+    assert len(set(ports)) == 8
+    assert 20_000 <= min(ports) <= max(ports) < 30_000  # docs/slurm.md
 
 
 def test_a_wrong_number_of_ranks_is_told(echo: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,16 +14,19 @@ from hypothesis import strategies as st
 
 from distill.network import Link, Network
 from distill.placement import Problem
-from distill.plan import Costs, Plan, Span, teacher_seconds
+from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
 from distill.strategies import (
     PLANNERS,
     layerwise_problem,
+    plan_broadcast,
     plan_layerwise,
     plan_relay,
     plan_replicate,
     plan_serial,
+    plan_teachers,
     rank_plans,
     replicate_problem,
+    teacher_ranks_needed,
 )
 
 Instance = tuple[Costs, list[Span], int]
@@ -170,3 +174,50 @@ def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
     assert plan.owners == ((0, 1), ())
     assert plan.trained_by(1) == plan.trained_by(0) == tuple(spans)
     assert plan.predicted_makespan_s == pytest.approx(10 * (1 + 2 + 2 + 2) / 2 + 0.01 * 150 * 10)
+
+
+def teacher_heavy(student_s: float = 1.0) -> tuple[Costs, list[Span]]:
+    return Costs((5.0,) * 4, (student_s,) * 4, (10,) * 5), [Span(block, 0, 12) for block in range(4)]
+
+
+def test_teacher_ranks_share_the_teacher_and_all_that_it_sends() -> None:
+    costs, spans = teacher_heavy()
+    priced = replace(costs, network=wire(0.01))
+    plan = plan_broadcast(priced, spans, 4, 2)
+    assert plan.teacher_ranks == 2
+    assert plan.label == "broadcast with 2 teacher ranks"
+    bytes_of = [12 * 10 * len(boundaries_of(owned)) for owned in plan.owners]
+    for rank, owned in enumerate(plan.owners):
+        sent = sum(size / 2 for other, size in enumerate(bytes_of) if other != rank) if rank < 2 else 0.0
+        taught = 12 * 20 / 2 if rank < 2 else 0.0
+        assert plan.predicted_rank_s[rank] == pytest.approx(12 * len(owned) + taught + 0.01 * sent)
+    assert [plan.teaches(rank) for rank in range(4)] == [True, True, False, False]
+    assert plan.taught_elsewhere(1) == {0, 1, 2, 3} - set(plan.owners[1])
+    assert plan.taught_elsewhere(2) == frozenset()
+
+
+def test_a_dear_teacher_gets_several_ranks_and_a_cheap_one_stays_alone() -> None:
+    costs, spans = teacher_heavy()
+    assert plan_teachers(costs, spans, 4).teacher_ranks == 4
+    assert plan_teachers(costs, spans, 4).predicted_makespan_s == 12 * 6
+    cheap, spans = teacher_heavy(student_s=100.0)
+    assert plan_teachers(cheap, spans, 2).teacher_ranks == 1
+    assert plan_teachers(costs, [], 4).teacher_ranks == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(instance=instances())
+def test_choosing_the_number_of_teacher_ranks_never_costs_anything(instance: Instance) -> None:
+    one = plan_broadcast(*instance).predicted_makespan_s
+    chosen = plan_teachers(*instance)
+    assert chosen.predicted_makespan_s <= one
+    assert chosen == plan_broadcast(*instance, chosen.teacher_ranks)
+
+
+def test_the_number_of_teacher_ranks_of_64_blocks_on_64_ranks_is_estimated_quickly() -> None:
+    generator = np.random.default_rng(0)
+    costs = Costs(tuple(generator.uniform(1, 5, 64)), tuple(generator.uniform(1, 9, 64)), (1000,) * 65)
+    start = time.process_time()
+    number = teacher_ranks_needed(costs, [Span(block, 0, 100) for block in range(64)], 64)
+    assert time.process_time() - start < 1.0
+    assert 10 < number < 40, "the teacher's share of all work is about a third"

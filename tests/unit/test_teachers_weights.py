@@ -70,7 +70,9 @@ def test_a_prefix_that_the_network_has_itself_is_kept(tmp_path: Path) -> None:
 def test_counters_missing_from_old_files_are_no_mismatch(tmp_path: Path) -> None:
     state = {key: tensor for key, tensor in _network().state_dict().items() if "num_batches" not in key}
     torch.save(state, tmp_path / "old.pth")
-    load_weights(_network(), str(tmp_path / "old.pth"))
+    model = _network()
+    load_weights(model, str(tmp_path / "old.pth"))
+    assert _same(model, model.state_dict() | state)
 
 
 def test_a_mismatch_counts_and_names_the_first_of_each_kind(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""Formulas for the FLOPs of operations: PyTorch's, two a multiply-add, with one mended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+
+def convolution_backward_flops(
+    grad_output: list[int], inputs: list[int], weight: list[int], *options: Any, out_shape: object = None
+) -> int:
+    """Return the FLOPs of a convolution's gradients, given shapes: by input and by weight, each those of the forward.
+
+    PyTorch 2.11 to 2.15 counts the gradient by weight of a convolution in groups as many times as it has groups.
+    """
+    transposed, output_mask = options[4], options[7]
+    forward = conv_flop_count(inputs, weight, grad_output, transposed=transposed)
+    return int(forward * sum(output_mask[:2]))
+
+
+MENDED: Mapping[Any, Callable[..., int]] = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return a context in which FLOPs are counted."""
+    return FlopCounterMode(display=False, custom_mapping=dict(MENDED))
+
+
+FORMULAS: Mapping[Any, Callable[..., int]] = flop_counter().flop_registry  # by operation, called with its arguments

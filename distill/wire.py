@@ -1,0 +1,70 @@
+"""How boundaries travel: which tensors on which devices, and the header in front of every batch.
+
+A message is a header (generation, step, check, rows, boundaries) and then the boundaries themselves or, where both
+ranks map the same memory, the word that they are there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from distill.blocks import Boundary
+from distill.transport import Edge, PairGroup, Store
+
+HEADER_FIELDS = 5  # generation, step, check, rows, number of boundaries; then the boundaries
+RING_SLOTS = 2  # receive buffers: one being trained on, one being filled
+
+
+class Wire:
+    """How boundaries travel between devices: dtype, whether CUDA tensors go by NCCL or are staged for gloo, and whether
+    CPU tensors go through memory that ranks of one host share."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, backend: str, shared_memory: bool = True) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.backend = backend
+        self.shared_memory = shared_memory and device.type == "cpu" and hasattr(os, "memfd_create")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Run what is inside on this wire's device and side stream; nothing to do on the CPU."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def connect(self, edge: Edge, store: Store, rank: int) -> tuple[PairGroup, PairGroup]:
+        """Return the edge's groups for headers (always gloo, so that reading one needs no GPU) and for boundaries."""
+        headers = edge.connect(store, rank)
+        return headers, edge.connect(store, rank, backend="nccl") if self.backend == "nccl" else headers
+
+    @property
+    def staged(self) -> bool:
+        return self.device.type == "cuda" and self.backend == "gloo"
+
+    @property
+    def buffer_device(self) -> torch.device:
+        return torch.device("cpu") if self.staged else self.device
+
+
+def filled() -> Tensor:
+    """Return the word that boundaries are in shared memory; also what it is received into."""
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def empty_boundary(boundary: Boundary, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor with the boundary's shape and strides."""
+    return torch.empty_strided(boundary.shape, boundary.stride, dtype=dtype, device=device)
+
+
+def boundary_over(memory: Tensor, boundary: Boundary, dtype: torch.dtype) -> Tensor:
+    """Return a tensor with the boundary's shape and strides over these bytes (one dimension of uint8)."""
+    elements = memory[: boundary.numel * dtype.itemsize].view(dtype)
+    return elements.as_strided(boundary.shape, boundary.stride)
