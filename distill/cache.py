@@ -125,7 +125,7 @@ def measure_prices(cache: Cache, *, batch_size: int, device: torch.device) -> Pr
     """Return the prices on a cache that nothing has been written to yet; it is filled with noise."""
     layout = cache.layout
     size = min(batch_size, layout.num_rows)
-    batch = {k: form.conform(torch.randn(size, *form.shape[1:])) for k, form in layout.forms.items()}
+    batch = {k: form.conform(torch.randn(size, *form.shape[1:], device=device)) for k, form in layout.forms.items()}
     firsts = range(0, layout.num_rows - size + 1, size)
     orders = torch.split(torch.randperm(layout.num_rows, generator=torch.Generator().manual_seed(0)), size)[
         : len(firsts)

@@ -6,7 +6,6 @@ Dataset.fixed_batches(), whoever records them, and what students see is a functi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,16 +113,19 @@ def record(
         control.set(f"cache/place/{leader}", {"path": str(place.path), "complete": place.complete})
     found = control.wait(f"cache/place/{leader}", peer=leader, purpose="place of the cache")
     cache = Cache(map_file(Path(found["path"]), layout.nbytes), layout)
-    started, passes = time.monotonic(), 0
+    passes = 0
     if not found["complete"]:
         with trace.span("record", "own share"):
             for first, images in contents.inputs(peers.index(control.rank), len(peers)):
                 cache.write(first, chain.run(images, last=max(layout.forms), keep=layout.forms.keys()))
                 passes += 1
-    control.set(f"cache/share/{control.rank}", {"seconds": time.monotonic() - started, "passes": passes})
+    control.set(f"cache/share/{control.rank}", {"passes": passes})
     with trace.span("record", "wait for the other ranks"):
         for peer in peers:
             control.wait(f"cache/share/{peer}", peer=peer, purpose="share of the cache")
-    if place is not None and not place.complete:
-        place.finish()
+        if place is not None:
+            if not place.complete:
+                place.finish()
+            control.set(f"cache/end/{leader}", True)
+        control.wait(f"cache/end/{leader}", peer=leader, purpose="end of recording")
     return Recorded(cache, contents, device)

@@ -94,7 +94,8 @@ class Toy:
     `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `fail_at` (rank, step) makes
     that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
     (block, step) poisons that block's input. With the strategy `cached` the teacher's activations are recorded first,
-    in memory or in `cache_dir`, with `record_fails` (rank, passes) up to an error in that rank's pass.
+    in memory or in `cache_dir`; with `record_fails` (rank, passes) up to an error after so many of that rank's passes, and
+    by a `slow_recorder` half a second late.
     """
 
     run_dir: str
@@ -116,6 +117,7 @@ class Toy:
     views: int | None = None
     cache_dir: str | None = None
     record_fails: tuple[int, int] | None = None
+    slow_recorder: int | None = None
 
 
 class InjectedError(RuntimeError):
@@ -213,7 +215,7 @@ def _recorded(
         lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else Memory(),
         layout=Layout(forms, toy.wire_dtype, contents.num_rows),
         contents=contents,
-        chain=_Failing(chain, toy, control.rank),
+        chain=_Recorder(chain, toy, control.rank),
         device=torch.device("cpu"),
         control=control,
         peers=list(range(plan.world_size)),
@@ -224,16 +226,20 @@ def _recorded(
     return recorded
 
 
-class _Failing:
-    """The chain to record with, which fails in the pass where the toy says so."""
+class _Recorder:
+    """The chain to record with, which is late or fails where the toy says so."""
 
     def __init__(self, chain: Chain, toy: Toy, rank: int) -> None:
-        self._chain, self._fails_in = chain, toy.record_fails[1] if toy.record_fails and toy.record_fails[0] == rank else -1
+        self._chain = chain
+        self._left = toy.record_fails[1] if toy.record_fails and toy.record_fails[0] == rank else -1
+        self._delay_s = 0.5 if toy.slow_recorder == rank else 0.0
 
     def run(self, *arguments: Any, **options: Any) -> dict[int, Tensor]:
-        if self._fails_in == 0:
+        if self._left == 0:
             raise InjectedError("injected while recording")
-        self._fails_in -= 1
+        self._left -= 1
+        time.sleep(self._delay_s)
+        self._delay_s = 0.0
         return self._chain.run(*arguments, **options)
 
 

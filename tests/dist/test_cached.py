@@ -41,7 +41,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 def test_any_placement_and_place_gives_the_bits_of_one_rank(
     tmp_path: Path, alone: dict[int, str], owners: tuple[tuple[int, ...], ...], on_disk: bool
 ) -> None:
-    toy = cached(tmp_path / "run", owners, cache_dir=str(tmp_path / "cache") if on_disk else None)
+    late = len(owners) - 1  # the others must not begin before its share is there
+    place = str(tmp_path / "cache") if on_disk else None
+    toy = cached(tmp_path / "run", owners, cache_dir=place, slow_recorder=late)
     assert bits(run_toy(toy)) == alone
     shares = passes(tmp_path / "run")
     assert sum(shares) == PASSES
@@ -78,11 +80,13 @@ def test_a_half_recorded_file_is_recorded_again(tmp_path: Path, alone: dict[int,
 
 
 def test_a_cached_run_trains_on_the_images_of_a_run_without_a_cache(tmp_path: Path) -> None:
-    with_cache = run_toy(cached(tmp_path / "a", cache_dir=str(tmp_path / "cache")))
-    without = run_toy(cached(tmp_path / "b", strategy="broadcast"))
+    checks = Checks(every=4, batches=2)
+    with_cache = run_toy(cached(tmp_path / "a", cache_dir=str(tmp_path / "cache"), checks=checks))
+    without = run_toy(cached(tmp_path / "b", strategy="broadcast", checks=checks))
     fresh = run_toy(cached(tmp_path / "c", strategy="broadcast", views=None))
     for block in BUDGETS:
         assert with_cache[block].rel_error_last == pytest.approx(without[block].rel_error_last, rel=1e-4)
+        assert with_cache[block].rel_error_held_out == pytest.approx(without[block].rel_error_held_out, rel=1e-4)
         assert with_cache[block].rel_error_last != pytest.approx(fresh[block].rel_error_last, rel=1e-4)
 
 

@@ -133,8 +133,10 @@ def test_what_a_writer_left_unfinished_is_replaced(tmp_path: Path) -> None:
     left = File(tmp_path, key="k", writer="w")
     left.reserve(10)
     left.path.write_bytes(b"half a row")
+    stray = map_file(left.path, 10)
     again = File(tmp_path, key="k", writer="w")
     again.reserve(LAYOUT.nbytes)
+    stray[:3] = b"old"  # a rank of the last attempt that has not gone yet
     assert again.path.stat().st_size == LAYOUT.nbytes
     assert set(again.path.read_bytes()) == {0}
     again.discard()
