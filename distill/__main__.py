@@ -5,6 +5,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distill.devices import Device
+    from distill.plan import Costs, Span
 
 
 def main() -> int:
@@ -17,7 +23,7 @@ def main() -> int:
     if command == ["simulate"]:
         from distill.forecast import main as simulate
 
-        return simulate(arguments[1:])
+        return simulate(arguments[1:], imagine)
     if command == ["jobs"]:
         from distill.sweep import list_jobs
 
@@ -33,6 +39,13 @@ def main() -> int:
     from distill.launcher import main as launch
 
     return launch(arguments)
+
+
+def imagine(overrides: Sequence[str], device: Device, steps: int | None) -> tuple[Costs, list[Span]]:
+    """Return the costs of a job on a described device. Only this needs torch, and a simulated run does not."""
+    from distill.job.imagined import imagined_costs
+
+    return imagined_costs(overrides, device, steps=steps)
 
 
 if __name__ == "__main__":

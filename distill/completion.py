@@ -21,6 +21,12 @@ from distill.trace import Trace
 from distill.transport import Edge, receive_blob, send_blob
 
 
+def announce(control: Control, entry: Entry, size: int) -> None:
+    """Say to all ranks that a block is done; its weights have `size` bytes."""
+    control.set(f"done/{entry.block}", {"entry": asdict(entry), "bytes": size})
+    control.count("done", 1)
+
+
 class Deliverer:
     """An owner's side: deliver() returns at once, a thread does the rest."""
 
@@ -50,8 +56,7 @@ class Deliverer:
             control, group = self._control.second(), None
             while (item := self._queue.get()) is not None:
                 entry, blob = item
-                control.set(f"done/{entry.block}", {"entry": asdict(entry), "bytes": len(blob)})
-                control.count("done", 1)
+                announce(control, entry, len(blob))
                 if group is None:
                     group = edge.connect(control.store_for("edges"), control.rank)
                 with self._trace.span("ledger", f"hand over {entry.name}"):
@@ -135,7 +140,9 @@ class Collector:
         self._announcements = Announcements(control, blocks=elsewhere, heard=self._announced)
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
-        """Take a block that rank 0 has trained itself; it is written in the background."""
+        """Take a block that rank 0 has trained itself; it is written in the background, and announced to the others:
+        they may run the teacher for it."""
+        announce(self._control, entry, len(blob))
         self._hand_to_thread(0, entry, blob)
 
     def finished_elsewhere(self) -> list[int]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -83,6 +83,7 @@ class TeacherConfig:
     options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
     mean: list[float] | None = setting(None, "input mean per channel that the weights expect; null: data.mean")
     std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
+    amp: Amp = setting(Amp.off, "precision of the teacher and of the activations that it gives to students")
     fit: FitConfig = field(default_factory=FitConfig)
     cache: Cache = setting(Cache.off, "keep its activations, recorded once before blocks train (docs/cache.md)")
 
@@ -186,6 +187,7 @@ class DistillConfig:
     check_batches: int = setting(4, "plateau: held-out batches of one look")
     patience: int = setting(3, "plateau: looks without improvement after which a block stops")
     min_delta: float = setting(0.01, "plateau: smallest relative improvement that counts")
+    cuda_graphs: bool = setting(True, "on CUDA: replay teacher and updates as CUDA graphs, blocks on several streams")
     log_every: int = setting(20, "steps between two readings of the losses")
 
     def __post_init__(self) -> None:
@@ -204,7 +206,10 @@ class DistillConfig:
 class PlanConfig:
     strategy: Strategy = setting(Strategy.broadcast, "which rank runs the teacher and which trains what")
     cost: Cost = setting(Cost.measured, "costs by timing every block here, or by counting FLOPs")
-    window: int = setting(4, "batches that rank 0 may run ahead of a receiver")
+    teacher_ranks: int | None = setting(
+        None, "broadcast: ranks that run the teacher, taking the batches in turn; null: as many as pay"
+    )
+    window: int = setting(4, "batches that a teacher rank may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
     link_gbit: float | None = setting(
         None, "bandwidth of a host's link to the others in Gbit/s; null: probed with plan.cost=measured, else unlimited"
@@ -215,7 +220,9 @@ class PlanConfig:
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
 
     def __post_init__(self) -> None:
-        _at_least("plan", self, window=2, timeout_s=1)
+        _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
+        if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
+            raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 
@@ -336,18 +343,15 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.window", "plan.timeout_s", "plan.link_gbit",
+    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.window", "plan.timeout_s", "plan.link_gbit",
     "plan.shared_memory",
-    "distill.log_every",
+    "distill.cuda_graphs", "distill.log_every",
     "teacher.cache", "cache.max_gib", "cache.dir",
 }  # fmt: skip
-# Settings that decide something only where they are used. Recorded activations come from other batches than those that
-# students train on, and kernels may round them otherwise: the cache's precision tells runs with a cache from those
-# without, wherever it is kept.
-_IN_FINGERPRINT_WHERE_USED: dict[str, Callable[[JobConfig], bool]] = {
-    "cache.dtype": lambda config: config.teacher.cache is not Cache.off,
-    "distill.views": lambda config: config.distill.views is not None,
-}
+# Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
+_COMPUTES_OTHERWISE = {"plan.strategy": "ddp"}
+# Settings that came after others had run: left out at the value that computes what was computed without them.
+_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"), ("distill.views", None))
 
 
 def load(cfg: DictConfig) -> JobConfig:
@@ -373,20 +377,29 @@ def from_yaml(text: str) -> JobConfig:
 
 
 def identity(config: JobConfig) -> dict[str, Any]:
-    """Return the settings that decide what the job computes, by dotted path."""
+    """Return the settings that decide what the job computes, by dotted path.
 
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        if prefix in _NOT_IN_FINGERPRINT:
-            return {}
-        if isinstance(value, dict) and prefix != "teacher.options":
-            found: dict[str, Any] = {}
-            for key, item in value.items():
-                found |= walk(f"{prefix}.{key}" if prefix else key, item)
-            return found
-        return {prefix: value.name if isinstance(value, Enum) else value}
+    Recorded activations come from other batches than those that students train on, and kernels may round them
+    otherwise: with a cache, wherever it is, its precision is among them.
+    """
+    found = {path: value for path, value in _by_path("", asdict(config)) if _tells_apart(path, value)}
+    if config.teacher.cache is Cache.off:
+        del found["cache.dtype"]
+    return found
 
-    unused = {path for path, in_use in _IN_FINGERPRINT_WHERE_USED.items() if not in_use(config)}
-    return {path: value for path, value in walk("", asdict(config)).items() if path not in unused}
+
+def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and prefix != "teacher.options":
+        for key, item in value.items():
+            yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
+    else:
+        yield prefix, value.name if isinstance(value, Enum) else value
+
+
+def _tells_apart(path: str, value: Any) -> bool:
+    if (path, value) in _NOT_IN_FINGERPRINT_AT:
+        return False
+    return in_fingerprint(path) or (path in _COMPUTES_OTHERWISE and _COMPUTES_OTHERWISE[path] == value)
 
 
 def fingerprint(config: JobConfig) -> str:

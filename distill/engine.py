@@ -48,7 +48,7 @@ def distill(
         for trainer in _due(trainers, address, first):
             inputs, targets = delivery.boundaries[trainer.block], delivery.boundaries[trainer.block + 1]
             reading = None
-            with trace.span("student", trainer.name, address.step, on_device=True):
+            with trainer.lane.entered(), trace.span("student", trainer.name, address.step, on_device=True):
                 if address.is_training:
                     reading = trainer.update(inputs, targets)
                 else:

@@ -1,64 +1,143 @@
-"""`distill simulate`: what a run's measured costs would come to on other numbers of ranks and other links. No torch."""
+"""`distill simulate`: what a run's measured costs, or those of described devices, would come to on other clusters. No
+torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from distill.errors import DistillError
+from distill.devices import Cluster, Device, described, load_cluster
+from distill.errors import ConfigError, DistillError
 from distill.files import read_json
 from distill.network import Link, Network
 from distill.plan import Costs, Span
+from distill.report import write_scaling
 from distill.simulate import Simulation, simulate
-from distill.strategies import PLANNERS
+from distill.strategies import PLANNERS, Planner, plan_groups
 
 FREE = Link()
+SIMULATED: Mapping[str, Planner] = {**PLANNERS, "groups": plan_groups}  # a relay of groups of ranks
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
-EPILOG = """\
+IMAGINED = (*CHOSEN_FROM, "groups")  # what sharing out a batch costs is known of described devices alone
+CLUSTER = "cluster="
+EPILOG = f"""\
 examples:
   distill simulate outputs/demo/a0c1d91ac40707f4
   distill simulate RUN --ranks 1 4 16 --strategies broadcast relay --gbit 10 --latency-us 50
   distill simulate RUN --speed 30          ranks thirty times as fast as those of the run
+  distill simulate RUN cluster=dgx_h100    the run's own costs, on that cluster's links
+  distill simulate teacher=resnet50 data.image_size=224 cluster=dgx_h100 --ranks 8 64 256 --plot efficiency.svg
 
-The run must have a plan (stage=plan is enough). Every strategy gets its best plan for each number of ranks, and that is
-played through on a simulated clock. All ranks are alike, links are as given."""
+A run must have a plan (stage=plan is enough). Without one, group=choice and setting=value describe a job as they do for
+python -m distill, and a cluster its devices; only the architecture is built, nothing is downloaded and no data is read.
+Clusters: {", ".join(described("cluster"))};
+or a file that describes one as those in distill/described do. docs/plan.md says what the model leaves out.
+
+Every strategy gets its best plan for each number of ranks, and that is played through on a simulated clock. All ranks
+are alike."""
+
+Named = tuple[str, Simulation]  # with the name of its planner
+# From the overrides of a job, a device and a number of steps to costs (without a network) and spans.
+Imagine = Callable[[Sequence[str], Device, int | None], tuple[Costs, list[Span]]]
 
 
-def main(arguments: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class Subject:
+    """What is simulated: costs and spans, the cluster that they are put on, and whether the costs are its devices'."""
+
+    costs: Costs
+    spans: Sequence[Span]
+    cluster: Cluster | None = None
+    imagined: bool = False
+
+    def on(self, ranks: int) -> Costs:
+        """Return the costs with the links of that many ranks."""
+        return replace(self.costs, network=self.cluster.network(ranks)) if self.cluster else self.costs
+
+    def joules(self, found: Simulation) -> float | None:
+        """Return the energy of all devices, None where they are not described."""
+        return self.cluster.device.joules(found.busy_s, found.makespan_s) if self.cluster and self.imagined else None
+
+
+def main(arguments: Sequence[str], imagine: Imagine) -> int:
     """Run `distill simulate`; return the exit status: 0, or 2 after an error that has been told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="distill simulate",
-        description="Simulate a run on other clusters, from the costs it has measured.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory with a plan")
-    parser.add_argument("--ranks", type=_at_least_one, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks")
-    parser.add_argument("--strategies", nargs="+", choices=PLANNERS, default=list(CHOSEN_FROM))
-    parser.add_argument("--gbit", type=_positive, help="bandwidth of a rank's link in Gbit/s (default: no limit)")
-    parser.add_argument("--latency-us", type=float, default=0.0, help="latency of a link in microseconds")
-    parser.add_argument("--speed", type=_positive, default=1.0, help="speed of a rank, that of the run's ranks being 1")
-    parser.add_argument("--steps", type=_at_least_one, help="steps of every block (default: as the run has it)")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:
-        link = Link(options.gbit * 1e9 / 8 if options.gbit else float("inf"), options.latency_us * 1e-6)
-        costs, spans = measured(options.run, link=link, speed=options.speed, steps=options.steps)
+        subject = _subject(options, imagine)
+        console.print(_preamble(subject), soft_wrap=True)
+        alone = simulate(PLANNERS["broadcast"](subject.on(1), subject.spans, 1), subject.on(1))
+        found = [
+            (name, simulate(SIMULATED[name](costs, subject.spans, ranks), costs))
+            for ranks in options.ranks
+            for costs in [subject.on(ranks)]
+            for name in options.strategies or (IMAGINED if subject.imagined else CHOSEN_FROM)
+        ]
+        console.print(forecast_table(found, alone, [subject.joules(one) for _, one in found]))
+        if options.plot:
+            write_scaling(options.plot, _curves(found, alone), title=_plot_title(subject))
+            console.print(f"plot: {options.plot}", soft_wrap=True)
     except DistillError as error:
         sys.stderr.write(f"distill simulate: {error}\n")
         return 2
-    found = [
-        simulate(PLANNERS[name](costs, spans, ranks), costs) for ranks in options.ranks for name in options.strategies
-    ]
-    alone = simulate(PLANNERS["broadcast"](costs, spans, 1), costs)
-    Console(width=None if sys.stdout.isatty() else 120).print(forecast_table(found, alone))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distill simulate",
+        description="Simulate a job on other clusters, from costs that a run has measured or from described devices.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "subject",
+        nargs="+",
+        metavar="RUN or SETTING=VALUE",
+        help="a run directory with a plan, or a job, then cluster=NAME",
+    )
+    parser.add_argument(
+        "--ranks", type=_at_least_one, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of ranks"
+    )
+    parser.add_argument(
+        "--strategies", nargs="+", choices=SIMULATED, metavar="NAME",
+        help=f"of {', '.join(SIMULATED)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
+    )  # fmt: skip
+    parser.add_argument("--gbit", type=_positive, help="bandwidth of a rank's link in Gbit/s (default: no limit)")
+    parser.add_argument("--latency-us", type=float, default=0.0, help="latency of a link in microseconds")
+    parser.add_argument("--speed", type=_positive, default=1.0, help="speed of a rank, that of the run's ranks being 1")
+    parser.add_argument("--steps", type=_at_least_one, help="steps of every block (default: as the run or job has it)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw efficiency against ranks")
+    return parser
+
+
+def _subject(options: argparse.Namespace, imagine: Imagine) -> Subject:
+    named = [word.removeprefix(CLUSTER) for word in options.subject if word.startswith(CLUSTER)]
+    words = [word for word in options.subject if not word.startswith(CLUSTER)]
+    runs = [word for word in words if "=" not in word]
+    cluster = load_cluster(named[-1]) if named else None
+    if cluster and (options.gbit or options.latency_us):
+        raise ConfigError("--gbit, --latency-us", "given", f"neither with cluster={named[-1]}: it has links of its own")
+    if not runs:
+        if cluster is None:
+            raise ConfigError(
+                "cluster", None, f"cluster=NAME for a job that has not run: {', '.join(described('cluster'))}"
+            )
+        if options.speed != 1:
+            raise ConfigError("--speed", options.speed, "a run directory: described devices have speeds of their own")
+        return Subject(*imagine(words, cluster.device, options.steps), cluster, imagined=True)
+    if words != runs[:1]:
+        other = next(word for word in words if word != runs[0])
+        raise ConfigError("simulate", other, "one run directory alone, or settings of a job alone")
+    link = Link(options.gbit * 1e9 / 8 if options.gbit else float("inf"), options.latency_us * 1e-6)
+    return Subject(*measured(Path(runs[0]), link=link, speed=options.speed, steps=options.steps), cluster)
 
 
 def measured(run_dir: Path, *, link: Link = FREE, speed: float, steps: int | None) -> tuple[Costs, list[Span]]:
@@ -89,36 +168,79 @@ def measured(run_dir: Path, *, link: Link = FREE, speed: float, steps: int | Non
     )
 
 
-def forecast_table(found: Sequence[Simulation], alone: Simulation) -> Table:
-    """Return one line a simulation; speed-ups are over `alone`, one rank that shares one teacher pass."""
+def forecast_table(found: Sequence[Named], alone: Simulation, joules: Sequence[float | None]) -> Table:
+    """Return one line a named simulation; speed-ups are over `alone`, one rank that shares one teacher pass."""
     table = Table(title="simulated", title_justify="left", box=None)
-    for heading in ("ranks", "strategy", "seconds", "speed-up", "efficiency", "idle", "GB sent", "teacher passes"):
-        table.add_column(heading, justify="left" if heading == "strategy" else "right")
-    best = {
-        ranks: min(one.makespan_s for one in found if one.plan.world_size == ranks)
-        for ranks in {one.plan.world_size for one in found}
-    }
-    for one in found:
-        ranks = one.plan.world_size
-        speed_up = alone.makespan_s / one.makespan_s if one.makespan_s else 0.0
-        mark = "bold" if one.makespan_s == best[ranks] else ""
+    powered = any(energy is not None for energy in joules)
+    headings = ("ranks", "strategy", "seconds", "speed-up", "efficiency", "idle", "GB sent", "teacher passes")
+    for heading in (*headings, *(["MJ"] if powered else []), ""):
+        table.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
+    sizes = {one.plan.world_size for _, one in found}
+    best = {n: min((one for _, one in found if one.plan.world_size == n), key=_seconds) for n in sizes}
+    for (name, one), energy in zip(found, joules, strict=True):
+        ranks, fastest = one.plan.world_size, one is best[one.plan.world_size]
+        speed_up = _speed_up(one, alone)
         table.add_row(
-            str(ranks), one.plan.strategy, f"{one.makespan_s:,.1f}", f"{speed_up:.2f}x",
-            f"{100 * speed_up / ranks:.1f} %", f"{100 * one.mean_idle_share:.1f} %", f"{one.bytes_sent / 1e9:.2f}",
-            f"{one.teacher_passes:,.0f}", style=mark,
+            str(ranks), name, f"{one.makespan_s:,.1f}", f"{speed_up:.2f}x",
+            f"{100 * speed_up / ranks:.1f} %", f"{100 * one.mean_idle_share:.1f} %", f"{one.bytes_sent / 1e9:,.2f}",
+            f"{one.teacher_passes:,.0f}", *([f"{energy / 1e6:,.3f}"] if energy is not None else []),
+            "fastest" if fastest else "", style="bold" if fastest else "",
         )  # fmt: skip
     return table
 
 
+def _seconds(one: Simulation) -> float:
+    return one.makespan_s
+
+
+def _speed_up(one: Simulation, alone: Simulation) -> float:
+    return alone.makespan_s / one.makespan_s if one.makespan_s else 0.0
+
+
+def _curves(found: Sequence[Named], alone: Simulation) -> dict[str, list[tuple[int, float]]]:
+    """Return every strategy's points (ranks, efficiency)."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, one in found:
+        ranks = one.plan.world_size
+        curves.setdefault(name, []).append((ranks, _speed_up(one, alone) / ranks))
+    return curves
+
+
+def _preamble(subject: Subject) -> str:
+    """Return what the figures rest on."""
+    teacher, students = (1000 * sum(seconds) for seconds in (subject.costs.teacher_s, subject.costs.student_s))
+    costs = f"one rank: teacher {teacher:.1f} ms, {len(subject.spans)} students {students:.1f} ms a batch"
+    if subject.cluster is None:
+        return f"{costs}, measured by the run"
+    if not subject.imagined:
+        return f"{costs}, measured by the run; links of {subject.cluster.title}, described and not measured"
+    device = subject.cluster.device
+    return (
+        f"{subject.cluster.title}, {device.title}: described from data sheets, not measured\n"
+        f"{costs}, by a roofline at {100 * device.compute_share:.0f} % of peak and "
+        f"{100 * device.memory_share:.0f} % of memory bandwidth"
+    )
+
+
+def _plot_title(subject: Subject) -> str:
+    if subject.cluster is None:
+        return "simulated from a run's measured costs"
+    kind = "described devices" if subject.imagined else "a run's measured costs, described links"
+    return f"simulated: {subject.cluster.title} ({kind})"
+
+
 def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        where = "; a job's settings go before the options" if "=" in text else ""
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1{where}")
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number > 0")
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,37 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Ranks on hosts. All that leaves a host shares its one link `between` hosts; ranks that are not listed in `hosts`
-    are on host 0."""
+    """Ranks on hosts. All that leaves a host shares its one link `between` hosts, unless its ranks have their
+    `own_adapters`; ranks that are not listed in `hosts` are on host 0."""
 
     within: Link = Link()
     between: Link = Link()
     hosts: tuple[int, ...] = ()
+    own_adapters: bool = False
 
     def host_of(self, rank: int) -> int:
         return self.hosts[rank] if rank < len(self.hosts) else 0
 
+    def way_out(self, rank: int) -> int:
+        """Return what tells apart the links to other hosts: ranks with the same way out share one."""
+        return rank if self.own_adapters else self.host_of(rank)
+
+    @property
+    def hop(self) -> Link:
+        """The link that a hop from rank to rank takes at worst."""
+        return self.between if len(set(self.hosts)) > 1 else self.within
+
+    def dearer(self, part: float) -> Network:
+        """Return the network with `part` of the seconds that a byte is on its way added to what it costs its sender."""
+        within, between = (
+            replace(link, sender_s_per_byte=link.sender_s_per_byte + part / link.bytes_per_s)
+            for link in (self.within, self.between)
+        )
+        return replace(self, within=within, between=between)
+
     def link(self, source: int, target: int) -> Link:
         return self.within if self.host_of(source) == self.host_of(target) else self.between
+
+    def hop_latency_s(self, ranks: int) -> float:
+        """Return the mean latency between neighbours among that many ranks: those of a group talk in a ring."""
+        return sum(self.link(rank, rank + 1).latency_s for rank in range(ranks - 1)) / max(1, ranks - 1)

@@ -28,6 +28,8 @@ class Costs:
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
     batch_size: int | None = None  # images of a batch, where ranks may share them out
+    teacher_fixed_s: tuple[float, ...] = ()  # of those seconds, what a share of the batch costs as much as all of it
+    student_fixed_s: tuple[float, ...] = ()
     read_s_per_byte: float = 0.0  # of recorded boundaries
 
     def slowness_of(self, rank: int) -> float:

@@ -7,7 +7,7 @@ is computed, never what a block sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,12 +42,26 @@ class Checks:
         return Address(address.step + 1)
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Which of several teacher ranks computes which batch: they take turns, and so with the looks after a step."""
+
+    teacher_ranks: int = 1
+
+    def teacher_of(self, address: Address) -> int:
+        return (address.step + address.check - TRAIN) % self.teacher_ranks
+
+
 class Feed:
     """The addresses one destination still needs, in order, and the boundaries of each."""
 
-    def __init__(self, rank: int, spans: Iterable[Span], checks: Checks) -> None:
+    def __init__(
+        self, rank: int, spans: Iterable[Span], checks: Checks, *, of: Callable[[Address], bool] = lambda _: True
+    ) -> None:
+        """Of these addresses only those that `of` holds for: one teacher's turns."""
         self.rank = rank
         self._checks = checks
+        self._of = of
         self._spans = {span.block: span for span in spans if span.steps > 0}
         self.cursor: Address | None = None
         self._settle(Address(min((span.first for span in self._spans.values()), default=0)))
@@ -72,7 +86,10 @@ class Feed:
 
     def _settle(self, address: Address) -> None:
         """Move the cursor to the first address at or after `address` that some block needs; None when there is none."""
-        if not self.blocks_at(address):
+        while not (self.blocks_at(address) and self._of(address)):
+            if self.blocks_at(address):
+                address = self._checks.after(address)
+                continue
             later = [span.first for span in self._spans.values() if span.first > address.step]
             if not later:
                 self.cursor = None
@@ -93,9 +110,10 @@ class Schedule:
     teacher is paid once per batch; a destination that is much slower than the others is waited for only `patience`
     steps and then left behind: it gets its batches in passes of its own, and the others do not wait for it."""
 
-    def __init__(self, feeds: Iterable[Feed], *, patience: float = 2.0) -> None:
+    def __init__(self, feeds: Iterable[Feed], *, patience: float = 2.0, home: int | None = None) -> None:
+        """Rank `home` itself is never left behind: the thread that would run ahead of it is its own."""
         self.feeds: Mapping[int, Feed] = {feed.rank: feed for feed in feeds}
-        self._patience = patience
+        self._patience, self._home = patience, home
         self._behind: set[int] = set()
         self._step_s: float | None = None
         self._served_at: float | None = None
@@ -124,7 +142,7 @@ class Schedule:
         wanted = {rank for rank, address in open_feeds.items() if address == lowest}
         missing = wanted - ready - self._behind
         if missing:
-            if not ready or not self._out_of_patience(now):
+            if not ready or self._home in missing or not self._out_of_patience(now):
                 return None  # where nobody is ready, leaving someone behind would gain nothing
             self._behind |= missing
             return self.choose(ready, now)

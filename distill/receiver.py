@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +41,10 @@ class BoundaryReceiver:
         boundaries: Mapping[int, Boundary],
         num_boundaries: int,
         trace: Trace,
+        on_arrival: Callable[[], None] = lambda: None,
     ) -> None:
         self._edge, self._store, self._wire, self._trace = edge, store, wire, trace
+        self._on_arrival = on_arrival
         self._num_boundaries = num_boundaries
         self._header_size = HEADER_FIELDS + num_boundaries
         self._boundaries = dict(boundaries)
@@ -52,16 +55,31 @@ class BoundaryReceiver:
         for slot in range(RING_SLOTS):
             self._free.put((slot, None))
         self._ready: queue.SimpleQueue[Delivery | TransportError | None] = queue.SimpleQueue()
+        self._seen: deque[Delivery | TransportError | None] = deque()  # out of the queue, but not taken yet
         self._in_use: int | None = None
         self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
         self._thread.start()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether next() would return, or raise, at once."""
+        while not self._seen:
+            try:
+                delivery = self._ready.get_nowait()
+            except queue.Empty:
+                return False
+            if isinstance(delivery, Delivery) and not delivery.boundaries:
+                self._free.put((delivery.slot, None))  # only a sign of life
+            else:
+                self._seen.append(delivery)
+        return True
 
     def next(self) -> Delivery | None:
         """Wait for the next batch and release the one before it; None when the sender has closed the edge."""
         self._release()
         while True:
             try:
-                delivery = self._ready.get(timeout=self._edge.timeout_s)
+                delivery = self._seen.popleft() if self._seen else self._ready.get(timeout=self._edge.timeout_s)
             except queue.Empty:
                 raise self._edge.broken(self._edge.target, "waiting for a batch from", TimeoutError()) from None
             if isinstance(delivery, TransportError):
@@ -121,11 +139,13 @@ class BoundaryReceiver:
                 while (delivery := self._receive(headers, data)) is not None:
                     doing = f"receiving the batch after step {delivery.address.step} from"
                     self._ready.put(delivery)
+                    self._on_arrival()
             self._ready.put(None)
         except TransportError as error:
             self._ready.put(error)
         except Exception as error:  # whatever it is, the main thread must hear of it
             self._ready.put(edge.broken(edge.target, doing, error))
+        self._on_arrival()
 
     def _receive(self, headers: PairGroup, data: PairGroup) -> Delivery | None:
         slot, consumed = self._free.get()

@@ -116,7 +116,7 @@ class RelayStream:
             if ours:
                 wanted = self._own.boundaries_at(address)
                 self._own.advance()
-                yield Delivery(address, {k: boundaries[k].to(self._rounded_to).float() for k in wanted})
+                yield Delivery(address, {k: boundaries[k].to(self._rounded_to) for k in wanted})
         self._end()
 
     def finish(self, block: int) -> None:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from distill.completion import Announcement, Announcements
 from distill.control import Control
 from distill.data import Dataset
 from distill.plan import Plan, boundaries_of
-from distill.protocol import Checks, Feed, Schedule
+from distill.protocol import Checks, Feed, Schedule, Turns
 from distill.receiver import BoundaryReceiver
 from distill.recording import CachedStream, Recorded
 from distill.relay import Next, OwnBatches, PassedOn, RelayStream
@@ -22,6 +23,7 @@ from distill.sender import BoundarySender
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.trace import Trace
 from distill.transport import Averager, Edge
+from distill.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
 from distill.wire import Wire
 
 
@@ -93,6 +95,8 @@ class Streams:
             return self._cached()
         if plan.strategy != "broadcast":
             return self._relay(blocks)
+        if plan.teacher_ranks > 1:
+            return self._merged()
         return (
             self._broadcast()
             if self._rank == 0
@@ -118,26 +122,52 @@ class Streams:
         return CachedStream(recorded=setting.recorded, feed=feed, trace=setting.trace)
 
     def _broadcast(self) -> TeacherStream:
-        """Rank 0 of a broadcast: the whole teacher, for everybody."""
-        setting, plan = self._setting, self._setting.plan
-        senders = {
-            rank: self._sender(rank, setting.wire_dtype) for rank in range(1, plan.world_size) if plan.spans_of(rank)
-        }
-        feeds = [Feed(rank, plan.spans_of(rank), setting.checks) for rank in (0, *senders)]
-        stream = TeacherStream(
-            chain=setting.chain,
-            dataset=setting.dataset,
-            schedule=Schedule(feeds),
-            senders=senders,
-            wire_dtype=setting.wire_dtype,
-            finished_elsewhere=self._finished_elsewhere,
-            wake=self._wake,
-            budget=setting.budget,
-            timeout_s=setting.timeout_s,
-            trace=setting.trace,
+        """The one teacher rank of a broadcast: the whole teacher, for everybody."""
+        stream = TeacherStream(**self._teaching(Turns()))
+        self._teachers.append(stream)
+        return stream
+
+    def _merged(self) -> Stream:
+        """A rank of a broadcast with several teacher ranks, of which it may be one."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        spans, turns = plan.spans_of(rank), Turns(plan.teacher_ranks)
+        boundaries = boundaries_of(span.block for span in spans)
+        others = [teacher for teacher in range(turns.teacher_ranks) if teacher != rank and spans]
+        receivers = {teacher: self._receiver(teacher, boundaries) for teacher in others}
+        own, own_turns = Feed(rank, spans, setting.checks), OwnTurns()
+        if not plan.teaches(rank):
+            return MergedStream(Merger(own, turns, receivers), setting.trace)
+        stream = TeacherInTurn(
+            merger=Merger(own, turns, receivers, own_turns),
+            own_turns=own_turns,
+            window=setting.window,
+            **self._teaching(turns),
         )
         self._teachers.append(stream)
         return stream
+
+    def _teaching(self, turns: Turns) -> dict[str, Any]:
+        """What a teacher rank needs to serve everybody the batches of its turns."""
+        setting, plan, rank = self._setting, self._setting.plan, self._rank
+        trained = [peer for peer in range(plan.world_size) if plan.spans_of(peer)]
+        feeds = [
+            Feed(peer, plan.spans_of(peer), setting.checks, of=lambda address: turns.teacher_of(address) == rank)
+            for peer in sorted({rank, *trained})
+        ]
+        return {
+            "rank": rank,
+            "chain": setting.chain,
+            "dataset": setting.dataset,
+            "schedule": Schedule(feeds, home=rank),
+            "senders": {peer: self._sender(peer, setting.wire_dtype) for peer in trained if peer != rank},
+            "wire_dtype": setting.wire_dtype,
+            "finished_elsewhere": self._finished_elsewhere,
+            "wake": self._wake,
+            "budget": setting.budget,
+            "every": turns.teacher_ranks,
+            "timeout_s": setting.timeout_s,
+            "trace": setting.trace,
+        }
 
     def _relay(self, blocks: Sequence[int]) -> RelayStream:
         """A stretch of the teacher: all of it from the images, or in a relay this rank's own."""
@@ -151,7 +181,7 @@ class Streams:
             following = Next(
                 Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
                 plan.starts[after[0]],
-                self._sender(after[0], torch.float32),
+                self._sender(after[0], setting.chain.boundaries[plan.starts[after[0]]].dtype),
             )
         feeds = (own,) if following is None else (own, following.feed)
         if before:
@@ -192,14 +222,15 @@ class Streams:
 
     def _receiver(self, source: int, boundaries: Collection[int]) -> BoundaryReceiver:
         setting = self._setting
-        relayed = setting.plan.strategy == "relay"
+        exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s),
             setting.control.store_for("edges"),
-            self._wire(torch.float32 if relayed else setting.wire_dtype),
+            self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
             boundaries={k: setting.chain.boundaries[k] for k in boundaries},
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,
+            on_arrival=self._wake.set,
         )
 
     def _wire(self, dtype: torch.dtype) -> Wire:

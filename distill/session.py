@@ -74,7 +74,7 @@ class Session(Setting):
             trace=self.trace,
         )
         reports = {0: self._work(trainers, collector.deliver, collector.finished_elsewhere, wake)}
-        collector.wait(all_fed=self.plan.strategy == "broadcast")
+        collector.wait(all_fed=self.plan.strategy == "broadcast" and self.plan.teacher_ranks == 1)
         makespan_s = time.monotonic() - started
         for rank in ranks:
             if self.plan.has_work(rank):

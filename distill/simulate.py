@@ -5,13 +5,15 @@ The order of events of a broadcast is the real one: the Schedule of protocol.py 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from distill.network import Link
 from distill.plan import Costs, Plan, Span, boundaries_of
-from distill.protocol import Address, Checks, Feed, Schedule
+from distill.protocol import Address, Checks, Feed, Schedule, Service, Turns
+from distill.sharing import as_single_ranks, gradient_bytes
 
 RING_SLOTS = 2  # receive buffers of a rank: one being trained on, one being filled
 IMPATIENCE_S = 0.005  # how often rank 0 looks again while it waits for a slot, as in a run
@@ -66,7 +68,7 @@ def _simulate(plan: Plan, costs: Costs, window: int) -> Simulation:
     if plan.strategy == "broadcast":
         return _broadcast(plan, costs, window)
     if plan.strategy == "relay":
-        return _relay(plan, costs, window)
+        return _relay_of_groups(plan, costs, window) if plan.groups else _relay(plan, costs, window)
     passes = sum(span.steps for span in plan.spans) if plan.one_by_one else 0
     if not plan.one_by_one:
         passes = sum(max((span.steps for span in plan.spans_of(rank)), default=0) for rank in range(plan.world_size))
@@ -94,21 +96,43 @@ class _Edge:
 
     line: _Line
     window: int
+    handed_over: list[tuple[float, float]] = field(default_factory=list)  # bytes of each batch, and when
     taken_at: list[float] = field(default_factory=list)  # when each batch was in a buffer of the receiver
+    arrived_at: list[float] = field(default_factory=list)
     released_at: list[float] = field(default_factory=list)  # when the receiver was done with it
 
     def ready_at(self, now: float) -> float:
-        """Return the first moment from `now` on at which another batch may be handed over."""
-        pending = self.taken_at[-self.window :]
-        return max(now, pending[0]) if len(pending) == self.window else now
+        """Return the first moment from `now` on at which another batch may be handed over; infinite while unknown."""
+        oldest = len(self.handed_over) - self.window
+        if oldest < 0:
+            return now
+        return max(now, self.taken_at[oldest]) if oldest < len(self.taken_at) else math.inf
 
-    def send(self, size: float, now: float) -> float:
-        """Hand over a batch; return when it has arrived."""
-        behind = len(self.taken_at) - RING_SLOTS
-        slot_free = self.released_at[behind] if behind >= 0 else 0.0
-        left, arrived = self.line.carry(size, max(now, slot_free))
-        self.taken_at.append(left)
-        return arrived
+    def send(self, size: float, now: float) -> None:
+        """Hand over a batch."""
+        self.handed_over.append((size, now))
+        self.settle()
+
+    def settle(self) -> None:
+        """Let batches leave as far as it is known when buffers are free."""
+        while len(self.taken_at) < min(len(self.handed_over), len(self.released_at) + RING_SLOTS):
+            number = len(self.taken_at)
+            size, ready_at = self.handed_over[number]
+            free_at = self.released_at[number - RING_SLOTS] if number >= RING_SLOTS else 0.0
+            left, arrived = self.line.carry(size, max(ready_at, free_at))
+            self.taken_at.append(left)
+            self.arrived_at.append(arrived)
+
+    @property
+    def arrives_at(self) -> float:
+        """When the receiver's next batch arrives; infinite while unknown."""
+        number = len(self.released_at)
+        return self.arrived_at[number] if number < len(self.arrived_at) else math.inf
+
+    def release(self, at: float) -> None:
+        """The receiver is done with its next batch."""
+        self.released_at.append(at)
+        self.settle()
 
 
 def _students_s(costs: Costs, rank: int, blocks: Sequence[int]) -> float:
@@ -121,36 +145,112 @@ def _teacher_s(costs: Costs, rank: int, first: int, last: int) -> float:
 
 
 def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
-    ranks = [rank for rank in range(plan.world_size) if rank == 0 or plan.spans_of(rank)]
-    lines = {link: _Line(link) for link in (costs.network.within, costs.network.between)}
-    edges = {rank: _Edge(lines[costs.network.link(0, rank)], window) for rank in ranks if rank}
-    schedule = Schedule([Feed(rank, plan.spans_of(rank), Checks()) for rank in ranks])
-    busy, done = [0.0] * plan.world_size, [0.0] * plan.world_size
-    now, passes = 0.0, 0
-    tick = max(IMPATIENCE_S, 0.02 * sum(costs.teacher_s))  # finer than any patience with steps as long as these
-    while not schedule.finished:
-        slots = {rank: edge.ready_at(now) for rank, edge in edges.items()}
-        service = schedule.choose({0, *(rank for rank, at in slots.items() if at <= now)}, now)
-        if service is None:
-            now = min([now + tick, *(at for at in slots.values() if at > now)])
-            continue
-        blocks = {rank: schedule.feeds[rank].blocks_at(service.address) for rank in service.ranks}
-        spent = _teacher_s(costs, 0, 0, 1 + max(block for owned in blocks.values() for block in owned))
-        passes += 1
-        for rank in service.ranks:
-            if rank:
-                size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(blocks[rank]))
-                spent += size * costs.network.link(0, rank).sender_s_per_byte
-                arrived = edges[rank].send(size, now + spent)
-                work = _students_s(costs, rank, blocks[rank])
-                busy[rank] += work
-                done[rank] = max(done[rank], arrived) + work
-                edges[rank].released_at.append(done[rank])
-        spent += _students_s(costs, 0, blocks.get(0, ()))
-        schedule.served(service, now + spent)
-        busy[0] += spent
-        now += spent
-    return Simulation(plan, max(now, *done), tuple(busy), sum(line.bytes_sent for line in lines.values()), passes)
+    teachers = [_Teacher(rank, plan, costs, window) for rank in range(plan.teacher_ranks)]
+    receivers = [_Receiver(rank, plan, costs, teachers) for rank in range(plan.world_size)]
+    while unfinished := [teacher for teacher in teachers if not teacher.finished(receivers)]:
+        min(unfinished, key=lambda teacher: teacher.now).act(receivers)
+    busy = [receiver.busy for receiver in receivers]
+    for teacher in teachers:
+        busy[teacher.rank] += teacher.busy
+    sent = sum(line.bytes_sent for teacher in teachers for line in teacher.lines.values())
+    ends = [teacher.now for teacher in teachers] + [receiver.done for receiver in receivers]
+    return Simulation(plan, max(ends), tuple(busy), sent, sum(teacher.passes for teacher in teachers))
+
+
+class _Teacher:
+    """A teacher rank of a broadcast: its schedule, and what it has on its way to every other rank."""
+
+    def __init__(self, rank: int, plan: Plan, costs: Costs, window: int) -> None:
+        self.rank, self.costs, self.window = rank, costs, window
+        self.now, self.busy, self.passes = 0.0, 0.0, 0
+        turns = Turns(plan.teacher_ranks)
+        ranks = [peer for peer in range(plan.world_size) if peer == rank or plan.spans_of(peer)]
+        network = costs.network
+        self.lines = {link: _Line(link) for link in (network.within, network.between)}
+        self.edges = {peer: _Edge(self.lines[network.link(rank, peer)], window) for peer in ranks if peer != rank}
+        self.ahead: list[float] = []  # batches for its own students, that wait for them since
+        feeds = [Feed(peer, plan.spans_of(peer), Checks(), of=lambda a: turns.teacher_of(a) == rank) for peer in ranks]
+        self.schedule = Schedule(feeds, home=rank)
+        self.tick = max(
+            IMPATIENCE_S, 0.02 * sum(costs.teacher_s)
+        )  # finer than any patience with steps as long as these
+
+    def finished(self, receivers: Sequence[_Receiver]) -> bool:
+        return self.schedule.finished and receivers[self.rank].own.cursor is None
+
+    def act(self, receivers: Sequence[_Receiver]) -> None:
+        """Train what is there, or teach whoever is ready, or wait."""
+        here = receivers[self.rank]
+        slots = {peer: edge.ready_at(self.now) for peer, edge in self.edges.items()}
+        if here.arrives_at <= self.now:
+            here.done = self.now
+            here.train()
+            self.now = here.done
+            return
+        ready = {peer for peer, at in slots.items() if at <= self.now}
+        service = self.schedule.choose(ready | ({self.rank} if len(self.ahead) < self.window else set()), self.now)
+        if service is not None:
+            self._teach(service, receivers)
+            return
+        self.now = min([self.now + self.tick, *(at for at in (here.arrives_at, *slots.values()) if at > self.now)])
+
+    def _teach(self, service: Service, receivers: Sequence[_Receiver]) -> None:
+        costs = self.costs
+        blocks = {peer: self.schedule.feeds[peer].blocks_at(service.address) for peer in service.ranks}
+        spent = _teacher_s(costs, self.rank, 0, 1 + max(block for owned in blocks.values() for block in owned))
+        for peer in service.ranks:
+            if peer != self.rank:
+                size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(blocks[peer]))
+                spent += size * costs.network.link(self.rank, peer).sender_s_per_byte
+                self.edges[peer].send(size, self.now + spent)
+        self.now += spent
+        self.busy += spent
+        self.passes += 1
+        self.schedule.served(service, self.now)
+        if self.rank in service.ranks:
+            self.ahead.append(self.now)
+        for peer in service.ranks:
+            receivers[peer].go_on()
+
+
+class _Receiver:
+    """The students of one rank of a broadcast, which take the batches of all teacher ranks in order."""
+
+    def __init__(self, rank: int, plan: Plan, costs: Costs, teachers: Sequence[_Teacher]) -> None:
+        self.rank, self.costs, self.teachers = rank, costs, teachers
+        self.turns = Turns(plan.teacher_ranks)
+        self.own = Feed(rank, plan.spans_of(rank), Checks())
+        self.done, self.busy = 0.0, 0.0
+
+    @property
+    def arrives_at(self) -> float:
+        """When the next batch is there; infinite while that is unknown, or none is needed."""
+        if self.own.cursor is None:
+            return math.inf
+        teacher = self.teachers[self.turns.teacher_of(self.own.cursor)]
+        if teacher.rank == self.rank:
+            return teacher.ahead[0] if teacher.ahead else math.inf
+        return teacher.edges[self.rank].arrives_at
+
+    def go_on(self) -> None:
+        """Train, on a rank that does nothing else, on all that is known to come."""
+        while self.rank >= len(self.teachers) and self.arrives_at < math.inf:
+            self.done = max(self.done, self.arrives_at)
+            self.train()
+
+    def train(self) -> None:
+        """Train on the next batch, from `done` on."""
+        address = self.own.cursor
+        assert address is not None
+        work = _students_s(self.costs, self.rank, self.own.blocks_at(address))
+        self.done += work
+        self.busy += work
+        teacher = self.teachers[self.turns.teacher_of(address)]
+        if teacher.rank == self.rank:
+            teacher.ahead.pop(0)
+        else:
+            teacher.edges[self.rank].release(self.done)
+        self.own.advance()
 
 
 def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
@@ -178,14 +278,32 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
             if target is not None:
                 size = costs.boundary_bytes[end]
                 spent += size * costs.network.link(rank, target).sender_s_per_byte
-                arrived = edges[target].send(size, begin + spent)
+                edges[target].send(size, begin + spent)
+                arrived = edges[target].arrived_at[-1]
             if feeds[rank].cursor == address:
                 spent += _students_s(costs, rank, feeds[rank].blocks_at(address))
                 feeds[rank].advance()
             busy[rank] += spent
             done[rank] = begin + spent
             if rank in edges:
-                edges[rank].released_at.append(done[rank])
+                edges[rank].release(done[rank])
         everybody.advance()
     sent = sum(edge.line.bytes_sent for edge in edges.values())
     return Simulation(plan, max(done), tuple(busy), sent, passes)
+
+
+def _relay_of_groups(plan: Plan, costs: Costs, window: int) -> Simulation:
+    """A relay whose ranges have groups of ranks, each as one rank that is as much faster as they are together."""
+    single = _relay(*as_single_ranks(plan, costs), window)
+    firsts = [rank for rank in range(plan.world_size) if plan.owners[rank]]
+    busy = [0.0] * plan.world_size
+    passed_on = 0.0
+    for index, first in enumerate(firsts):
+        for rank in plan.group_of(first):
+            busy[rank] = single.busy_s[index]
+        if index:
+            steps = max(span.steps for span in plan.spans if span.block >= plan.starts[first])
+            passed_on += costs.boundary_bytes[plan.starts[first]] * steps
+    return Simulation(
+        plan, single.makespan_s, tuple(busy), passed_on + gradient_bytes(plan, costs), single.teacher_passes
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -14,8 +15,11 @@ import numpy as np
 from distill.placement import Problem, Share, largest_first, place
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
 from distill.ranges import RangeCosts, best_ranges
+from distill.sharing import price_of_student, price_of_teacher
+from distill.traffic import busiest_line_s, over_links
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
+DEARER = (0.25, 0.5, 1.0)  # shares of a byte's time on a slow line by which placements are guided
 WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
 
 
@@ -23,7 +27,14 @@ def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int, teacher
     """The first rank or ranks run the teacher for everybody, a batch each in turn, and send each rank the boundaries of
     its blocks; they train too."""
     problem = broadcast_problem(costs, spans, world_size, teacher_ranks)
-    return replace(_placed("broadcast", problem), teacher_ranks=teacher_ranks)
+    plan = replace(_placed("broadcast", problem), teacher_ranks=teacher_ranks)
+    plans = [over_links(plan, costs)]
+    if busiest_line_s(plan, costs) > plan.predicted_makespan_s:  # then fewer bytes may be worth more computing
+        for part in DEARER:
+            dear = replace(costs, network=costs.network.dearer(part))
+            found = place(broadcast_problem(dear, spans, world_size, teacher_ranks))
+            plans.append(over_links(replace(_on("broadcast", problem, found), teacher_ranks=teacher_ranks), costs))
+    return min(plans, key=lambda one: one.predicted_makespan_s)
 
 
 def plan_teachers(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
@@ -77,13 +88,13 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
     alone = plan_layerwise(costs, spans, 1)
     share = 1 / world_size
-    slowest = max(costs.slowness_of(rank) for rank in range(world_size))
+    slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
     wire_s = (
         sum(costs.student_bytes[span.block] * span.steps for span in spans)
         * 2
         * (1 - share)
-        * costs.network.link(0, world_size - 1).sender_s_per_byte
-    )
+        * (hop.sender_s_per_byte + 1 / hop.bytes_per_s)
+    ) + 2 * (world_size - 1) * hop.latency_s * sum(span.steps for span in spans)
     seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
     owners = alone.owners + ((),) * (world_size - 1)
     everybody = (tuple(range(world_size)),)
@@ -114,7 +125,7 @@ def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     busy = [r for r in ranges if len(r)]
     fill = sum(sum(costs.teacher_s[block] for block in owned) for owned in busy[:-1])  # until the last rank begins
     starts = tuple(r.start for r in ranges)
-    return Plan("relay", owners, ordered, max(loads, default=0.0) + fill, loads, starts)
+    return over_links(Plan("relay", owners, ordered, max(loads, default=0.0) + fill, loads, starts), costs)
 
 
 def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
@@ -122,12 +133,13 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     average their gradients. A share of a batch is taken to cost that share."""
     ordered = tuple(sorted(spans, key=lambda span: span.block))
     depth = max((span.block for span in ordered), default=-1) + 1
-    link = costs.network.link(0, world_size - 1)
     moved, calls = np.zeros(depth + 1), np.zeros(depth + 1)
+    for block in range(depth):
+        moved[block + 1] = price_of_teacher(costs, block).shared * _steps_from(ordered, block)
     for span in ordered:
-        size = costs.student_bytes[span.block] if costs.student_bytes else 0
-        moved[span.block + 1] = 2 * size * span.steps * (link.sender_s_per_byte + 1 / link.bytes_per_s)
-        calls[span.block + 1] = 2 * span.steps * link.latency_s
+        price = price_of_student(costs, span.block, world_size)
+        moved[span.block + 1] += price.shared * span.steps
+        calls[span.block + 1] = price.hop * span.steps
     range_costs = RangeCosts(
         divided=_range_seconds(costs, ordered, depth), shared=_between(moved), hops=_between(calls)
     )
@@ -145,7 +157,8 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
             fill += sum(costs.teacher_s[found.start : found.end]) / found.ranks  # until the last group begins
     groups = tuple(tuple(range(r.first, r.first + r.ranks)) for r in ranges if r.ranks > 1)
     makespan_s = max(loads, default=0.0) + fill
-    return Plan("relay", tuple(owners), ordered, makespan_s, tuple(loads), tuple(starts), groups=groups)
+    plan = Plan("relay", tuple(owners), ordered, makespan_s, tuple(loads), tuple(starts), groups=groups)
+    return over_links(plan, costs)
 
 
 def _between(by_block: np.ndarray) -> np.ndarray:
@@ -165,11 +178,15 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     for block in range(depth):
         steps = _steps_from(spans, block)
         teacher[block + 1] = costs.teacher_s[block] * steps
-        passed_on[block] = costs.boundary_bytes[block] * costs.network.within.sender_s_per_byte * steps
+        passed_on[block] = costs.boundary_bytes[block] * steps
     for span in spans:
         student[span.block + 1] += costs.student_s[span.block] * span.steps
         trained[span.block + 1] += 1
-    seconds = _between(teacher + student) + passed_on[None, :]
+    passed_on[0] = 0.0  # the images are everybody's own
+    hop = costs.network.hop
+    seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
+    wire_s = passed_on / hop.bytes_per_s  # the first boundary of a range must come as fast, and its last one leave
+    seconds = np.maximum(seconds, np.maximum(wire_s[:, None], wire_s[None, :]))
     seconds[_between(trained) == 0] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
@@ -281,7 +298,11 @@ def _independent(
 
 
 def _placed(strategy: str, problem: Problem) -> Plan:
-    placement = place(problem)
+    return _on(strategy, problem, place(problem))
+
+
+def _on(strategy: str, problem: Problem, placement: Mapping[int, int]) -> Plan:
+    """Return the plan of a placement."""
     loads = problem.seconds(placement)
     ranks = range(problem.world_size)
     owners = tuple(tuple(sorted(b for b, r in placement.items() if r == rank)) for rank in ranks)
@@ -290,7 +311,7 @@ def _placed(strategy: str, problem: Problem) -> Plan:
 
 
 PLANNERS: Mapping[str, Planner] = {
-    "broadcast": plan_broadcast,
+    "broadcast": plan_teachers,
     "relay": plan_relay,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
@@ -299,6 +320,12 @@ PLANNERS: Mapping[str, Planner] = {
 }
 
 
-def rank_plans(names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int) -> list[Plan]:
-    """Return the plans of these strategies, the one with the smallest predicted makespan first."""
-    return sorted((PLANNERS[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)
+def rank_plans(
+    names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
+) -> list[Plan]:
+    """Return the plans of these planners, the one with the smallest predicted makespan first, among equals in the order
+    of the names. A broadcast has `teacher_ranks`, or as many as pay."""
+    planners = dict(PLANNERS)
+    if teacher_ranks is not None:
+        planners["broadcast"] = partial(plan_broadcast, teacher_ranks=teacher_ranks)
+    return sorted((planners[name](costs, spans, world_size) for name in names), key=lambda p: p.predicted_makespan_s)

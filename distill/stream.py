@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.blocks import Chain
 from distill.data import Dataset
 from distill.errors import DistillError
-from distill.protocol import Schedule
+from distill.protocol import Schedule, Service
 from distill.receiver import BoundaryReceiver, Delivery
 from distill.sender import BoundarySender
 from distill.trace import Trace
@@ -37,10 +37,10 @@ class Stream(Protocol):
 class TrainingBatches:
     """Teacher inputs by step; going forward they come from a prefetching iterator, going back by random access."""
 
-    def __init__(self, dataset: Dataset, *, stop: int, part: int = 0, num_parts: int = 1) -> None:
-        """Of every batch the rows part::num_parts, up to step `stop`."""
+    def __init__(self, dataset: Dataset, *, stop: int, part: int = 0, num_parts: int = 1, every: int = 1) -> None:
+        """Of every batch the rows part::num_parts, up to step `stop`, usually asked for `every` so many steps."""
         self._dataset = dataset
-        self._part, self._num_parts = part, num_parts
+        self._part, self._num_parts, self._every = part, num_parts, every
         self._stop = stop
         self._next = -1
         self._iterator: Iterator[Tensor] = iter(())
@@ -48,20 +48,21 @@ class TrainingBatches:
     def images(self, step: int) -> Tensor:
         if step > self._next:
             self._next = step
-            batches = self._dataset.train_batches(step, self._stop, self._part, self._num_parts)
+            batches = self._dataset.train_batches(step, self._stop, self._part, self._num_parts, every=self._every)
             self._iterator = (batch.images for batch in batches)
         if step < self._next:
             return self._dataset.train_batch(step, self._part, self._num_parts).images
-        self._next += 1
+        self._next += self._every
         return next(self._iterator)
 
 
 class TeacherStream:
-    """Rank 0: compute each batch once for everybody who is ready for it, send, and yield this rank's own part."""
+    """A teacher rank: compute each batch once for everybody who is ready for it, send, and yield this rank's part."""
 
     def __init__(
         self,
         *,
+        rank: int,
         chain: Chain,
         dataset: Dataset,
         schedule: Schedule,
@@ -70,11 +71,13 @@ class TeacherStream:
         finished_elsewhere: Callable[[], Collection[int]],
         wake: threading.Event,
         budget: int,
+        every: int,
         timeout_s: float,
         trace: Trace,
     ) -> None:
+        self._rank = rank
         self._chain, self._dataset, self._schedule, self._senders = chain, dataset, schedule, senders
-        self._batches = TrainingBatches(dataset, stop=budget)
+        self._batches = TrainingBatches(dataset, stop=budget, every=every)
         self._wire_dtype = wire_dtype
         self._finished_elsewhere = finished_elsewhere
         self._wake = wake
@@ -85,9 +88,7 @@ class TeacherStream:
     def __iter__(self) -> Iterator[Delivery]:
         idle_since, waiting = time.perf_counter(), False
         while True:
-            for block in self._finished_elsewhere():
-                self._schedule.finish(block)
-            self._close_finished()
+            self._hear_of_finished()
             if self._schedule.finished:
                 break
             now = time.monotonic()
@@ -98,38 +99,50 @@ class TeacherStream:
                 continue
             if waiting:
                 self._trace.since(idle_since, "wait", "for a free slot", service.address.step)
-            feeds = [self._schedule.feeds[rank] for rank in service.ranks]
-            wanted = {feed.rank: feed.boundaries_at(service.address) for feed in feeds}
-            boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
-            for rank, keys in wanted.items():
-                if rank != 0:
-                    self._senders[rank].send(service.address, {k: boundaries[k] for k in keys})
-            self._schedule.served(service, time.monotonic())
-            if 0 in wanted:
-                yield Delivery(service.address, {k: boundaries[k].float() for k in wanted[0]})
+            own = self._serve(service)
+            if own is not None:
+                yield own
             idle_since, waiting = time.perf_counter(), False
-        with self._trace.span("wait", "for the last batches to be taken"):
-            for sender in self._senders.values():
-                sender.join()
+        self._end()
 
     def finish(self, block: int) -> None:
         self._schedule.finish(block)
 
-    def _close_finished(self) -> None:
-        """Let the ranks go that need nothing more."""
+    def _serve(self, service: Service) -> Delivery | None:
+        """Carry out a teacher pass; return this rank's own part of it."""
+        feeds = [self._schedule.feeds[rank] for rank in service.ranks]
+        wanted = {feed.rank: feed.boundaries_at(service.address) for feed in feeds}
+        boundaries = self._teach(service.address.step, service.address.check, frozenset().union(*wanted.values()))
+        for rank, keys in wanted.items():
+            if rank != self._rank:
+                self._senders[rank].send(service.address, {k: boundaries[k] for k in keys})
+        self._schedule.served(service, time.monotonic())
+        if self._rank not in wanted:
+            return None
+        return Delivery(service.address, {k: boundaries[k] for k in wanted[self._rank]})
+
+    def _end(self) -> None:
+        with self._trace.span("wait", "for the last batches to be taken"):
+            for sender in self._senders.values():
+                sender.join()
+
+    def _hear_of_finished(self) -> None:
+        """Take note of blocks that have finished elsewhere, and let the ranks go that need nothing more."""
+        for block in self._finished_elsewhere():
+            self._schedule.finish(block)
         for rank, sender in self._senders.items():
             if self._schedule.feeds[rank].cursor is None:
                 sender.close()
 
     def _ready(self) -> set[int]:
-        return {0} | {rank for rank, sender in self._senders.items() if sender.ready}
+        return {self._rank} | {rank for rank, sender in self._senders.items() if sender.ready}
 
     def _wait(self, waited_s: float) -> None:
         if waited_s > self._timeout_s:
             slow = sorted(rank for rank, sender in self._senders.items() if not sender.ready)
             raise DistillError(
-                f"rank 0: ranks {slow} have taken no batch for {self._timeout_s:g} s; read their logs (logs/rank"
-                f"{slow[0] if slow else 1}.log), or raise plan.timeout_s"
+                f"rank {self._rank}: ranks {slow} have taken no batch for {self._timeout_s:g} s; read their logs "
+                f"(logs/rank{slow[0] if slow else 1}.log), or raise plan.timeout_s"
             )
         self._wake.wait(WAKE_S)
         self._wake.clear()
@@ -159,8 +172,7 @@ class RemoteStream:
             self._trace.since(start, "wait", "for a batch", None if delivery is None else delivery.address.step)
             if delivery is None:
                 return
-            boundaries = {k: tensor.float() for k, tensor in delivery.boundaries.items()}
-            yield Delivery(delivery.address, boundaries)
+            yield delivery
 
     def finish(self, block: int) -> None:
         """Nothing to do: rank 0 hears of it by the announcement of the finished block."""

@@ -6,9 +6,7 @@ Knows nothing of other blocks, ranks or files. Losses stay on the device and are
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +14,9 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from distill.checkpoint import Checkpoint, block_name, contiguous
+from distill.graphs import Captured, Lane, Work, cuda_capture
 from distill.losses import BLOCK_LOSSES, relative_error
+from distill.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,50 +75,18 @@ def learning_rate(step: int, *, budget: int, options: TrainerOptions) -> float:
     return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def make_optimizer(module: nn.Module, options: TrainerOptions) -> torch.optim.Optimizer:
-    """Return the optimizer of a block, with PyTorch's fused update where it has one."""
+def make_optimizer(module: nn.Module, options: TrainerOptions, device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer of a block, with PyTorch's fused update where it has one; on CUDA its learning rate lies on
+    the device, where a captured update reads it."""
     parameters = list(module.parameters())
+    lr = torch.tensor(options.lr, device=device) if device.type == "cuda" else options.lr
     if options.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=options.weight_decay, fused=True)
     if options.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
+            parameters, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
         )
     return torch.optim.RMSprop(parameters, lr=options.lr, alpha=options.smoothing, weight_decay=options.weight_decay)
-
-
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-class Stopwatch:
-    """Sums the time spent inside `running()`: wall clock on the CPU, stream time by events on CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        if not self._cuda:
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        pair = (_timing_event(), _timing_event())
-        pair[0].record()
-        yield
-        pair[1].record()
-        self._pairs.append(pair)
-
-    def read(self) -> float:
-        """Return the seconds so far; on CUDA this waits for the device, so call it at log intervals only."""
-        for start, end in self._pairs:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        self._pairs.clear()
-        return self._seconds
 
 
 class BlockTrainer:
@@ -133,7 +101,9 @@ class BlockTrainer:
         budget: int,
         device: torch.device,
         options: TrainerOptions,
+        lane: Lane | None = None,
     ) -> None:
+        """With a `lane` that captures, enter it around every update and look."""
         self.block = block
         self.name = name
         self.module = module
@@ -146,7 +116,9 @@ class BlockTrainer:
         self.stopped_early = False
         self._options = options
         self._loss = BLOCK_LOSSES[options.loss]
-        self._optimizer = make_optimizer(module, options)
+        self._optimizer = make_optimizer(module, options, device)
+        self.lane = lane or Lane()
+        self._update = self._captured_update()
         self._watch = Stopwatch(device)
         self._losses: list[Tensor] = []
         self._errors: list[Tensor] = []
@@ -161,33 +133,59 @@ class BlockTrainer:
     def share(self, average: Callable[[list[Tensor]], None]) -> None:
         """Train this block together with other ranks: `average` replaces gradients by their mean over all of them."""
         self._average = average
+        self._update = self._compute
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
         """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
         with self._watch.running():
             rate = learning_rate(self.step, budget=self.budget, options=self._options)
             for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.zero_grad(set_to_none=True)
-            with self._autocast():
-                outputs = self.module(inputs)
-            error = relative_error(outputs, targets)
-            loss = error if self._loss is relative_error else self._loss(outputs, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if self._average is not None:
-                self._average([p.grad for p in self.module.parameters() if p.grad is not None])
-            if self._options.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
-            self._optimizer.step()
-        self._losses.append(loss.detach())
-        self._errors.append(error.detach())
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            loss, error = self._update(inputs, targets)
+        self._losses.append(loss)
+        self._errors.append(error)
         self.step += 1
         if self.step % self._options.log_every == 0 or self.step in (1, self.budget):
             return self.read(rate)
         return None
 
+    def _compute(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Update the weights; return the loss and the relative error before that."""
+        self._optimizer.zero_grad(set_to_none=True)
+        outputs = self._forward(inputs)
+        error = relative_error(outputs, targets)
+        loss = error if self._loss is relative_error else self._loss(outputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._average is not None:
+            self._average([p.grad for p in self.module.parameters() if p.grad is not None])
+        if self._options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
+        self._optimizer.step()
+        return [loss.detach(), error.detach()]
+
+    def _captured_update(self) -> Work:
+        # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
+        if not self.lane.captures or self._options.optimizer == "rmsprop":
+            return self._compute
+        capture = cuda_capture(self.lane.pool)
+
+        def capture_update(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+            for group in self._optimizer.param_groups:
+                group["capturable"] = True  # only now: PyTorch warns of steps that could be captured and are not
+            try:
+                return capture(work)
+            finally:
+                for group in self._optimizer.param_groups:
+                    group["capturable"] = False
+
+        return Captured(self._compute, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
+
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
+        self.lane.join()
         losses = torch.stack(self._losses).tolist()
         errors = torch.stack(self._errors).tolist()
         first = self.step - len(losses)
@@ -209,8 +207,9 @@ class BlockTrainer:
     def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
         """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
         self.module.eval()
-        with torch.no_grad(), self._autocast():
-            self._held_out.append(relative_error(self.module(inputs), targets))
+        with torch.no_grad():
+            self._held_out.append(relative_error(self._forward(inputs), targets))
+        self.lane.let_go()
         self._training_mode()
         if not last:
             return
@@ -255,6 +254,8 @@ class BlockTrainer:
             keys = {key.removeprefix(f"{name}/"): value for key, value in saved.items() if key.startswith(f"{name}/")}
             self._optimizer.state[parameter] = {key: self._restored(value, parameter) for key, value in keys.items()}
         self._finite = checkpoint
+        if self._average is None:
+            self._update = self._captured_update()  # a graph made before works on other tensors
 
     def _restored(self, value: Tensor, parameter: Tensor) -> Tensor:
         """Fused updates walk through memory, so state must have its parameter's own strides; fused Adam counts its
@@ -264,6 +265,7 @@ class BlockTrainer:
         return value.to(self.device) if self._options.optimizer == "adam" else value
 
     def _snapshot(self) -> Checkpoint:
+        self.lane.join()
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         optimizer = {
             f"{names[parameter]}/{key}": value
@@ -288,5 +290,10 @@ class BlockTrainer:
             if isinstance(part, (nn.modules.dropout._DropoutNd, StochasticDepth)):
                 part.eval()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._options.amp == "bf16")
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """Return the student's activation. With amp the input is rounded once for all who read it: what passes by the
+        convolutions would otherwise stay float32, and every sum with it."""
+        if self._options.amp == "off":
+            return self.module(inputs.float())  # type: ignore[no-any-return]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return self.module(inputs.bfloat16())  # type: ignore[no-any-return]

@@ -184,9 +184,11 @@ class Dataset:
         images_BHWC, labels = self._images.read(self._train_request(step, part, num_parts, draws))
         return self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
 
-    def train_batches(self, start: int, stop: int, part: int = 0, num_parts: int = 1) -> Iterator[Batch]:
-        """Return what train_batch returns for each step of start .. stop - 1, decoded ahead where it is streamed."""
-        steps = range(start, stop)
+    def train_batches(
+        self, start: int, stop: int, part: int = 0, num_parts: int = 1, *, every: int = 1
+    ) -> Iterator[Batch]:
+        """Return what train_batch returns for the steps range(start, stop, every), decoded ahead where streamed."""
+        steps = range(start, stop, every)
         requests = (self._train_request(step, part, num_parts, self._draws(step, part, num_parts)) for step in steps)
         for step, (images_BHWC, labels) in zip(steps, self._images.read_many(requests), strict=True):
             draws = self._draws(step, part, num_parts)

@@ -20,7 +20,7 @@ from torch import nn
 from distill.cache import Cache as CacheMemory
 from distill.cache import Layout, Prices, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
-from distill.choices import Cache, WireDtype
+from distill.choices import Amp, Cache, WireDtype
 from distill.config import JobConfig, fingerprint, identity
 from distill.control import Control
 from distill.data import Dataset
@@ -40,9 +40,10 @@ def is_cached(config: JobConfig) -> bool:
 
 
 def students_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given."""
+    """Return the precision of the activations that students are given; those of a teacher in bf16 have no more."""
     chosen = config.cache.dtype if is_cached(config) else config.plan.wire_dtype
-    return torch.bfloat16 if chosen is WireDtype.bf16 else torch.float32
+    rounded = chosen is WireDtype.bf16 or config.teacher.amp is Amp.bf16
+    return torch.bfloat16 if rounded else torch.float32
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,20 @@ from torch import nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.checkpoint import CheckpointFolder, contiguous
-from distill.choices import AugmentName
+from distill.choices import Amp, AugmentName
 from distill.config import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, one_of
 from distill.files import write_bytes
 from distill.finetune import FitOptions, Team, fit, label_loss
+from distill.graphed_teacher import GraphedChain
+from distill.graphs import cuda_capture
 from distill.job.context import Context
+from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Recipe
 from distill.report.markup import show_count
-from distill.teachers import build_architecture, load_backbone, load_teacher_weights
+from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +61,13 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
 def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
     """Return the arguments of build_architecture(), all of them JSON values: they travel with the student."""
     teacher = config.teacher
+    needed = options_for_weights(teacher.source.name, teacher.name, teacher.weights)
     return {
         "source": teacher.source.name,
         "name": teacher.name,
         "num_classes": num_classes,
         "factory": teacher.factory,
-        "options": dict(teacher.options),
+        "options": needed | dict(teacher.options),
     }
 
 
@@ -139,18 +143,22 @@ class Blocks:
         return [path for block in sorted(self.replaced) for path in self.replaced[block]]
 
 
-def cut_blocks(config: JobConfig, dataset: Dataset, teacher: nn.Module, device: torch.device) -> Blocks:
-    """Cut the teacher and choose the blocks that get students.
+def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device) -> Blocks:
+    """Cut the teacher for images of that shape (channels, height, width) and choose the blocks that get students.
 
     Raises ConfigError where patterns name no block, or where the recipe finds nothing to replace.
     """
-    sample = torch.zeros(config.data.batch_size, *dataset.image_shape, device=device)
+    sample = torch.zeros(config.data.batch_size, *image_shape, device=device)
     chain = cut(
         teacher,
         sample.to(memory_format=torch.channels_last),
         granularity=Granularity[config.blocks.granularity.name],
         modules=config.blocks.modules,
     )
+    if config.teacher.amp is Amp.bf16:
+        chain = Bf16Chain(chain)
+    if device.type == "cuda" and config.distill.cuda_graphs:
+        chain = GraphedChain(chain, cuda_capture())
     recipe = make_recipe(config)
     names = [block.name for block in chain.blocks]
     chosen = _matching("blocks.include", config.blocks.include, names)

@@ -25,6 +25,7 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
+from distill.graphs import Lane, lanes
 from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.links import find_network
@@ -52,6 +53,8 @@ class Trainers:
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
         self._student_bytes: dict[int, int] = {}
+        graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
+        self._lanes = lanes(context.device) if graphs else [Lane()]
 
     def fresh(self, block: int) -> BlockTrainer | None:
         """Return a block's trainer at step 0, or None where the block gets no student.
@@ -68,7 +71,8 @@ class Trainers:
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
         self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
-        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options)
+        lane = self._lanes[block % len(self._lanes)]
+        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options, lane=lane)
 
     def resumed(self, block: int) -> BlockTrainer:
         """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""
@@ -108,7 +112,8 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        plans = rank_plans(names, costs, spans, context.world_size)
+        teacher_ranks = context.config.plan.teacher_ranks
+        plans = rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
         _show_ranking(context, plans)
         plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])
         write_text(context.run.path / "plan.json", plan.to_json())
@@ -120,8 +125,10 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
     """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted = context.config.plan.strategy
+    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
     divisible = blocks.chain.divisible
+    if teacher_ranks is not None and teacher_ranks > context.world_size:
+        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
     if wanted is Strategy.relay and not divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
@@ -137,7 +144,7 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
     if len(plans) > 1:
-        ranking = ", ".join(f"{plan.strategy} {plan.predicted_makespan_s:.1f} s" for plan in plans)
+        ranking = ", ".join(f"{plan.label} {plan.predicted_makespan_s:.1f} s" for plan in plans)
         context.say(f"plan: predicted makespans: {ranking}")
 
 
@@ -160,8 +167,7 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    scale = students_dtype(context.config).itemsize / torch.float32.itemsize
-    sizes = tuple(int(boundary.nbytes * scale) for boundary in blocks.chain.boundaries)
+    sizes = tuple(boundary.numel * students_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
 
 
@@ -188,12 +194,17 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
-        role = "teacher and students" if plan.teaches(rank) else "students"
-        context.say(f"rank {rank}: {role}, predicted {predicted:.1f} s")
-    context.say(f"plan: {plan.strategy}, predicted makespan {plan.predicted_makespan_s:.1f} s")
+        context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
+    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
+
+
+def _role(plan: Plan, rank: int) -> str:
+    """What a rank does."""
+    parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
+    return " and ".join(parts) or "idle"
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

@@ -129,7 +129,7 @@ def _run(config: JobConfig, control: Control) -> None:
         refuse_unfinished(config, RunDirectory(run_directory(config)))
     with open_data(config, device) as dataset:
         teacher = build_teacher(config, dataset, device)
-        blocks = cut_blocks(config, dataset, teacher, device) if config.stage is not Stage.teacher else None
+        blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
         context = _claim(config, control, device)  # only now is anything written: the job can run
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))

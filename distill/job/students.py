@@ -101,6 +101,7 @@ def _result(
     recorded = {"cache": cache} if cache is not None else {}
     return recorded | {
         "strategy": plan.strategy,
+        "teaching_ranks": [rank for rank in range(plan.world_size) if plan.teaches(rank)],
         "world_size": plan.world_size,
         "threads_per_rank": torch.get_num_threads(),
         "resumed": resumed,

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from distill.report.comparison import comparison_table, write_comparison
 from distill.report.page import write_report
+from distill.report.scaling import write_scaling
 from distill.report.tables import PerBlock, plan_table, result_table
 
-__all__ = ["PerBlock", "comparison_table", "plan_table", "result_table", "write_comparison", "write_report"]
+__all__ = [
+    "PerBlock",
+    "comparison_table",
+    "plan_table",
+    "result_table",
+    "write_comparison",
+    "write_report",
+    "write_scaling",
+]

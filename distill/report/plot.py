@@ -121,21 +121,27 @@ def chart(
     kind: str = "",
 ) -> Markup:
     """Return a plot with both axes; `label` says in words what it shows. `marks` may use percentages."""
+    frame = axes(x, y, x.ticks(ticks[0]), y.ticks(ticks[1]), x_title)
+    drawing = tag("svg", frame, Markup(marks), class_="plot", role="img", aria_label=label)
+    above = tag("div", y_title, class_="ytitle") if y_title else ""
+    return tag("div", above, drawing, class_=f"chart {kind}".strip())
+
+
+def axes(x: Axis, y: Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], x_title: str) -> Markup:
+    """Return the lines and words of both axes, in percentages of the plot."""
     parts: list[str] = []
-    for value in y.ticks(ticks[1]):
+    for value in y_ticks:
         place = f"{100 * (1 - y.at(value)):.2f}%"
         parts.append(f'<line class="grid" x1="0" x2="100%" y1="{place}" y2="{place}"/>')
         parts.append(f'<text class="y" x="-6" y="{place}" dy=".35em">{tick_label(value)}</text>')
-    for value in x.ticks(ticks[0]):
+    for value in x_ticks:
         place = f"{100 * x.at(value):.2f}%"
         parts.append(f'<line class="tick" x1="{place}" x2="{place}" y1="100%" y2="99%"/>')
         parts.append(f'<text class="x" x="{place}" y="100%" dy="1.3em">{tick_label(value)}</text>')
     parts.append('<line class="axis" x1="0" x2="100%" y1="100%" y2="100%"/>')
     if x_title:
         parts.append(f'<text class="x title" x="100%" y="100%" dy="2.6em">{escape(x_title)}</text>')
-    drawing = tag("svg", Markup("".join(parts)), Markup(marks), class_="plot", role="img", aria_label=label)
-    above = tag("div", y_title, class_="ytitle") if y_title else ""
-    return tag("div", above, drawing, class_=f"chart {kind}".strip())
+    return Markup("".join(parts))
 
 
 def point(x: float, y: float, *, kind: str, title: str, text: str = "") -> Markup:

@@ -27,9 +27,7 @@ def plan_table(
     """Return who trains what, with both costs of every block side by side: seconds and counted FLOPs."""
     owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
     spans = {span.block: span for span in plan.spans}
-    table = Table(
-        title=f"plan: {plan.strategy} on {show_count(plan.world_size, 'rank')}", title_justify="left", box=None
-    )
+    table = Table(title=f"plan: {plan.label} on {show_count(plan.world_size, 'rank')}", title_justify="left", box=None)
     # Headings of two lines leave 80 columns enough for a block's name.
     for heading in (
         "block",

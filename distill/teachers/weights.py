@@ -21,19 +21,29 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 def load_teacher_weights(model: nn.Module, source: str, name: str, weights: str) -> None:
     """Load `weights`, a file or the name of published weights such as "DEFAULT", into `model`.
 
-    Something with a "/" or a known file ending is a file. GoogLeNet and Inception get the input transformation that
-    their published weights were trained with. Raises ConfigError on teacher.weights.
+    Something with a "/" or a known file ending is a file. Raises ConfigError on teacher.weights.
     """
     _load_state(model, _find_state(model, source, name, weights), weights)
 
 
 def _find_state(model: nn.Module, source: str, name: str, weights: str) -> dict[str, Tensor]:
+    if _is_published(source, weights):
+        return pretrained_weights(source, name, weights)
+    return _unwrap(_read(weights), weights, model)
+
+
+def _is_published(source: str, weights: str) -> bool:
     looks_like_file = "/" in weights or weights.endswith(_SUFFIXES) or Path(weights).is_file()
-    if looks_like_file or source not in {"torchvision", "timm"}:
-        return _unwrap(_read(weights), weights, model)
-    if source == "torchvision" and hasattr(model, "transform_input"):
-        model.transform_input = True  # type: ignore[assignment]
-    return pretrained_weights(source, name, weights)
+    return source in {"torchvision", "timm"} and not looks_like_file
+
+
+def options_for_weights(source: str, name: str, weights: str | None) -> dict[str, object]:
+    """Return the options of build_architecture() without which `weights` would not mean what they were trained for.
+
+    torchvision's own weights of GoogLeNet and Inception transform their input from ImageNet's mean and deviation.
+    """
+    transformed = source == "torchvision" and name in {"googlenet", "inception_v3"}
+    return {"transform_input": True} if transformed and weights and _is_published(source, weights) else {}
 
 
 def load_backbone(model: nn.Module, source: str, name: str, weights: str) -> tuple[str, ...]:

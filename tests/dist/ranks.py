@@ -26,6 +26,7 @@ from distill.control import Control, StoreAddress
 from distill.data import Augment, Dataset, open_dataset
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
+from distill.precision import Bf16Chain
 from distill.protocol import Checks
 from distill.recording import Contents, Recorded, record
 from distill.recipes import Separable, replace_convolutions
@@ -102,8 +103,10 @@ class Toy:
     owners: tuple[tuple[int, ...], ...]
     budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
     strategy: str = "broadcast"
+    teacher_ranks: int = 1
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
+    teacher_amp: str = "off"
     shared_memory: bool = True
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
@@ -148,6 +151,8 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
     ) as fresh:
         dataset = fresh.with_views(toy.views)
         chain = toy_chain(dataset.train_batch(0).images)
+        if toy.teacher_amp == "bf16":
+            chain = Bf16Chain(chain)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
         trainers = [_trainer(toy, chain, checkpoints, span, rank) for span in plan.trained_by(rank)]
@@ -200,7 +205,10 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
         ranks = len(toy.owners)
         groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else ()
-        plan = Plan(toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy), groups=groups)
+        plan = Plan(
+            toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy),
+            teacher_ranks=toy.teacher_ranks, groups=groups,
+        )  # fmt: skip
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
 

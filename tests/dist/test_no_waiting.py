@@ -16,17 +16,17 @@ COLLECTIVES = ("barrier", "all_reduce", "all_gather", "broadcast", "reduce", "ga
 
 
 def test_a_ten_times_slower_block_does_not_hold_the_others(tmp_path: Path) -> None:
-    usual, slow = 0.01, 0.10
+    usual, slow = 0.025, 0.25  # long enough that a busy machine, which slows down both, leaves them far apart
     toy = Toy(
         run_dir=str(tmp_path),
         owners=((0,), (1, 2), (3,)),
-        budgets=dict.fromkeys(range(4), 40),
+        budgets=dict.fromkeys(range(4), 20),
         slow={0: usual, 1: usual / 2, 2: usual / 2, 3: slow},
     )
     entries = run_toy(toy)
     last_of_the_others = max(entries[block].finished_at_s for block in (0, 1, 2))
     assert last_of_the_others < 0.5 * entries[3].finished_at_s
-    assert {entry.steps for entry in entries.values()} == {40}
+    assert {entry.steps for entry in entries.values()} == {20}
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,55 @@ def test_any_strategy_gives_the_bits_of_one_rank(
     assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, strategy=strategy))) == alone
 
 
+TEACHER_RANKS = [
+    (2, ((0, 3), (1, 2)), 2),
+    (2, ((), (0, 1), (2, 3)), 4),
+    (3, ((1,), (3, 0), (2,)), 2),
+    (3, ((0,), (), (3, 2), (1,)), 3),
+    (4, ((), (), (), (0, 1, 2, 3)), 2),
+]
+
+
+@pytest.mark.parametrize(("teacher_ranks", "owners", "window"), TEACHER_RANKS)
+def test_any_number_of_teacher_ranks_gives_the_bits_of_one(
+    tmp_path: Path, alone: dict[int, str], teacher_ranks: int, owners: tuple[tuple[int, ...], ...], window: int
+) -> None:
+    toy = Toy(run_dir=str(tmp_path), owners=owners, window=window, teacher_ranks=teacher_ranks)
+    assert bits(run_toy(toy)) == alone
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert 6 <= report["teacher_passes"] < 12, "no batch is taught twice, unless a rank was left behind"
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
+def test_a_restart_with_another_number_of_teacher_ranks_leaves_no_trace(
+    tmp_path: Path, alone: dict[int, str], before: int, after: int
+) -> None:
+    owners = ((0, 1), (2,), (3,))
+    broken = Toy(
+        run_dir=str(tmp_path), owners=owners, checkpoint_every=2, fail_at=(1, 5), teacher_ranks=before, slow={3: 0.02}
+    )
+    with pytest.raises(ProcessRaisedException, match="injected on rank 1 at step 5"):
+        run_toy(broken)
+    again = replace(
+        broken, owners=((3,), (1, 0), (2,)), fail_at=None, teacher_ranks=after, generation=2, slow={}
+    )
+    assert bits(run_toy(again)) == alone
+
+
+def test_teacher_ranks_stop_for_blocks_that_end_early_on_any_of_them(tmp_path: Path) -> None:
+    toy = Toy(
+        run_dir=str(tmp_path),
+        owners=((0,), (1,)),
+        budgets={0: 400, 1: 6},
+        teacher_ranks=2,
+        nan_at=(0, 2),
+        slow={0: 0.02},
+    )
+    entries = run_toy(toy)
+    assert (entries[0].status, entries[1].status) == ("diverged", "finished")
+    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] < 100
+
+
 def test_ranks_that_share_every_block_come_close_to_one_rank(tmp_path: Path, alone: dict[int, str]) -> None:
     alike = Toy(run_dir=str(tmp_path / "one"), owners=ALONE, strategy="ddp")
     assert bits(run_toy(alike)) == alone
@@ -79,6 +130,21 @@ def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path,
         run_dir=str(tmp_path / "c"), owners=((0, 1), (2, 3)), wire_dtype=torch.bfloat16, strategy="relay"
     )
     assert bits(run_toy(relayed)) == here
+    taught = Toy(
+        run_dir=str(tmp_path / "d"), owners=((0,), (2, 3), (1,)), wire_dtype=torch.bfloat16, teacher_ranks=2
+    )
+    assert bits(run_toy(taught)) == here
+    assert not set(here.values()) & set(alone.values())
+
+
+def test_a_teacher_in_bf16_gives_the_same_bits_under_any_strategy(tmp_path: Path, alone: dict[int, str]) -> None:
+    def run(name: str, owners: tuple[tuple[int, ...], ...], strategy: str) -> dict[int, str]:
+        toy = Toy(run_dir=str(tmp_path / name), owners=owners, strategy=strategy, wire_dtype=torch.bfloat16, teacher_amp="bf16")
+        return bits(run_toy(toy))
+
+    here = run("here", ALONE, "broadcast")
+    assert run("there", ((0,), (1, 2, 3)), "broadcast") == here
+    assert run("relayed", ((0, 1), (2, 3)), "relay") == here
     assert not set(here.values()) & set(alone.values())
 
 
@@ -115,6 +181,7 @@ def test_the_plateau_rule_stops_blocks_at_the_same_step_on_any_layout(tmp_path: 
     there = run_toy(Toy(run_dir=str(tmp_path / "b"), owners=((2,), (0, 1, 3)), **rule))
     relayed = run_toy(Toy(run_dir=str(tmp_path / "c"), owners=((0,), (1, 2), (3,)), strategy="relay", **rule))
     alone = run_toy(Toy(run_dir=str(tmp_path / "d"), owners=((0, 1), (2, 3)), strategy="layerwise", **rule))
-    assert bits(here) == bits(there) == bits(relayed) == bits(alone)
+    taught = run_toy(Toy(run_dir=str(tmp_path / "e"), owners=((3,), (1,), (0, 2)), teacher_ranks=3, **rule))
+    assert bits(here) == bits(there) == bits(relayed) == bits(alone) == bits(taught)
     assert any(entry.steps < 40 for entry in here.values()), "the rule stopped nobody: the test shows nothing"
     assert all(entry.rel_error_held_out is not None for entry in here.values())

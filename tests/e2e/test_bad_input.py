@@ -54,6 +54,7 @@ def told(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
         (("+distill.stepz=3",), ("distill.stepz", "does not exist", "'distill.steps' (the nearest)")),
         (("distill.steps=0",), ("distill.steps", "0", ">= 1")),
         (("plan.strategy=fastest",), ("plan.strategy", "fastest", "broadcast")),
+        (("plan.strategy=relay", "plan.teacher_ranks=1"), ("plan.teacher_ranks", "1", "null with plan.strategy=relay")),
         (("teacher.weights=nowhere.pt",), ("teacher.weights", "nowhere.pt", "exists")),
         (("data=imagefolder", "data.root=nowhere"), ("data.root", "nowhere", "folder")),
         (("data=hf", "data.root=nowhere.parquet"), ("data.root", "nowhere.parquet")),
@@ -111,6 +112,22 @@ def test_a_network_without_anything_to_replace(capsys: pytest.CaptureFixture[str
 def test_a_teacher_whose_input_size_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     error = told(capsys, "teacher=cifar_vgg16_bn", "data.image_size=8")
     assert "data.image_size" in error
+
+
+def test_plans_that_cannot_be_carried_out_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ("stage=plan", "plan.cost=flops")
+    assert run_rank([*SMALL, "run.dir=teacher", "stage=teacher"]) == 0
+    capsys.readouterr()
+    quick += ("teacher.weights=teacher/teacher.safetensors",)
+    hooked = ("blocks.granularity=modules", "blocks.modules=[layer1.0.conv1]")
+    error = told(capsys, *quick, *hooked, "plan.strategy=relay")
+    assert "plan.strategy: got 'relay'" in error
+    assert "this network is run through hooks" in error
+    error = told(capsys, *quick, "plan.strategy=ddp", "distill.stop=plateau", "run.dir=shared")
+    assert "plan.strategy: got 'ddp'" in error
+    assert "distill.stop=plateau" in error
+    error = told(capsys, *quick, "plan.teacher_ranks=2", "run.dir=more")
+    assert "plan.teacher_ranks: got 2; expected at most the number of ranks, 1" in error
 
 
 def test_a_run_directory_of_another_configuration_is_left_alone(

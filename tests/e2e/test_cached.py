@@ -61,7 +61,7 @@ def test_the_documented_command_plans_a_cached_run(job: tuple[str, ...], tmp_pat
     assert command[:3] == ["python", "-m", "distill"]
     planned = distill(*job, *command[3:], "stage=plan", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    assert "plan: cached on 1 ranks" in planned.stdout
+    assert "plan: cached on 1 rank" in planned.stdout
     assert "cache: 0.03 GiB in ram" in planned.stdout
 
 

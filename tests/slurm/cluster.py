@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-HOSTS = {"hostA": "10.77.0.1", "hostB": "10.77.0.2"}
-SWITCH = {"hostS": "10.77.0.254"}
+from benchmarks.hosts import HOSTS, Hosts, joined
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare")
 CPUS = 2  # of each node, whatever the machine has
 START_S = 30.0
@@ -77,25 +76,16 @@ def why_not() -> str | None:
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
 
 
-class Cluster:
+class Cluster(Hosts):
     """The running cluster as its user sees it: partitions `low` (the default) and `high`, which preempts `low`.
 
-    Job ids are strings, because those of job arrays are ("7_0").
+    Job ids are strings, because those of job arrays are ("7_0"). What on() runs needs
+    `environment` on top of its own to talk to Slurm.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
-
-    def on(self, host: str, command: Sequence[str]) -> list[str]:
-        """Return the command as it runs on hostA, hostB or hostS: that network, host name and hosts file. It needs
-        `environment` on top of its own to talk to Slurm."""
-        enter = f'hostname {host} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
-        network = f"--net=/run/netns/{self.namespace(host)}"
-        return ["nsenter", network, "unshare", "--uts", "--mount", "sh", "-c", enter, "sh", *command]
-
-    def namespace(self, host: str) -> str:
-        return f"{self.folder.name}-{host}"
 
     def run(self, *command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
         """Run one of Slurm's commands where a user would, on hostS; return its standard output."""
@@ -143,10 +133,6 @@ class Cluster:
         path = Path(self.facts(job)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def processes(self, host: str) -> list[int]:
-        """Return the ids of the processes that run on a host."""
-        return [int(pid) for pid in _ip("netns", "pids", self.namespace(host)).split()]
-
     def requeue(self, job: str) -> None:
         self.run("scontrol", "requeue", job)
 
@@ -167,7 +153,7 @@ def cluster() -> Iterator[Cluster]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         slurm = Cluster(folder)
         _write_files(folder)
-        _join_hosts(slurm, stack)
+        stack.enter_context(joined(slurm))
         _start(slurm, stack)
         stack.callback(_end_jobs, slurm)
         yield slurm
@@ -176,30 +162,10 @@ def cluster() -> Iterator[Cluster]:
 def _write_files(folder: Path) -> None:
     for name in ("state", "spool/hostA", "spool/hostB"):
         (folder / name).mkdir(parents=True)
-    lines = [f"{address} {host}" for host, address in {"localhost": "127.0.0.1", **HOSTS, **SWITCH}.items()]
-    (folder / "hosts").write_text("\n".join(lines) + "\n")
     nodes = [f"NodeName={h} NodeAddr={a} Port=17001 CPUs={CPUS} RealMemory=4000" for h, a in HOSTS.items()]
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, nodes="\n".join(nodes)))
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
-
-
-def _join_hosts(slurm: Cluster, stack: ExitStack) -> None:
-    """Make the namespaces and plug every host into the switch's bridge."""
-    switch = slurm.namespace("hostS")
-    for host in (*SWITCH, *HOSTS):
-        _ip("netns", "add", slurm.namespace(host))
-        stack.callback(_remove_namespace, slurm, host)
-        _ip("-n", slurm.namespace(host), "link", "set", "lo", "up")
-    _ip("-n", switch, "link", "add", "br0", "type", "bridge")
-    _ip("-n", switch, "addr", "add", f"{SWITCH['hostS']}/24", "dev", "br0")
-    _ip("-n", switch, "link", "set", "br0", "up")
-    for host, address in HOSTS.items():
-        inside, port = slurm.namespace(host), f"port{host[-1]}"
-        _ip("link", "add", "eth0", "netns", inside, "type", "veth", "peer", "name", port, "netns", switch)
-        _ip("-n", inside, "addr", "add", f"{address}/24", "dev", "eth0")
-        _ip("-n", inside, "link", "set", "eth0", "up")
-        _ip("-n", switch, "link", "set", port, "master", "br0", "up")
 
 
 def _start(slurm: Cluster, stack: ExitStack) -> None:
@@ -252,17 +218,3 @@ def _end_jobs(slurm: Cluster) -> None:
     """Cancel what is left, so that no process of a job outlives the cluster."""
     slurm.run("scancel", "--user=root")
     _until(lambda: not slurm.run("squeue", "--noheader").strip(), slurm, "no job is left")
-
-
-def _remove_namespace(slurm: Cluster, host: str) -> None:
-    """Remove a namespace and kill what still runs in it: only what the cluster started can."""
-    for pid in slurm.processes(host):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _ip("netns", "del", slurm.namespace(host))
-
-
-def _ip(*arguments: str) -> str:
-    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"ip {' '.join(arguments)}: {result.stderr}"
-    return result.stdout

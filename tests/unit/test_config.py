@@ -345,13 +345,15 @@ class TestFingerprint:
         ("launch.nproc_per_node", 4), ("launch.max_restarts", 3), ("launch.threads_per_rank", 2), ("run.name", "other"),
         ("run.dir", "/elsewhere"), ("plan.window", 9), ("plan.cost", schema.Cost.flops), ("plan.timeout_s", 9.0),
         ("device", schema.Device.cpu), ("stage", schema.Stage.plan), ("checkpoint.every", 7),
-        ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3),
+        ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3), ("plan.teacher_ranks", 2),
+        ("plan.strategy", schema.Strategy.auto), ("plan.strategy", schema.Strategy.relay),
+        ("distill.cuda_graphs", False),
     )  # fmt: skip
     CHANGED = (
         ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", schema.Amp.bf16), ("student.rank", 3),
         ("plan.wire_dtype", schema.WireDtype.bf16), ("data.batch_size", 3), ("teacher.weights", "file.pt"),
         ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
-        ("assemble.batchnorm_batches", 1),
+        ("assemble.batchnorm_batches", 1), ("plan.strategy", schema.Strategy.ddp), ("teacher.amp", schema.Amp.bf16),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("path", "value"), UNCHANGED)
@@ -371,8 +373,9 @@ class TestFingerprint:
     def test_identity_leaves_out_nothing_but_the_listed_settings(self, default: JobConfig) -> None:
         left_out = {path for path, *_ in settings()} - identity(default).keys()
         assert left_out
-        for path in left_out - schema._IN_FINGERPRINT_WHERE_USED.keys():
-            assert {path, path.split(".")[0]} & schema._NOT_IN_FINGERPRINT, path
+        for path in left_out - {"cache.dtype"}:
+            named = {path, path.split(".")[0]} & schema._NOT_IN_FINGERPRINT
+            assert named or path in dict(schema._NOT_IN_FINGERPRINT_AT), path
 
     def test_a_cache_is_told_from_none_and_by_its_precision_but_not_by_its_place(self, default: JobConfig) -> None:
         def cached(**changes: object) -> str:
@@ -393,6 +396,12 @@ class TestFingerprint:
         paths = {path for path, *_ in settings()}
         sections = {path.rpartition(".")[0] for path in paths}
         assert paths | sections >= schema._NOT_IN_FINGERPRINT
+
+    def test_a_setting_that_came_later_is_left_out_where_it_changes_nothing(self, default: JobConfig) -> None:
+        defaults = {path: shown for path, _, shown, _ in settings()}
+        for path, value in schema._NOT_IN_FINGERPRINT_AT:
+            assert defaults[path] == ("null" if value is None else value)
+            assert path not in identity(default)
 
 
 class TestReference:

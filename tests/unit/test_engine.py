@@ -168,6 +168,24 @@ def test_checkpoints_are_written_at_their_interval_and_after_the_looks_of_a_step
     assert state.progress["rel_error_held_out"] is not None
 
 
+def test_a_checkpoint_waits_for_the_looks_of_its_step(tmp_path: Path) -> None:
+    """One before them would be resumed without them, and the block would stop later than in one go."""
+    looked = []
+    distill(
+        Addresses(blocks=1, checks=(looks := Checks(every=4, batches=2))),
+        [trainer(0, patience=100)],
+        rank=0,
+        generation=1,
+        checks=looks,
+        save=lambda checkpoint: looked.append((checkpoint.step, checkpoint.progress["rel_error_held_out"] is not None)),
+        checkpoint_every=4,
+        deliver=lambda *_: None,
+        report=lambda _: None,
+        trace=Trace(),
+    )
+    assert looked == [(4, True), (8, True)]
+
+
 def test_a_block_on_its_plateau_stops_early_and_says_so_to_the_stream(tmp_path: Path) -> None:
     looks = Checks(every=2, batches=1)
     outcome, addresses = run(tmp_path, [trainer(0, lr=0.0, patience=1, min_delta=0.99)], checks=looks)

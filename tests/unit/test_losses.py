@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from distill.data import Batch
@@ -42,6 +43,30 @@ class TestMeanSquaredError:
         student = TEACHER * 0.9
         expected = mean_squared_error(student, TEACHER) / TEACHER.var(correction=0)
         assert relative_error(student, TEACHER).item() == pytest.approx(expected.item(), rel=1e-6)
+
+    def test_value_and_gradient_are_bitwise_those_of_pytorch_for_a_power_of_two_of_elements(self) -> None:
+        one, other = (torch.sin(TEACHER[:4, :2]).requires_grad_() for _ in range(2))
+        ours, theirs = mean_squared_error(one, TEACHER[:4, :2]), F.mse_loss(other, TEACHER[:4, :2])
+        ours.backward()
+        theirs.backward()
+        assert torch.equal(ours, theirs)
+        assert torch.equal(one.grad, other.grad)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradient_has_the_form_of_the_student_s_output(self, dtype: torch.dtype) -> None:
+        student = TEACHER.to(dtype, memory_format=torch.channels_last).requires_grad_()
+        output = student * 2
+        seen = []
+        output.register_hook(seen.append)
+        relative_error(output, TEACHER).backward()
+        assert seen[0].dtype == dtype
+        assert seen[0].stride() == output.stride() == student.stride()
+
+    def test_gradient_is_that_of_its_definition(self) -> None:
+        student = torch.sin(TEACHER).requires_grad_()
+        relative_error(student, TEACHER).backward()
+        expected = 2 * (student.detach() - TEACHER) / TEACHER.numel() / TEACHER.var(correction=0)
+        torch.testing.assert_close(student.grad, expected)
 
 
 def test_block_losses_have_the_names_of_the_configuration() -> None:

@@ -71,7 +71,7 @@ def test_every_block_is_trained_by_rmsprop_on_the_squared_error_at_one_rate(case
     assert config.distill.loss is BlockLoss.mse
     assert config.distill.schedule is Schedule.constant
     assert config.distill.lr == 2e-3
-    optimizer = make_optimizer(torch.nn.Linear(1, 1), trainer_options(config))
+    optimizer = make_optimizer(torch.nn.Linear(1, 1), trainer_options(config), torch.device("cpu"))
     assert isinstance(optimizer, torch.optim.RMSprop)
     assert [(group["lr"], group["alpha"]) for group in optimizer.param_groups] == [(2e-3, 0.9)]
 
@@ -82,8 +82,7 @@ def test_every_3x3_convolution_is_a_block_of_its_own(case: tuple[JobConfig, SetU
     device = torch.device("meta")  # shapes alone: no weights are drawn, no image is computed
     with device:
         teacher = build_architecture(**architecture_of(config, wanted.classes))
-    dataset = SimpleNamespace(image_shape=(3, wanted.pixels, wanted.pixels))
-    blocks = cut_blocks(config, dataset, teacher, device)  # type: ignore[arg-type]
+    blocks = cut_blocks(config, (3, wanted.pixels, wanted.pixels), teacher, device)
     all_3x3 = [
         path
         for path, module in teacher.named_modules()

@@ -4,9 +4,11 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distill.plan import Span
-from distill.protocol import TRAIN, Address, Checks, Feed, Schedule, Service
+from distill.protocol import TRAIN, Address, Checks, Feed, Schedule, Service, Turns
 
 NEVER = Checks()
 
@@ -287,3 +289,35 @@ class TestSimulatedRanks:
     def test_others_stay_together_while_a_slow_rank_is_behind(self) -> None:
         # 3 x 100 would be a pass for everybody alone.
         assert simulate({0: 0.5, 1: 0.6, 2: 0.55, 3: 6.0}, budget=100).passes <= 2 * 100
+
+    def test_the_teachers_own_rank_is_never_left_behind(self) -> None:
+        schedule = Schedule([Feed(rank, [Span(rank, 0, 9)], NEVER) for rank in range(2)], home=0)
+        now = serve_all(schedule, {0, 1}, steps=3)
+        assert schedule.choose({1}, now) is None
+        assert schedule.choose({1}, now + 1e6) is None
+        assert schedule.choose({0, 1}, now + 1e6) == Service(Address(3), (0, 1))
+
+
+class TestTurns:
+    def test_every_batch_has_one_teacher_and_looks_are_spread_too(self) -> None:
+        turns = Turns(3)
+        assert [turns.teacher_of(Address(step)) for step in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+        assert [turns.teacher_of(Address(5, check)) for check in range(4)] == [0, 1, 2, 0]
+        assert Turns().teacher_of(Address(11, 2)) == 0
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(1, 4),
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), min_size=1, max_size=4),
+        st.sampled_from([NEVER, Checks(every=2, batches=3), Checks(every=3, batches=1)]),
+    )
+    def test_the_turns_of_all_teachers_together_are_all_that_a_rank_needs(
+        self, teacher_ranks: int, lengths: list[tuple[int, int]], checks: Checks
+    ) -> None:
+        turns = Turns(teacher_ranks)
+        spans = [Span(block, first, first + steps) for block, (first, steps) in enumerate(lengths)]
+        shares = [
+            walk(Feed(0, spans, checks, of=lambda address, one=teacher: turns.teacher_of(address) == one))
+            for teacher in range(teacher_ranks)
+        ]
+        assert sorted(address for share in shares for address in share) == walk(Feed(0, spans, checks))

@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.devices import DESCRIBED, Device, load_device
 from distill.forecast import main, measured
 from distill.network import Link, Network
 from distill.plan import Costs, Span
@@ -56,6 +59,29 @@ def test_several_ranks_take_what_their_plan_says_and_a_few_steps_to_fill(
         assert found.busy_s[1:] == pytest.approx(plan.predicted_rank_s[1:])
         longest, step = max(plan.predicted_rank_s), sum(teacher) + sum(student)
         assert longest - 1e-6 <= found.makespan_s <= longest + 8 * step
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(seconds, seconds), min_size=2, max_size=6), st.integers(2, 4), st.data(), st.sampled_from([2, 4])
+)
+def test_several_teacher_ranks_never_wait_for_each_other_for_ever(
+    costs: list[tuple[float, float]], ranks: int, data: st.DataObject, window: int
+) -> None:
+    teacher, student = (tuple(values) for values in zip(*costs, strict=True))
+    problem = Costs(teacher, student, (50,) * (len(costs) + 1), network=Network(within=Link(1000.0, 0.01, 1e-4)))
+    plan = plan_broadcast(problem, whole(50, len(costs)), ranks, data.draw(st.integers(1, ranks)))
+    found = simulate(plan, problem, window=window)
+    step = sum(teacher) + sum(student)
+    assert max(plan.predicted_rank_s) - step < found.makespan_s <= max(plan.predicted_rank_s) + 8 * step
+    assert 50 <= found.teacher_passes <= 100
+
+
+def test_two_teacher_ranks_halve_the_time_of_a_dear_teacher() -> None:
+    dear = replace(COSTS, teacher_s=(20.0,) * 4)
+    one, two = (simulate(plan_broadcast(dear, whole(80), 2, number), dear).makespan_s for number in (1, 2))
+    assert one == pytest.approx(80 * 80.0, rel=0.01)
+    assert two == pytest.approx(80 * (80 + 14) / 2, rel=0.05), "students and the teacher's batches are shared out"
 
 
 def test_a_slow_link_sets_the_pace() -> None:
@@ -109,21 +135,116 @@ def run_directory(folder: Path) -> Path:
     return folder
 
 
+def imagine(overrides: Sequence[str], device: Device, steps: int | None) -> tuple[Costs, list[Span]]:
+    """Stands for what needs torch: costs that depend on the device, whatever the job."""
+    assert overrides == ["teacher=resnet50", "data.image_size=224"]
+    slower = 1e12 / device.peak("fp32")
+    return (
+        replace(COSTS, teacher_s=tuple(slower * s for s in COSTS.teacher_s)),
+        [Span(block, 0, steps or 60) for block in range(4)],
+    )
+
+
+def command(*arguments: str) -> int:
+    return main(arguments, imagine)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The lines of the table below its two headings."""
+    lines = text.splitlines()
+    return [line.split() for line in lines[lines.index(next(x for x in lines if x.startswith("simulated"))) + 2 :]]
+
+
 def test_the_command_tells_of_every_number_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_directory(tmp_path / "run")
-    assert main([str(run), "--ranks", "1", "4", "--strategies", "broadcast", "relay", "--gbit", "1"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert command(str(run), "--ranks", "1", "4", "--strategies", "broadcast", "relay", "--gbit", "1") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("one rank: teacher 7000.0 ms, 4 students 14000.0 ms a batch, measured by the run\n")
+    rows = rows_of(shown)
     assert [row[:2] for row in rows] == [["1", "broadcast"], ["1", "relay"], ["4", "broadcast"], ["4", "relay"]]
     assert rows[0][3] == "1.00x"
+    assert [row[0] for row in rows if row[-1] == "fastest"] == ["1", "4"]
     costs, spans = measured(run, speed=2.0, steps=None)
     assert math.isclose(sum(costs.student_s), sum(COSTS.student_s) / 2)
     assert {span.budget for span in spans} == {80}
 
 
+def test_a_job_on_a_described_cluster_has_energy_and_says_that_nothing_was_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = ("teacher=resnet50", "cluster=dgx_h100", "data.image_size=224")
+    assert command(*job, "--ranks", "1", "2", "--strategies", "relay", "--steps", "50") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("DGX H100, H100 SXM 80 GB: described from data sheets, not measured\n")
+    assert shown.splitlines()[3].split()[-1] == "MJ"
+    one, two = rows_of(shown)
+    assert (float(one[2]), float(one[3].removesuffix("x"))) == (pytest.approx(50 * (7 / 67 + 14), rel=1e-3), 1.0)
+    device = load_device("h100")
+    busy = device.board_watts * device.busy_share
+    assert float(one[-2]) * 1e6 == pytest.approx(float(one[2].replace(",", "")) * busy, abs=600)
+    assert float(two[-2]) > float(one[-2])  # the same work, and idle watts
+
+
+def test_a_runs_costs_may_be_put_on_a_clusters_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_directory(tmp_path / "run")
+    slow = tmp_path / "slow.yaml"
+    text = (DESCRIBED / "clusters" / "nodes_rtx_6000.yaml").read_text()
+    slow.write_text(text.replace("between_bytes_per_s: 1.25e+9", "between_bytes_per_s: 10"))
+    assert command(str(run), f"cluster={slow}", "--ranks", "2", "--strategies", "broadcast") == 0
+    shown = capsys.readouterr().out
+    assert "links of nodes with one Quadro RTX 6000, described and not measured" in shown
+    assert command(str(run), "--ranks", "2", "--strategies", "broadcast") == 0
+    free = rows_of(capsys.readouterr().out)
+    (row,) = rows_of(shown)
+    assert float(row[2].replace(",", "")) > 1.5 * float(free[0][2].replace(",", ""))
+
+
+def test_the_plot_draws_every_strategy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, drawing = run_directory(tmp_path / "run"), tmp_path / "efficiency.svg"
+    arguments = (str(run), "--ranks", "1", "2", "4", "--strategies", "broadcast", "relay", "--plot")
+    assert command(*arguments, str(drawing)) == 0
+    root = ElementTree.parse(drawing).getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{svg}svg"
+    assert len(root.findall(f".//{svg}polyline")) == 2
+    assert len(root.findall(f".//{svg}circle")) == 6
+    words = {text.text for text in root.iter(f"{svg}text")}
+    assert words >= {"broadcast", "relay", "1", "2", "4", "ranks", "simulated from a run's measured costs"}
+    capsys.readouterr()
+    assert command(*arguments, str(tmp_path / "efficiency.png")) == 2
+    assert "expected a name that ends in .svg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["teacher=resnet50"], "cluster: got None; expected cluster=NAME for a job that has not run: dgx_a100"),
+        (["teacher=resnet50", "cluster=dgx_h10"], "cluster: got 'dgx_h10'; expected a YAML file, or 'dgx_h100'"),
+        (["RUN", "teacher=resnet50"], "simulate: got 'teacher=resnet50'; expected one run directory alone"),
+        (["RUN", "OTHER"], "simulate: got 'OTHER'; expected one run directory alone"),
+        (["RUN", "cluster=dgx_h100", "--gbit", "10"], "--gbit, --latency-us: got 'given'; expected neither"),
+        (["teacher=resnet50", "cluster=dgx_h100", "--speed", "2"], "--speed: got 2.0; expected a run directory"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_told_in_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"distill simulate: {told}")
+    assert error.count("\n") == 1
+
+
+def test_settings_behind_the_numbers_of_ranks_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("cluster=dgx_h100", "--ranks", "4", "teacher=resnet50")
+    assert "teacher=resnet50: expected an integer >= 1; a job's settings go before" in capsys.readouterr().err
+
+
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
+    assert command(str(tmp_path)) == 2
     assert "no plan is there" in capsys.readouterr().err
     run = run_directory(tmp_path / "run")
     (run / "costs.json").write_text('{"seconds": {"teacher": [], "student": []}}')
-    assert main([str(run)]) == 2
+    assert command(str(run)) == 2
     assert "written by an older version" in capsys.readouterr().err

@@ -139,7 +139,8 @@ def test_the_ranking_begins_with_the_fastest() -> None:
     dear_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5, network=wire(100.0))
     spans = [Span(block, 0, 10) for block in range(4)]
     names = ("broadcast", "replicate", "relay")
-    assert rank_plans(names, cheap_wire, spans, 4)[0].strategy == "relay"
+    assert rank_plans(names, cheap_wire, spans, 4, teacher_ranks=1)[0].strategy == "relay"
+    assert rank_plans(names, cheap_wire, spans, 4)[0].label.startswith("broadcast with")
     ranking = rank_plans(names, dear_wire, spans, 4)
     assert ranking[0].strategy == "replicate"
     makespans = [plan.predicted_makespan_s for plan in ranking]
@@ -174,6 +175,19 @@ def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
     assert plan.owners == ((0, 1), ())
     assert plan.trained_by(1) == plan.trained_by(0) == tuple(spans)
     assert plan.predicted_makespan_s == pytest.approx(10 * (1 + 2 + 2 + 2) / 2 + 0.01 * 150 * 10)
+
+
+@pytest.mark.parametrize("slowness", [(1.0, 2.0), (2.0, 1.0), (2.0, 2.0)])
+def test_ranks_that_share_a_block_go_as_fast_as_the_slowest(slowness: tuple[float, float]) -> None:
+    costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, slowness=slowness, student_bytes=(0, 0))
+    plan = PLANNERS["ddp"](costs, [Span(0, 0, 10), Span(1, 0, 10)], 2)
+    assert plan.predicted_rank_s == pytest.approx([10 * (1 + 2 + 2 + 2) / 2 * 2.0] * 2)
+
+
+def test_among_equal_makespans_the_one_with_less_work_is_taken() -> None:
+    costs = Costs((1.0, 1.0, 1.0), (90.0, 1.0, 1.0), (0,) * 4)
+    plan = plan_replicate(costs, [Span(block, 0, 10) for block in range(3)], 3)
+    assert sorted(plan.owners) == [(), (0,), (1, 2)], "a rank each would run the teacher once more"
 
 
 def teacher_heavy(student_s: float = 1.0) -> tuple[Costs, list[Span]]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.compose import compose
 from distill.errors import ConfigError
+from distill.export import StudentCard, load_student, save_student
+from distill.job.materials import architecture_of, build_teacher
 from distill.teachers import (
     build_architecture,
     load_backbone,
     load_teacher_weights,
     load_weights,
+    options_for_weights,
     pretrained_weights,
 )
 
@@ -115,16 +120,40 @@ def test_published_weights_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -
         load_teacher_weights(few, "torchvision", "squeezenet1_1", "IMAGENET1K_V1")
 
 
-def test_googlenet_gets_the_input_transformation_of_its_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_the_input_transformation_belongs_to_the_published_weights_alone(name: str) -> None:
+    assert options_for_weights("torchvision", name, "DEFAULT") == {"transform_input": True}
+    for source, other, weights in (("torchvision", name, "mine.pth"), ("torchvision", name, None),
+                                   ("timm", name, "DEFAULT"), ("torchvision", "resnet18", "DEFAULT")):  # fmt: skip
+        assert options_for_weights(source, other, weights) == {}
+
+
+def test_googlenet_is_delivered_with_the_input_transformation_of_its_published_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torchvision import models
 
     published = models.GoogLeNet(aux_logits=True, init_weights=False).state_dict()
     monkeypatch.setattr(models.GoogLeNet_Weights, "get_state_dict", lambda *_, **__: published)
-    options = {"init_weights": False}
-    model = build_architecture(source="torchvision", name="googlenet", num_classes=1000, options=options)
-    load_teacher_weights(model, "torchvision", "googlenet", "DEFAULT")
-    assert _same(model, published)
-    assert model.transform_input
+    config = compose(["teacher=torchvision", "teacher.name=googlenet", "+teacher.options.init_weights=false"])
+    dataset = SimpleNamespace(classes=[str(number) for number in range(1000)])
+    teacher = build_teacher(config, dataset, torch.device("cpu"))  # type: ignore[arg-type]
+    assert _same(teacher, published)
+    card = StudentCard(
+        architecture=architecture_of(config, 1000),
+        recipe={"name": "separable", "options": {"rank": 1, "init": "random"}},
+        replaced=[],
+        image_size=64,
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        classes=dataset.classes,
+        resize_shorter_side=64,
+    )
+    student = load_student(save_student(tmp_path, teacher, card)).to(memory_format=torch.channels_last)
+    assert student.transform_input
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(student(images), teacher(images))
 
 
 def test_without_a_network_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

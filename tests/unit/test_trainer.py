@@ -150,6 +150,24 @@ class TestUpdate:
         assert one.progress.rel_error_last == pytest.approx(exact.progress.rel_error_last, rel=0.1)
         assert not same_bits(weights(one), weights(exact))
 
+    def test_with_bf16_nothing_inside_a_block_is_float32_not_even_what_passes_by_the_convolutions(self) -> None:
+        seen = []
+
+        class Shortcut(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 3, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                output = x + self.conv(x)
+                seen.append(output.dtype)
+                return output
+
+        one = BlockTrainer(0, "layer", Shortcut(), budget=2, device=CPU, options=TrainerOptions(amp="bf16"))
+        train(one, 1)
+        one.look(*batch(1), last=True)
+        assert seen == [torch.bfloat16] * 2
+
 
 class TestResume:
     @pytest.mark.parametrize("channels_last", [False, True], ids=["plain", "channels_last"])

@@ -1,0 +1,36 @@
+"""The job by every strategy that promises the same students, and what it says of its plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import bits, distill
+
+STRATEGIES = {
+    "relay": ("plan.strategy=relay",),
+    "layerwise": ("plan.strategy=layerwise",),
+    "two teacher ranks": ("plan.teacher_ranks=2",),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_students_are_bitwise_those_of_a_broadcast(finished: tuple[Path, str], tmp_path: Path, name: str) -> None:
+    result = distill(
+        f"teacher.weights={finished[0] / 'teacher.safetensors'}",
+        "teacher.fit.epochs=0",
+        "stage=distill",
+        "plan.cost=flops",
+        "run.dir=run",
+        *STRATEGIES[name],
+        cwd=tmp_path,
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert bits(tmp_path / "run") == bits(finished[0])
+    assert json.loads((tmp_path / "run" / "stages" / "distill.json").read_text())["teaching_ranks"] == [0, 1]
+    if name == "two teacher ranks":
+        assert "plan: broadcast with 2 teacher ranks on 2 ranks" in result.stdout
+        assert "rank 1: teacher and students, predicted" in result.stdout

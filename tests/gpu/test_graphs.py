@@ -1,0 +1,114 @@
+"""CUDA graphs and lanes on a device: what is replayed gives what was computed kernel by kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.chain import Chain, Granularity, cut
+from distill.data import Augment, Dataset, open_dataset
+from distill.graphed_teacher import GraphedChain
+from distill.graphs import Lane, cuda_capture, lanes
+from distill.precision import Bf16Chain
+from distill.teachers import build_architecture
+from distill.trainer import BlockTrainer, TrainerOptions
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def chain() -> Chain:
+    torch.manual_seed(0)
+    network = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
+    network = network.cuda().to(memory_format=torch.channels_last)
+    return cut(network, images(0), granularity=Granularity.residual)
+
+
+def images(step: int) -> Tensor:
+    batch = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+    return batch.cuda().to(memory_format=torch.channels_last)
+
+
+def train(lanes_of: list[Lane], optimizer: str, amp: str) -> tuple[dict[str, Tensor], list[BlockTrainer]]:
+    """Train three blocks as the engine does; return all weights and losses."""
+    teacher = chain()
+    trainers = [
+        BlockTrainer(
+            block,
+            str(block),
+            teacher.block_module(block).to(memory_format=torch.channels_last),
+            budget=STEPS,
+            device=torch.device("cuda"),
+            options=TrainerOptions(optimizer=optimizer, amp=amp, clip_norm=1.0, log_every=5),
+            lane=lanes_of[block % len(lanes_of)],
+        )
+        for block in (1, 4, 9)
+    ]
+    for trainer in trainers:
+        torch.manual_seed(trainer.block)
+        for parameter in trainer.module.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    for step in range(STEPS):
+        boundaries = teacher.run(images(step), last=10, keep=range(11))
+        for trainer in trainers:
+            with trainer.lane.entered():
+                trainer.update(boundaries[trainer.block], boundaries[trainer.block + 1])
+        if step == STEPS // 2:
+            assert all(trainer.checkpoint() is not None for trainer in trainers)
+        del boundaries  # a lane that still reads them would now read what the next pass writes
+    found = {f"{t.block} {name}": tensor for t in trainers for name, tensor in t.final().weights.items()}
+    found |= {f"{t.block} error": torch.tensor(t.progress.rel_error_last) for t in trainers}
+    return found, trainers
+
+
+@pytest.mark.parametrize(("optimizer", "amp"), [("adam", "off"), ("adam", "bf16"), ("sgd", "off"), ("rmsprop", "off")])
+def test_captured_updates_on_lanes_give_what_plain_ones_give(optimizer: str, amp: str) -> None:
+    plain, _ = train([Lane()], optimizer, amp)
+    captured, trainers = train(lanes(torch.device("cuda")), optimizer, amp)
+    if optimizer != "rmsprop":
+        assert all(trainer._update._replay is not None for trainer in trainers), "nothing was captured"
+    for name, expected in plain.items():
+        torch.testing.assert_close(
+            captured[name], expected, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_captured_teacher_gives_what_a_plain_one_gives(amp: str) -> None:
+    plain = Bf16Chain(chain()) if amp == "bf16" else chain()
+    graphed = GraphedChain(plain, cuda_capture())
+    found = [graphed.run(images(step), last=10, keep=(0, 3, 10)) for step in range(STEPS)]
+    assert all(one._replay is not None for one in graphed._graphs.values()), "nothing was captured"
+    for step, boundaries in enumerate(found):
+        expected = plain.run(images(step), last=10, keep=(0, 3, 10))
+        for boundary, tensor in expected.items():
+            torch.testing.assert_close(boundaries[boundary], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_the_resident_set_on_the_device_gives_the_batches_of_one_on_the_host() -> None:
+    def dataset(device: str) -> Dataset:
+        return open_dataset(
+            name="digits", root=None, image_size=32, augment=Augment.crop_flip, batch_size=64, seed=3,
+            validation_fraction=0.1, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device(device),
+        )  # fmt: skip
+
+    with dataset("cpu") as here, dataset("cuda") as there:
+        for one, other in zip(here.train_batches(0, 5), there.train_batches(0, 5), strict=True):
+            assert other.images.device.type == "cuda"
+            assert other.images.stride() == one.images.stride()
+            assert torch.equal(one.labels, other.labels.cpu())
+            torch.testing.assert_close(other.images.cpu(), one.images, rtol=0.0, atol=1e-6)
