@@ -14,6 +14,7 @@ from distill.checkpoint import CheckpointFolder, block_name
 from distill.completion import Collector, Deliverer
 from distill.engine import distill
 from distill.ledger import Entry, Ledger
+from distill.peak_memory import PeakMemory
 from distill.routes import News, Setting, Streams
 from distill.trainer import BlockTrainer, Reading
 
@@ -21,7 +22,8 @@ from distill.trainer import BlockTrainer, Reading
 @dataclass(frozen=True)
 class RankReport:
     """How one rank spent the stage: seconds on its own part, of these waiting for batches and running the teacher, and
-    of CPU time; batches that its stretch of the teacher computed, and bytes of activations that it sent."""
+    of CPU time; batches that its stretch of the teacher computed, bytes of activations that it sent,
+    and the most memory that it had."""
 
     seconds: float
     waited_s: float
@@ -29,6 +31,7 @@ class RankReport:
     teacher_s: float
     teacher_passes: int
     bytes_sent: int
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Session(Setting):
     ) -> RankReport:
         """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
         started, cpu_started = time.monotonic(), time.process_time()
+        memory = PeakMemory(self.device)
         streams = Streams(self, finished_elsewhere, wake)
         if len(self.plan.group_of(self.control.rank)) > 1:
             average = streams.averager()
@@ -135,4 +139,5 @@ class Session(Setting):
             teacher_s=self.trace.seconds("teacher"),
             teacher_passes=streams.passes,
             bytes_sent=streams.bytes_sent,
+            peak_memory_bytes=memory.read(),
         )

@@ -101,6 +101,7 @@ def _result(
     recorded = {"cache": cache} if cache is not None else {}
     return recorded | {
         "strategy": plan.strategy,
+        "groups": plan.groups,
         "teaching_ranks": [rank for rank in range(plan.world_size) if plan.teaches(rank)],
         "world_size": plan.world_size,
         "threads_per_rank": torch.get_num_threads(),
@@ -114,6 +115,9 @@ def _result(
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "idle_share": [report.idle_share(rank) for rank in range(plan.world_size)],
         "cpu_seconds": sum(rank.cpu_s for rank in report.ranks.values()),
+        "peak_memory_bytes": [
+            report.ranks[rank].peak_memory_bytes if rank in report.ranks else None for rank in range(plan.world_size)
+        ],
     }
 
 
