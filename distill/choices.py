@@ -111,3 +111,11 @@ class Cost(Choice):
 class WireDtype(Choice):
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Cache(Choice):
+    """Where the teacher's activations are kept once they have been computed."""
+
+    off = "off"
+    ram = "ram"
+    disk = "disk"

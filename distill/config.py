@@ -24,6 +24,7 @@ from distill.choices import (
     Amp,
     AugmentName,
     BlockLoss,
+    Cache,
     Cost,
     DataName,
     Device,
@@ -84,6 +85,7 @@ class TeacherConfig:
     std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
     amp: Amp = setting(Amp.off, "precision of the teacher and of the activations that it gives to students")
     fit: FitConfig = field(default_factory=FitConfig)
+    cache: Cache = setting(Cache.off, "keep its activations, recorded once before blocks train (docs/cache.md)")
 
     def __post_init__(self) -> None:
         if self.source is TeacherSource.factory and not self.factory:
@@ -167,6 +169,9 @@ class BlocksConfig:
 class DistillConfig:
     steps: int | None = setting(200, "steps of every block (its budget)")
     epochs: float | None = setting(None, "the budget in passes over the training data; it goes before distill.steps")
+    views: int | None = setting(
+        None, "fixed augmentations of every image that epochs take in turn while blocks train; null: always fresh ones"
+    )
     loss: BlockLoss = setting(BlockLoss.normalized_mse, "a block's loss against the teacher's activation")
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
     lr: float = setting(3e-3, "peak learning rate")
@@ -189,7 +194,7 @@ class DistillConfig:
         if self.steps is None and self.epochs is None:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
         _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
-        _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1)
+        _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1, views=1)
         _between("distill", self, 0.0, 1.0, "smoothing")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError("distill.epochs", self.epochs, "a number > 0")
@@ -233,6 +238,18 @@ class PlanConfig:
             raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    dtype: WireDtype = setting(WireDtype.fp32, "precision of recorded activations, and so of what students are given")
+    max_gib: float = setting(8.0, "most that may be recorded, on each host")
+    dir: str | None = setting(
+        None, "folder of recorded files for several runs; null: the run directory, while it trains"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("cache", self, max_gib=0)
 
 
 @dataclass(kw_only=True)
@@ -311,11 +328,28 @@ class JobConfig:
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     assemble: AssembleConfig = field(default_factory=AssembleConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.teacher.cache is not Cache.off:
+            self._check_cached()
+
+    def _check_cached(self) -> None:
+        cache = self.teacher.cache.name
+        if self.data.augment is not AugmentName.none and self.distill.views is None:
+            allowed = "off while every epoch is augmented afresh; or distill.views=N, or data.augment=none"
+            raise ConfigError("teacher.cache", cache, allowed)
+        if self.plan.strategy not in (Strategy.broadcast, Strategy.auto):
+            allowed = f"auto with teacher.cache={cache}: every rank reads what its blocks need"
+            raise ConfigError("plan.strategy", self.plan.strategy.name, allowed)
+        if self.plan.wire_dtype is not WireDtype.fp32:
+            allowed = f"fp32 with teacher.cache={cache}: nothing is sent; cache.dtype=bf16 rounds activations"
+            raise ConfigError("plan.wire_dtype", self.plan.wire_dtype.name, allowed)
 
 
 # Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
@@ -325,11 +359,12 @@ _NOT_IN_FINGERPRINT = {
     "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
     "plan.link_gbit", "plan.shared_memory", "plan.memory_gib", "plan.take_over",
     "distill.cuda_graphs", "distill.log_every",
+    "teacher.cache", "cache.max_gib", "cache.dir",
 }  # fmt: skip
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
 _COMPUTES_OTHERWISE = {"plan.strategy": "ddp", "plan.groups": True}
 # Settings that came after others had run: left out at the value that computes what was computed without them.
-_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"),)
+_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"), ("distill.views", None))
 
 
 def load(cfg: DictConfig) -> JobConfig:
@@ -355,8 +390,15 @@ def from_yaml(text: str) -> JobConfig:
 
 
 def identity(config: JobConfig) -> dict[str, Any]:
-    """Return the settings that decide what the job computes, by dotted path."""
-    return {path: value for path, value in _by_path("", asdict(config)) if _tells_apart(path, value)}
+    """Return the settings that decide what the job computes, by dotted path.
+
+    Recorded activations come from other batches than those that students train on, and kernels may round them
+    otherwise: with a cache, wherever it is, its precision is among them.
+    """
+    found = {path: value for path, value in _by_path("", asdict(config)) if _tells_apart(path, value)}
+    if config.teacher.cache is Cache.off:
+        del found["cache.dtype"]
+    return found
 
 
 def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

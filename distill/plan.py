@@ -32,6 +32,7 @@ class Costs:
     memory: Memory | None = None
     teacher_fixed_s: tuple[float, ...] = ()  # of those seconds, what a share of the batch costs as much as all of it
     student_fixed_s: tuple[float, ...] = ()
+    read_s_per_byte: float = 0.0  # of recorded boundaries
 
     def slowness_of(self, rank: int) -> float:
         return self.slowness[rank] if rank < len(self.slowness) else 1.0
@@ -72,6 +73,7 @@ class Plan:
     groups: tuple[tuple[int, ...], ...] = ()
     gap: float = 0.0
     slowness: tuple[float, ...] = ()
+    recording_s: float = 0.0  # predicted for recording the teacher's activations before the stage begins, if they are
 
     @property
     def label(self) -> str:
@@ -106,6 +108,8 @@ class Plan:
 
     def teaches(self, rank: int) -> bool:
         """Whether a rank runs the teacher or a part of it."""
+        if self.strategy == "cached":
+            return False
         return rank < self.teacher_ranks if self.strategy == "broadcast" else bool(self.trained_by(rank))
 
     def has_work(self, rank: int) -> bool:
@@ -151,6 +155,7 @@ class Plan:
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
             gap=raw.get("gap", 0.0),
             slowness=tuple(raw.get("slowness", ())),
+            recording_s=raw.get("recording_s", 0.0),
         )
 
 

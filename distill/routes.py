@@ -19,6 +19,7 @@ from distill.handover import HandOver
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
 from distill.receiver import BoundaryReceiver
+from distill.recording import CachedStream, Recorded
 from distill.relay import Next, OwnBatches, Part, PassedOn, RelayStream
 from distill.rows import overlaps, rows_of
 from distill.sender import BoundarySender
@@ -71,6 +72,7 @@ class Setting:
     window: int
     timeout_s: float
     trace: Trace
+    recorded: Recorded | None = None  # under a plan of the strategy `cached`
 
     @property
     def moves_blocks(self) -> bool:
@@ -110,6 +112,8 @@ class Streams:
     def of(self, blocks: Sequence[int]) -> Stream:
         """Return the stream for these blocks of this rank."""
         plan = self._setting.plan
+        if plan.strategy == "cached":
+            return self._cached()
         if plan.strategy != "broadcast":
             return self._relay(blocks)
         if plan.teacher_ranks > 1:
@@ -141,6 +145,12 @@ class Streams:
         """Which rows of every batch are this rank's."""
         group = self._setting.plan.group_of(self._rank)
         return rows_of(group.index(self._rank), len(group), self._setting.dataset.batch_size)
+
+    def _cached(self) -> CachedStream:
+        setting = self._setting
+        assert setting.recorded is not None, "a cached plan needs what was recorded"
+        feed = Feed(self._rank, setting.plan.spans_of(self._rank), setting.checks)
+        return CachedStream(recorded=setting.recorded, feed=feed, trace=setting.trace)
 
     def _broadcast(self) -> TeacherStream:
         """The one teacher rank of a broadcast: the whole teacher, for everybody."""

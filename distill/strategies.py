@@ -72,6 +72,11 @@ def plan_replicate(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan
     return _placed("replicate", replicate_problem(costs, spans, world_size))
 
 
+def plan_cached(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+    """Every rank reads what its blocks need from activations that are recorded before: no teacher, no traffic."""
+    return _placed("cached", cached_problem(costs, spans, world_size))
+
+
 def plan_layerwise(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """Every block is a job of its own, with a teacher prefix of its own, and a rank does its jobs one after another.
 
@@ -300,6 +305,20 @@ def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
 
     prefix = [0.0, *accumulate(costs.teacher_s)]
     return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.block + 1] * span.steps)
+
+
+def cached_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
+    """Return what a placement costs where every rank reads its blocks' boundaries, neighbours' common ones once."""
+
+    def share(owned: Sequence[Span], _rank: int) -> Share:
+        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
+        read_s = max((span.steps for span in owned), default=0) * size * costs.read_s_per_byte
+        return sum(map(work, owned)) + read_s, 0.0
+
+    def work(span: Span) -> float:
+        return costs.student_s[span.block] * span.steps
+
+    return _independent(costs, spans, world_size, share, work)
 
 
 def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 from distill.files import write_text
 
-# stage: a stage of the job. Training thread: teacher, student, wait (for a batch, or for a free slot at a receiver).
+# stage: a stage of the job. Training thread: teacher (also reading what it computed before), student, wait (for a
+# batch, or for a free slot at a receiver), record (the teacher's activations, before the stage).
 # Background threads: send, receive, ledger (handing over, or recording, a finished block).
-KINDS = ("stage", "teacher", "student", "wait", "send", "receive", "ledger")
+KINDS = ("stage", "teacher", "student", "wait", "record", "send", "receive", "ledger")
 MAX_SPANS = 6000  # of one rank: about 0.6 MB; a quarter each for the first and the last steps, half for those between
 WHOLE_STEPS = 32  # first and last steps that are kept whole, where that many fit
 SAVE_EVERY_S = 30.0

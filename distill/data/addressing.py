@@ -51,7 +51,7 @@ class TrainOrder:
 
     def __init__(self, rows: Tensor, *, batch_size: int, seed: int) -> None:
         assert 1 <= batch_size <= len(rows), (batch_size, len(rows))
-        self._rows = rows
+        self.all_rows = rows
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = -1  # the epoch that _order belongs to: a cache, never a state that changes an answer
@@ -60,9 +60,13 @@ class TrainOrder:
 
     def rows(self, step: int) -> Tensor:
         """Return the (batch_size,) int64 rows of the global batch `step`."""
+        return self.all_rows[self.places(step)]
+
+    def places(self, step: int) -> Tensor:
+        """Return where in all_rows the rows of the global batch `step` stand, int64 (batch_size,)."""
         assert step >= 0, step
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            shuffle = torch.randperm(len(self._rows), generator=generator(self._seed, "epoch", epoch))
-            self._epoch, self._order = epoch, self._rows[shuffle]
+            order = torch.randperm(len(self.all_rows), generator=generator(self._seed, "epoch", epoch))
+            self._epoch, self._order = epoch, order
         return self._order[position * self._batch_size : (position + 1) * self._batch_size]

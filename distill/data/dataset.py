@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from distill.data.request import Images, Request, View
 from distill.data.skipped import SkippedImages
 from distill.data.source import ImageSource, Splits
 from distill.data.stream import StreamImages
+from distill.data.views import draw_view
 from distill.errors import ConfigError, one_of
 
 NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf")
@@ -89,6 +92,7 @@ class Dataset:
         self._splits = splits
         self._reading = reading
         self._seed = seed
+        self._views: int | None = None if reading.augment is not Augment.none else 1
         self._skipped = SkippedImages(max_bad_images)
         self._mean_C11 = torch.tensor(mean, dtype=torch.float32, device=reading.device)[:, None, None]
         self._std_C11 = torch.tensor(std, dtype=torch.float32, device=reading.device)[:, None, None]
@@ -131,6 +135,48 @@ class Dataset:
     def skipped(self) -> tuple[str, ...]:
         """Names of the images met so far that could not be decoded."""
         return self._skipped.names
+
+    def with_views(self, views: int | None) -> Dataset:
+        """Return this dataset with `views` fixed augmentations of every training image that its epochs take in turn, in
+        place of fresh ones in every epoch; itself for None. It is closed with this one."""
+        if views is None or self._reading.augment is Augment.none:
+            return self
+        fixed = copy.copy(self)
+        fixed._views = views
+        return fixed
+
+    @property
+    def num_views(self) -> int:
+        """Fixed augmentations of every training image; 1 without any augmentation."""
+        assert self._views is not None, "augmentation is fresh in every epoch"
+        return self._views
+
+    @property
+    def num_fixed_batches(self) -> int:
+        """Batches of fixed_batches(), over all parts."""
+        return self.num_views * math.ceil(self.num_train / self.batch_size)
+
+    def fixed_batches(self, part: int = 0, num_parts: int = 1) -> Iterator[tuple[int, Batch]]:
+        """Return every view of every training image once over the parts, view after view in the set's own order: the
+        place of a batch's first image in that order, and the batch. The last batch of a view may be smaller."""
+        firsts = range(0, self.num_train, self.batch_size)
+        batches = [(view, first) for view in range(self.num_views) for first in firsts][part::num_parts]
+
+        def draws(view: int, first: int) -> Draws:
+            return self._view_draws(self._order.all_rows[first : first + self.batch_size], view)
+
+        requests = (
+            self._request(self._order.all_rows[first : first + self.batch_size], draws(view, first))
+            for view, first in batches
+        )
+        for (view, first), (images_BHWC, labels) in zip(batches, self._images.read_many(requests), strict=True):
+            augmented = crop_and_flip(images_BHWC, draws(view, first), self._reading.augment)
+            yield view * self.num_train + first, self._batch(augmented, labels)
+
+    def fixed_places(self, step: int) -> Tensor:
+        """Return where the images of the training batch `step` stand in the order of fixed_batches(), int64 (B,)."""
+        view = step // self.steps_per_epoch % self.num_views
+        return view * self.num_train + self._order.places(step)
 
     def train_batch(self, step: int, part: int = 0, num_parts: int = 1) -> Batch:
         """Return rows part::num_parts of the training batch `step`, decoding only those."""
@@ -186,14 +232,21 @@ class Dataset:
 
     def _draws(self, step: int, part: int, num_parts: int) -> Draws:
         assert 0 <= part < num_parts, (part, num_parts)
+        if self._views is not None:
+            return self._view_draws(self._order.rows(step)[part::num_parts], step // self.steps_per_epoch % self._views)
         size = self._reading.image_size
         return draw(batch_size=self.batch_size, image_size=size, seed=self._seed, step=step).part(part, num_parts)
 
+    def _view_draws(self, rows: Tensor, view: int) -> Draws:
+        return draw_view(rows, view=view, image_size=self._reading.image_size, seed=self._seed)
+
     def _train_request(self, step: int, part: int, num_parts: int, draws: Draws) -> Request:
-        rows = self._order.rows(step)[part::num_parts].numpy()
+        return self._request(self._order.rows(step)[part::num_parts], draws)
+
+    def _request(self, rows: Tensor, draws: Draws) -> Request:
         if self._reading.augment is Augment.resized_crop_flip:
-            return Request(rows, View.resized_crop, draws.uniforms.numpy())
-        return Request(rows, View.fit)
+            return Request(rows.numpy(), View.resized_crop, draws.uniforms.numpy())
+        return Request(rows.numpy(), View.fit)
 
     def _batch(self, images_BHWC: Tensor, labels: Tensor) -> Batch:
         return Batch(normalise(images_BHWC, mean_C11=self._mean_C11, std_C11=self._std_C11), labels)

@@ -16,8 +16,9 @@ from distill.config import JobConfig
 from distill.counting import Recorder
 from distill.devices import Device, Operation
 from distill.errors import ConfigError
+from distill.job.caching import is_cached, students_dtype
 from distill.job.materials import Blocks, architecture_of, cut_blocks
-from distill.job.planning import trainer_options, wire_dtype
+from distill.job.planning import trainer_options
 from distill.plan import Costs, Span
 from distill.recipes import replace_convolutions
 from distill.teachers import build_architecture
@@ -39,13 +40,17 @@ def imagined_costs(overrides: Sequence[str], device: Device, *, steps: int | Non
         raise ConfigError("distill.epochs", config.distill.epochs, "--steps N: without data, epochs have no length")
     if config.teacher.amp is not Amp.off:
         raise ConfigError("teacher.amp", config.teacher.amp.name, "off: kernels of an imagined teacher are in float32")
+    if is_cached(config):
+        raise ConfigError(
+            "teacher.cache", config.teacher.cache.name, "off: strategies that share a teacher are simulated"
+        )
     blocks = _cut(config)
     teacher = _teacher_operations(blocks)
     students = {block: _student(config, blocks, block) for block in blocks.replaced}
     costs = Costs(
         tuple(map(device.seconds, teacher)),
         tuple(device.seconds(students[block][1]) if block in students else 0.0 for block in range(len(teacher))),
-        tuple(boundary.numel * wire_dtype(config).itemsize for boundary in blocks.chain.boundaries),
+        tuple(boundary.numel * students_dtype(config).itemsize for boundary in blocks.chain.boundaries),
         tuple(students[block][0] if block in students else 0 for block in range(len(teacher))),
         batch_size=config.data.batch_size if blocks.chain.divisible else None,
         teacher_fixed_s=tuple(map(device.gaps_s, teacher)),

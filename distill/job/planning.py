@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoint import CheckpointFolder, block_name
-from distill.choices import Amp, Cost, Stop, Strategy, WireDtype
+from distill.choices import Cost, Stop, Strategy
 from distill.config import JobConfig
 from distill.cost import (
     BlockCosts,
@@ -26,6 +26,7 @@ from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
 from distill.graphs import Lane, lanes
+from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
@@ -44,12 +45,6 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
     if config.distill.epochs is not None:
         return math.ceil(config.distill.epochs * dataset.steps_per_epoch)
     return config.distill.steps or 0
-
-
-def wire_dtype(config: JobConfig) -> torch.dtype:
-    """Return the precision of the activations that students are given; those of a teacher in bf16 have no more."""
-    rounded = config.plan.wire_dtype is WireDtype.bf16 or config.teacher.amp is Amp.bf16
-    return torch.bfloat16 if rounded else torch.float32
 
 
 class Trainers:
@@ -100,7 +95,7 @@ class Trainers:
         return Span(block, checkpoint.step if checkpoint else 0, self._budget)
 
 
-def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers) -> Plan:
+def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers, caching: Caching | None) -> Plan:
     """Return the plan, the same on every rank: rank 0 makes it for the blocks that its ledger lacks.
 
     With plan.cost=measured all ranks measure at the same time, as they will train.
@@ -119,8 +114,8 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
         costs = replace(costs, memory=find_memory(context, blocks.chain, trainers.fresh, sample, sizes))
         plans = fitting_plans(context, names, costs, spans)
-        plan = plans[0]
         _show_ranking(context, plans)
+        plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])
         write_text(context.run.path / "plan.json", plan.to_json())
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
         _show(context, blocks, plan, seconds, flops)
@@ -174,7 +169,7 @@ def _measure(
 def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
-    sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
+    sizes = tuple(boundary.numel * students_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
     batch_size = blocks.chain.boundaries[0].shape[0]
     return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, batch_size=batch_size)
 

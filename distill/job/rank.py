@@ -142,7 +142,7 @@ def _run(config: JobConfig, control: Control) -> None:
 
 def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
     """Run the stages from the plan on, as far as the configuration asks for."""
-    train_blocks(context, dataset, blocks)
+    train_blocks(context, dataset, teacher, blocks)
     if context.config.stage not in (Stage.all, Stage.deliver):
         return
     with context.during("assemble"):

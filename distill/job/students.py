@@ -7,14 +7,16 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill.checkpoint import CheckpointFolder
 from distill.choices import Stage, Stop
 from distill.control import ranks_of
 from distill.data import Dataset
+from distill.job.caching import Caching, is_cached, students_dtype
 from distill.job.context import Context
 from distill.job.materials import Blocks
-from distill.job.planning import Trainers, make_plan, step_budget, wire_dtype
+from distill.job.planning import Trainers, make_plan, step_budget
 from distill.job.readings import Readings, latest_readings
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan
@@ -25,19 +27,23 @@ from distill.takeover import Move
 from distill.transport import wire_backend
 
 
-def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
+def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
     """Run the distill stage to its end (or up to the printed plan); blocks in the ledger are not trained again."""
     config = context.config
     if context.completed("distill") is not None:
         return
+    dataset = dataset.with_views(config.distill.views)
     budget = step_budget(config, dataset)
+    plateau = config.distill.stop is Stop.plateau
+    checks = Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks()
+    caching = Caching(context, dataset, teacher, blocks, checks=checks) if is_cached(config) else None
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     makers = Trainers(context, blocks, checkpoints, budget=budget)
     with context.during("plan"):
-        plan = make_plan(context, dataset, blocks, makers)
+        plan = make_plan(context, dataset, blocks, makers, caching)
     if config.stage is Stage.plan:
         return
-    plateau = config.distill.stop is Stop.plateau
+    recorded = caching.record(plan) if caching is not None else None
     with (
         closing(Readings(context, [block.name for block in blocks.chain.blocks])) as readings,
         context.during("distill"),
@@ -48,8 +54,8 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             dataset=dataset,
             plan=plan,
             budget=budget,
-            checks=Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks(),
-            wire_dtype=wire_dtype(config),
+            checks=checks,
+            wire_dtype=students_dtype(config),
             wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
             shared_memory=config.plan.shared_memory,
             take_over=config.plan.take_over,
@@ -61,16 +67,17 @@ def train_blocks(context: Context, dataset: Dataset, blocks: Blocks) -> None:
             report=readings.add,
             make=makers.resumed,
             trace=context.trace,
+            recorded=recorded,
         )
         trainers = [makers.resumed(span.block) for span in plan.trained_by(context.rank)]
         if context.leads:
-            _lead(context, session, blocks, Ledger(context.run.path), trainers)
+            _lead(context, session, blocks, trainers, caching)
         else:
             session.follow(trainers)
 
 
-def _lead(context: Context, session: Session, blocks: Blocks, ledger: Ledger, trainers: list[Any]) -> None:
-    plan = session.plan
+def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any], caching: Caching | None) -> None:
+    plan, ledger = session.plan, Ledger(context.run.path)
     with _display(context, blocks, plan, batch_size=session.dataset.batch_size) as display:
 
         def recorded(entry: Entry) -> None:
@@ -84,16 +91,22 @@ def _lead(context: Context, session: Session, blocks: Blocks, ledger: Ledger, tr
     steps = max((ledger.entries[span.block].steps - span.first for span in plan.spans), default=0)
     resumed = any(span.first > 0 for span in plan.spans) or len(plan.spans) < len(blocks.replaced)
     images = steps * session.dataset.batch_size
-    context.run.complete("distill", _result(plan, report, images=images, resumed=resumed))
+    cache = caching.result(plan) if caching is not None else None
+    context.run.complete("distill", _result(plan, report, images=images, resumed=resumed, cache=cache))
+    if caching is not None:
+        caching.remove()
     context.say(
         f"distill stage: {report.makespan_s:.1f} s, predicted {plan.predicted_makespan_s:.1f} s, "
         f"{images / report.makespan_s:.0f} images/s"
     )
 
 
-def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) -> dict[str, Any]:
+def _result(
+    plan: Plan, report: SessionReport, *, images: int, resumed: bool, cache: dict[str, Any] | None
+) -> dict[str, Any]:
     """The distill section of metrics.json. A resumed run counts only what its last attempt did."""
-    return {
+    recorded = {"cache": cache} if cache is not None else {}
+    return recorded | {
         "strategy": plan.strategy,
         "groups": plan.groups,
         "teaching_ranks": [rank for rank in range(plan.world_size) if plan.teaches(rank)],
@@ -103,7 +116,8 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
         "seconds": report.makespan_s,
         "makespan_predicted_s": plan.predicted_makespan_s,
         "images_per_second": images / report.makespan_s,
-        "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
+        "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values())
+        + (cache or {}).get("teacher_passes", 0),
         "teacher_seconds": sum(rank.teacher_s for rank in report.ranks.values()),
         "take_overs": report.take_overs,
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),

@@ -19,14 +19,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from distill.blocks import Chain
+from distill.cache import Layout
+from distill.cache_places import File, Memory
 from distill.chain import Granularity, cut
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.control import Control, StoreAddress
-from distill.data import Augment, open_dataset
+from distill.data import Augment, Dataset, open_dataset
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks
+from distill.recording import Contents, Recorded, record
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
 from distill.takeover import Move
@@ -93,7 +96,9 @@ class Toy:
 
     `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `fail_at` (rank, step) makes
     that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
-    (block, step) poisons that block's input, on `nan_ranks` or all.
+    (block, step) poisons that block's input, on `nan_ranks` or all. With the strategy `cached` the teacher's activations are
+    recorded first, in memory or in `cache_dir`; with `record_fails` (rank, passes) up to an error after so many of that
+    rank's passes, and by a `slow_recorder` half a second late.
     """
 
     run_dir: str
@@ -117,6 +122,10 @@ class Toy:
     kill_at: tuple[int, int] | None = None
     nan_at: tuple[int, int] | None = None
     nan_ranks: tuple[int, ...] | None = None
+    views: int | None = None
+    cache_dir: str | None = None
+    record_fails: tuple[int, int] | None = None
+    slow_recorder: int | None = None
 
 
 class InjectedError(RuntimeError):
@@ -144,7 +153,8 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         device=torch.device("cpu"),
-    ) as dataset:
+    ) as fresh:
+        dataset = fresh.with_views(toy.views)
         chain = toy_chain(dataset.train_batch(0).images)
         if toy.teacher_amp == "bf16":
             chain = Bf16Chain(chain)
@@ -156,6 +166,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
         trainers = [make(span.block) for span in plan.trained_by(rank)]
         readings: list[Reading] = []
+        trace = Trace(rank, toy.generation)
         session = Session(
             control=control,
             chain=chain,
@@ -174,7 +185,8 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             checkpoint_every=toy.checkpoint_every,
             report=readings.append,
             make=make,
-            trace=Trace(rank, toy.generation),
+            trace=trace,
+            recorded=_recorded(toy, plan, chain, dataset, control, trace) if toy.strategy == "cached" else None,
         )
         if rank == 0:
             recorded: list[int] = []
@@ -223,6 +235,44 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
         )  # fmt: skip
         control.set("plan", plan.to_json())
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
+
+
+def _recorded(
+    toy: Toy, plan: Plan, chain: Chain, dataset: Dataset, control: Control, trace: Trace
+) -> Recorded:
+    """The toy's cache on this rank; how many passes each rank has made is left in passes.RANK.GENERATION."""
+    contents = Contents(dataset, toy.checks.batches)
+    forms = {boundary: chain.boundaries[boundary] for boundary in range(5)}
+    recorded = record(
+        lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else Memory(),
+        layout=Layout(forms, toy.wire_dtype, contents.num_rows),
+        contents=contents,
+        chain=_Recorder(chain, toy, control.rank),
+        device=torch.device("cpu"),
+        control=control,
+        peers=list(range(plan.world_size)),
+        trace=trace,
+    )
+    passes = control.get(f"cache/share/{control.rank}")["passes"]
+    (Path(toy.run_dir) / f"passes.{control.rank}.{toy.generation}").write_text(str(passes))
+    return recorded
+
+
+class _Recorder:
+    """The chain to record with, which is late or fails where the toy says so."""
+
+    def __init__(self, chain: Chain, toy: Toy, rank: int) -> None:
+        self._chain = chain
+        self._left = toy.record_fails[1] if toy.record_fails and toy.record_fails[0] == rank else -1
+        self._delay_s = 0.5 if toy.slow_recorder == rank else 0.0
+
+    def run(self, *arguments: Any, **options: Any) -> dict[int, Tensor]:
+        if self._left == 0:
+            raise InjectedError("injected while recording")
+        self._left -= 1
+        time.sleep(self._delay_s)
+        self._delay_s = 0.0
+        return self._chain.run(*arguments, **options)
 
 
 def _starts(toy: Toy) -> tuple[int, ...]:

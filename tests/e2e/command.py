@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,24 @@ def torchrun(*overrides: str, cwd: Path, ranks: int) -> subprocess.CompletedProc
     return subprocess.run(
         command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
+
+
+def interrupt_after_first_checkpoint(*job: str, cwd: Path) -> None:
+    """Start the job on two ranks, run directory cwd/broken, and press Ctrl-C once a block has been checkpointed."""
+    command = [sys.executable, "-m", "distill", *SMALL, *job, "run.dir=broken", "launch.nproc_per_node=2"]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((cwd / "broken" / "checkpoints").glob("[0-9]*.safetensors")):
+        assert process.poll() is None, "the job ended before it wrote a checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on where this run was" in errors
+    assert "Traceback" not in errors
 
 
 def metrics(run_dir: Path) -> Mapping[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -16,7 +13,16 @@ import distill as package
 from distill.data import Augment, open_dataset
 from distill.energy import describe, summarize
 from distill.evaluate import count_hits
-from tests.e2e.command import LIMIT_S, SMALL, bits, distill, environment, metrics, torchrun
+from tests.e2e.command import (
+    LIMIT_S,
+    SMALL,
+    bits,
+    distill,
+    environment,
+    interrupt_after_first_checkpoint,
+    metrics,
+    torchrun,
+)
 
 FILES = (
     "resolved.yaml",
@@ -127,29 +133,11 @@ def test_an_interrupted_run_goes_on_with_another_world_size_to_the_same_bits(
     )
     whole = distill(*job, "run.dir=whole", cwd=tmp_path, ranks=1)
     assert whole.returncode == 0, whole.stderr
-    _interrupt_after_first_checkpoint(job, tmp_path)
+    interrupt_after_first_checkpoint(*job, cwd=tmp_path)
     resumed = distill(*job, "run.dir=broken", cwd=tmp_path, ranks=1)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(tmp_path / "broken")["distill"]["resumed"]
     assert bits(tmp_path / "broken") == bits(tmp_path / "whole")
-
-
-def _interrupt_after_first_checkpoint(job: tuple[str, ...], cwd: Path) -> None:
-    """Start the job on two ranks and press Ctrl-C once a block has been checkpointed."""
-    command = [sys.executable, "-m", "distill", *SMALL, *job, "run.dir=broken", "launch.nproc_per_node=2"]
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not list((cwd / "broken" / "checkpoints").glob("[0-9]*.safetensors")):
-        assert process.poll() is None, "the job ended before it wrote a checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on where this run was" in errors
-    assert "Traceback" not in errors
 
 
 def test_torchrun_starts_the_same_job_in_one_run_directory_whatever_the_clock(

@@ -286,6 +286,20 @@ class TestImpossibleValues:
         message = refusal("student=separable_x2", "student.init=teacher")
         assert message.startswith("student.init: got 'teacher'; expected random")
 
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            ([], "teacher.cache: got 'ram'; expected off while every epoch is augmented afresh; or distill.views=N"),
+            (["distill.views=2", "plan.strategy=relay"], "plan.strategy: got 'relay'; expected auto with"),
+            (["data.augment=none", "plan.wire_dtype=bf16"], "plan.wire_dtype: got 'bf16'; expected fp32 with"),
+            (["distill.views=0"], "distill.views: got 0; expected a number >= 1"),
+            (["cache.max_gib=-1"], "cache.max_gib: got -1.0; expected a number >= 0"),
+            (["teacher.cache=memory"], "teacher.cache: got 'memory'; expected one of off, ram, disk"),
+        ],
+    )
+    def test_a_cache_that_cannot_be_had_is_refused(self, overrides: list[str], words: str) -> None:
+        assert refusal("teacher.cache=ram", *overrides).startswith(words)
+
     def test_the_smallest_possible_values_are_allowed(self) -> None:
         config = compose(["distill.steps=1", "distill.lr=0", "data.batch_size=1", "plan.window=2", "student.rank=1"])
         assert (config.distill.steps, config.distill.lr, config.plan.window) == (1, 0.0, 2)
@@ -360,9 +374,24 @@ class TestFingerprint:
     def test_identity_leaves_out_nothing_but_the_listed_settings(self, default: JobConfig) -> None:
         left_out = {path for path, *_ in settings()} - identity(default).keys()
         assert left_out
-        for path in left_out:
+        for path in left_out - {"cache.dtype"}:
             named = {path, path.split(".")[0]} & schema._NOT_IN_FINGERPRINT
             assert named or path in dict(schema._NOT_IN_FINGERPRINT_AT), path
+
+    def test_a_cache_is_told_from_none_and_by_its_precision_but_not_by_its_place(self, default: JobConfig) -> None:
+        def cached(**changes: object) -> str:
+            config = edited(
+                edited(default, "distill.views", 2), "teacher.cache", changes.pop("cache", schema.Cache.ram)
+            )
+            for path, value in changes.items():
+                config = edited(config, path.replace("__", "."), value)
+            return fingerprint(config)
+
+        assert cached() == cached(cache=schema.Cache.disk) == cached(cache__dir="/x") == cached(cache__max_gib=1.0)
+        off = schema.Cache.off
+        different = {cached(), cached(cache__dtype=schema.WireDtype.bf16), cached(distill__views=3), cached(cache=off)}
+        assert len(different | {fingerprint(default)}) == 5
+        assert cached(cache=off) == cached(cache=off, cache__dtype=schema.WireDtype.bf16)
 
     def test_every_entry_left_out_of_the_fingerprint_is_a_setting_or_a_section(self) -> None:
         paths = {path for path, *_ in settings()}
@@ -372,7 +401,7 @@ class TestFingerprint:
     def test_a_setting_that_came_later_is_left_out_where_it_changes_nothing(self, default: JobConfig) -> None:
         defaults = {path: shown for path, _, shown, _ in settings()}
         for path, value in schema._NOT_IN_FINGERPRINT_AT:
-            assert defaults[path] == value
+            assert defaults[path] == ("null" if value is None else value)
             assert path not in identity(default)
 
 
