@@ -4,8 +4,8 @@
     python benchmarks/ceilings.py --networks resnet50 --batch-size 2 --image-size 64 --seconds 0.2     # tried on a CPU
 
 The ceilings are measured: FLOP/s of a large square matrix product in the step's precision, bytes/s of a large copy
-(read and written). Operations are torch.utils.flop_counter's; bytes are those of every operand and result of every
-operation, each once per operation, casts and copies left out: what an execution without fusion has to move. A block's
+(read and written). Operations and bytes are those of every kernel that an uncaptured step launches, its operands read
+once and its results written once (distill/counting.py): what an execution without fusion has to move. A block's
 floor is the longer of its operations and its bytes at the ceilings; its share is floor over measured time. Teacher
 blocks and updates are timed one by one; the whole step runs the way the job runs it. Random weights and images.
 """
@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from measure import summary, write
 from step import BUDGET, students_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.chain import Chain, Granularity, cut
+from distill.counting import Recorder
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import WARM_UPS, Lane, cuda_capture, lanes
 from distill.precision import Bf16Chain
@@ -34,7 +32,6 @@ from distill.teachers import build_architecture
 from distill.trainer import BlockTrainer, TrainerOptions
 
 NETWORKS = {"resnet50": Granularity.residual, "vgg16_bn": Granularity.conv}
-FREE = {"_to_copy", "copy_", "clone", "detach", "empty_like", "empty", "zeros_like", "fill_", "zero_"}
 
 
 def main() -> None:
@@ -86,28 +83,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Traffic(TorchDispatchMode):
-    """Counts the bytes of operands and results of every operation that is neither a view nor in FREE."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and func._schema.name.removeprefix("aten::") not in FREE:
-            self.nbytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
-        return result
-
-
-@contextmanager
-def _counted(found: dict[str, float]) -> Iterator[None]:
-    """Add what is inside to found["flops"] and found["bytes"]."""
-    with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
-        yield
-    found["flops"] = found.get("flops", 0) + flops.get_total_flops()
-    found["bytes"] = found.get("bytes", 0) + traffic.nbytes
+def _count(call: Callable[[], object], found: dict[str, float]) -> None:
+    """Add the operations and bytes of a call's kernels to found["flops"] and found["bytes"]."""
+    with Recorder() as recorder:
+        call()
+    found["flops"] = found.get("flops", 0) + sum(operation.flops for operation in recorder.operations)
+    found["bytes"] = found.get("bytes", 0) + sum(operation.moved_bytes for operation in recorder.operations)
 
 
 def _network(name: str, device: torch.device, ceilings: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
@@ -173,15 +154,18 @@ def _block(
     x = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device).normal_()
     x = x if images is None else images
     found: dict[str, float] = {}
-    with _counted(found):
-        target = chain.run_block(index, x)
+    target = chain.run_block(index, x)
+    _count(lambda: chain.run_block(index, x), found)
     teacher = GraphedChain(chain, cuda_capture()) if device.type == "cuda" else chain
     seconds = summary(
         _times(lambda: teacher.run(x, first=index, last=index + 1, keep=(index + 1,)), device, args.seconds)
     )["median"]
     if trainer is not None:
-        with _counted(found):
-            trainer.update(x, target)
+        plain = BlockTrainer(
+            index, "", deepcopy(trainer.module), budget=BUDGET, device=device, options=TrainerOptions(amp=args.amp)
+        )
+        plain.update(x, target)  # the first step makes the optimizer's state
+        _count(lambda: plain.update(x, target), found)
         seconds += summary(_times(lambda: trainer.update(x, target), device, args.seconds))["median"]
     floors = {"flops": found["flops"] / ceilings["flops_per_s"], "bytes": found["bytes"] / ceilings["bytes_per_s"]}
     binding = max(floors, key=floors.__getitem__)

@@ -20,7 +20,7 @@ from typing import Any
 from measure import ROOT, write
 
 from distill.devices import Device, load_cluster
-from distill.forecast import CHOSEN_FROM, IMAGINED, SIMULATED
+from distill.forecast import CHOSEN_FROM, IMAGINED, planned
 from distill.job.imagined import imagined_costs
 from distill.plan import Costs, Span
 from distill.simulate import Simulation, simulate
@@ -87,7 +87,7 @@ def _scaling(job: Sequence[str], cluster_name: str, ranks: Sequence[int], steps:
 def _best(
     costs: Costs, spans: Sequence[Span], ranks: int, alone: float, joules: Callable[[Sequence[float], float], float]
 ) -> dict[str, Any]:
-    found = {name: simulate(SIMULATED[name](costs, spans, ranks), costs) for name in IMAGINED}
+    found = {name: simulate(planned(name, costs, spans, ranks), costs) for name in IMAGINED}
     best = min(found.values(), key=lambda one: one.makespan_s)
     efficiency = {name: alone / one.makespan_s / ranks for name, one in found.items()}
     return {

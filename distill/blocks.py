@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ class Boundary:
         """Return the form of `tensor`; one with holes or overlaps gets the dense strides of the same order."""
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         return cls(shape, stride if _is_dense(shape, stride) else _dense_strides(shape, stride), tensor.dtype)
+
+    def of_rows(self, num_rows: int | None) -> Boundary:
+        """Return the same form with so many rows; None: as many as it has."""
+        return self if num_rows is None else replace(self, shape=(num_rows, *self.shape[1:]))
 
     @property
     def numel(self) -> int:

@@ -204,6 +204,9 @@ class PlanConfig:
     teacher_ranks: int | None = setting(
         None, "broadcast: ranks that run the teacher, taking the batches in turn; null: as many as pay"
     )
+    groups: bool = setting(
+        False, "relay, auto: whether ranks may share a block's batch (results are then close, not bitwise equal)"
+    )
     window: int = setting(4, "batches that a teacher rank may run ahead of a receiver")
     wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
     link_gbit: float | None = setting(
@@ -216,11 +219,18 @@ class PlanConfig:
         True, "broadcast: whether a rank that runs dry takes a block over from the busiest rank, where that saves time"
     )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
+    memory_gib: float | None = setting(
+        None, "memory of a rank in GiB that a plan must fit in; null: the GPU's, or the host's divided by its ranks"
+    )
 
     def __post_init__(self) -> None:
         _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
         if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
             raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
+        if self.groups and self.strategy not in (Strategy.auto, Strategy.relay):
+            raise ConfigError("plan.groups", True, f"false with plan.strategy={self.strategy.name}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
 
@@ -312,12 +322,12 @@ class JobConfig:
 _NOT_IN_FINGERPRINT = {
     "stage", "launch", "run", "checkpoint", "device",
     "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.window", "plan.timeout_s", "plan.link_gbit",
-    "plan.shared_memory", "plan.take_over",
+    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
+    "plan.link_gbit", "plan.shared_memory", "plan.memory_gib", "plan.take_over",
     "distill.cuda_graphs", "distill.log_every",
 }  # fmt: skip
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
-_COMPUTES_OTHERWISE = {"plan.strategy": "ddp"}
+_COMPUTES_OTHERWISE = {"plan.strategy": "ddp", "plan.groups": True}
 # Settings that came after others had run: left out at the value that computes what was computed without them.
 _NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"),)
 

@@ -77,6 +77,34 @@ def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> B
     )
 
 
+def step_bytes(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> tuple[int, ...]:
+    """Return by block the bytes that are alive during one step of its student on a batch like `sample`, besides its
+    weights and boundaries: what autograd keeps for the backward pass, and two activations of the largest size on the
+    way back. Two images are looked at; 0 where a block has no student."""
+    found, scale = [], len(sample) / 2
+    inputs = sample[:2]
+    for index, (_, targets) in enumerate(chain.counted(inputs, lambda: 0.0)):
+        trainer = make_trainer(index)
+        found.append(int(scale * _kept_bytes(trainer, inputs, targets)) if trainer else 0)
+        inputs = targets
+    return tuple(found)
+
+
+def _kept_bytes(trainer: BlockTrainer, inputs: Tensor, targets: Tensor) -> int:
+    known = {one.untyped_storage().data_ptr() for one in (*trainer.module.parameters(), inputs, targets)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.update(inputs, targets)
+    return sum(kept.values()) + 2 * max(kept.values(), default=0)
+
+
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     start = _now(device)
     call()

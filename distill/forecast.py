@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from distill.devices import Cluster, Device, described, load_cluster
 from distill.errors import ConfigError, DistillError
 from distill.files import read_json
 from distill.network import Link, Network
-from distill.plan import Costs, Span
+from distill.plan import Costs, Plan, Span
 from distill.report import write_scaling
 from distill.simulate import Simulation, simulate
 from distill.strategies import PLANNERS, Planner, plan_groups
@@ -25,6 +26,8 @@ from distill.strategies import PLANNERS, Planner, plan_groups
 FREE = Link()
 SIMULATED: Mapping[str, Planner] = {**PLANNERS, "groups": plan_groups}  # a relay of groups of ranks
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
+SHARED_OUT = ("groups", "ddp")  # all ranks have a part, however few the blocks
+ENOUGH = 2  # ranks a block: one that trains it, and one that runs the teacher
 IMAGINED = (*CHOSEN_FROM, "groups")  # what sharing out a batch costs is known of described devices alone
 CLUSTER = "cluster="
 EPILOG = f"""\
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
         console.print(_preamble(subject), soft_wrap=True)
         alone = simulate(PLANNERS["broadcast"](subject.on(1), subject.spans, 1), subject.on(1))
         found = [
-            (name, simulate(SIMULATED[name](costs, subject.spans, ranks), costs))
+            (name, simulate(planned(name, costs, subject.spans, ranks), costs))
             for ranks in options.ranks
             for costs in [subject.on(ranks)]
             for name in options.strategies or (IMAGINED if subject.imagined else CHOSEN_FROM)
@@ -88,6 +91,26 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
         sys.stderr.write(f"distill simulate: {error}\n")
         return 2
     return 0
+
+
+def planned(name: str, costs: Costs, spans: Sequence[Span], ranks: int) -> Plan:
+    """Return a planner's plan for that many ranks that are all alike. Only groups can make use of more than a few a
+    block; further ranks are left idle here, not searched."""
+    few = ranks if name in SHARED_OUT else min(ranks, ENOUGH * len(spans))
+    network = replace(costs.network, hosts=costs.network.hosts[:few])
+    plan = _plan(name, replace(costs, network=network), tuple(spans), few)
+    idle = ranks - few
+    return replace(
+        plan,
+        owners=plan.owners + ((),) * idle,
+        predicted_rank_s=plan.predicted_rank_s + (0.0,) * idle,
+        starts=plan.starts + (plan.starts[-1],) * idle if plan.starts else (),
+    )
+
+
+@cache
+def _plan(name: str, costs: Costs, spans: tuple[Span, ...], ranks: int) -> Plan:
+    return SIMULATED[name](costs, spans, ranks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,10 +202,10 @@ def forecast_table(found: Sequence[Named], alone: Simulation, joules: Sequence[f
     best = {n: min((one for _, one in found if one.plan.world_size == n), key=_seconds) for n in sizes}
     for (name, one), energy in zip(found, joules, strict=True):
         ranks, fastest = one.plan.world_size, one is best[one.plan.world_size]
-        speed_up = _speed_up(one, alone)
+        speed_up, idle = _speed_up(one, alone), max(0.0, one.mean_idle_share)
         table.add_row(
             str(ranks), name, f"{one.makespan_s:,.1f}", f"{speed_up:.2f}x",
-            f"{100 * speed_up / ranks:.1f} %", f"{100 * one.mean_idle_share:.1f} %", f"{one.bytes_sent / 1e9:,.2f}",
+            f"{100 * speed_up / ranks:.1f} %", f"{100 * idle:.1f} %", f"{one.bytes_sent / 1e9:,.2f}",
             f"{one.teacher_passes:,.0f}", *([f"{energy / 1e6:,.3f}"] if energy is not None else []),
             "fastest" if fastest else "", style="bold" if fastest else "",
         )  # fmt: skip

@@ -1,13 +1,25 @@
-"""Placing independent blocks on ranks so that the slowest rank is as fast as possible. No strategies, no torch."""
+"""Placing independent blocks on ranks so that the slowest rank is as fast as possible, and how near to the best there
+is. No strategies, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distill.plan import Span
+import numpy as np
+from numpy.typing import NDArray
 
-SEARCH_NODES = 100_000  # branch and bound gives up its proof after this many nodes: about half a second
+from distill.lower_bound import LowerBound
+from distill.packing import Packing
+from distill.plan import Span
+from distill.rebalance import improve
+from distill.served_bound import served_bound
+
+TOLERANCE = 1e-4  # a makespan this near to a bound, relatively, counts as optimal; costs are never known better
+SEARCHED_BLOCKS = 9  # up to this many all placements are searched,
+SEARCHED_PLACEMENTS = 50_000  # and where there are no more than this many
+SEARCH_NODES = 20_000  # unless that takes more than this many nodes, a third of a second
+BOUNDED_BLOCKS = 128  # up to this many the bound is raised by column generation
 
 Share = tuple[float, float]  # seconds of a rank's own work, and seconds that serving it costs rank 0
 
@@ -18,7 +30,8 @@ class Problem:
 
     `work(span, rank)` is a lower bound of what a span adds to the rank it is on; `share(spans, rank)` what a rank with
     these spans costs, `loads(shares)` the seconds of every rank; `base` their seconds before anything is placed, and
-    ranks with the same `kind` are alike as long as they are empty.
+    ranks with the same `kind` are alike as long as they are empty. `packing` has the same costs as arrays, or lower
+    ones, the blocks in the order of `spans`.
     """
 
     spans: Sequence[Span]
@@ -28,6 +41,7 @@ class Problem:
     loads: Callable[[Sequence[Share]], list[float]]
     base: Sequence[float]
     kind: Sequence[object]
+    packing: Packing
 
     def shares(self, placement: Mapping[int, int]) -> list[Share]:
         return [
@@ -43,55 +57,125 @@ class Problem:
         return max(loads), sum(loads)  # among equal makespans the one with less work and traffic
 
 
-def place(problem: Problem) -> dict[int, int]:
-    """Return the rank of every block: exact by branch and bound for small problems, otherwise largest-first placement
-    improved by moves and swaps.
+@dataclass(frozen=True)
+class Placement:
+    """The rank of every block, every rank's seconds, and a makespan that no placement beats."""
 
+    rank_of: Mapping[int, int]
+    rank_s: tuple[float, ...]
+    bound_s: float
+
+    @property
+    def gap(self) -> float:
+        """By how much the makespan may exceed the least possible one, relatively; 0 if by TOLERANCE or less."""
+        gap = max(self.rank_s) / self.bound_s - 1 if self.bound_s else 0.0
+        return gap if gap > TOLERANCE else 0.0
+
+
+def place(problem: Problem) -> Placement:
+    """Return the best placement found, and a bound: the optimum itself for nearly all problems of up to 64 blocks.
+
+    Largest-first placement is improved by dividing pairs of ranks anew; small problems are then searched, of others the
+    bound is raised by column generation, whose solution is one more placement to begin from.
     Source: Graham 1969 for the largest-first rule (LPT).
     """
-    placement = _improve(largest_first(problem), problem)
-    return _branch_and_bound(placement, problem)
+    packing = problem.packing
+    if not packing.num_blocks:
+        return _placement(problem, {}, max(problem.base))
+    owner = largest_first(packing)
+    if packing.bytes is None and _few(packing):
+        rank_of, complete = _branch_and_bound(_by_block(problem, owner), problem)
+        if complete:
+            return _placement(problem, rank_of, max(problem.seconds(rank_of)))
+    owner = improve(packing, owner, good_enough_s=packing.simple_bound() * (1 + TOLERANCE))
+    owner, bound_s = _bounded(packing, owner)
+    return _placement(problem, _by_block(problem, owner), bound_s)
 
 
-def _ordered(problem: Problem) -> list[Span]:
-    return sorted(problem.spans, key=lambda span: (-problem.work(span, 0), span.block))
+def _few(packing: Packing) -> bool:
+    """Whether all placements can be searched."""
+    return packing.num_blocks <= SEARCHED_BLOCKS or packing.num_ranks**packing.num_blocks <= SEARCHED_PLACEMENTS
 
 
-def largest_first(problem: Problem) -> dict[int, int]:
-    """Return the placement of the largest blocks first, each on the rank that is then the least loaded."""
-    loads = list(problem.base)
-    placement = {}
-    for span in _ordered(problem):
-        rank = min(range(problem.world_size), key=lambda rank: loads[rank] + problem.work(span, rank))
-        placement[span.block] = rank
-        loads[rank] += problem.work(span, rank)
-    return placement
+def _bounded(packing: Packing, owner: NDArray[np.intp]) -> tuple[NDArray[np.intp], float]:
+    """Return a placement at least as good as `owner`, and a makespan that none beats."""
+    bound_s = packing.simple_bound()
+    if packing.num_blocks > BOUNDED_BLOCKS or _makespan(packing, owner) <= bound_s * (1 + TOLERANCE):
+        return owner, bound_s
+    if packing.sends and packing.teacher_ranks == 1:
+        served_s, leaves = served_bound(packing, upper_s=_makespan(packing, owner), tolerance=TOLERANCE)
+        bound_s = max(bound_s, served_s)
+        owner = _better(packing, owner, _in_runs(packing, leaves), bound_s)
+        if _makespan(packing, owner) <= bound_s * (1 + TOLERANCE):
+            return owner, bound_s
+    bound = LowerBound(packing, owner, reached_s=bound_s, tolerance=TOLERANCE)
+    bound.close_in()
+    if bound.likely:
+        owner = _better(packing, owner, _combined(packing, bound.likely), bound.reached_s)
+    return owner, bound.reached_s
 
 
-def _improve(placement: dict[int, int], problem: Problem) -> dict[int, int]:
-    """Apply moves of one block and swaps of two that help until none does. Only the ranks that a change touches are
-    counted anew: with a hundred blocks everything else takes minutes."""
-    shares = problem.shares(placement)
-    best = problem.score(shares)
-    improved = True
-    while improved:
-        improved = False
-        ranks = range(problem.world_size)
-        moves = [{block: rank} for block in placement for rank in ranks if placement[block] != rank]
-        swaps = [{a: placement[b], b: placement[a]} for a in placement for b in placement if a < b]
-        for change in moves + swaps:
-            candidate, changed = placement | change, list(shares)
-            for rank in {*change.values(), *(placement[block] for block in change)}:
-                changed[rank] = problem.share([s for s in problem.spans if candidate[s.block] == rank], rank)
-            score = problem.score(changed)
-            if score < best:
-                placement, shares, best, improved = candidate, changed, score, True
-    return placement
+def _makespan(packing: Packing, owner: NDArray[np.intp]) -> float:
+    return float(packing.seconds(owner).max())
 
 
-def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> dict[int, int]:
-    """Return the optimal placement, or the best one found within SEARCH_NODES."""
-    ordered = _ordered(problem)
+def _better(packing: Packing, owner: NDArray[np.intp], start: NDArray[np.intp], bound_s: float) -> NDArray[np.intp]:
+    """Return `owner`, or what can be made of another start if that is better."""
+    good_enough_s = bound_s * (1 + TOLERANCE)
+    if _makespan(packing, owner) <= good_enough_s:
+        return owner
+    other = improve(packing, start, good_enough_s=good_enough_s)
+    return min(owner, other, key=lambda one: _makespan(packing, one))
+
+
+def _in_runs(packing: Packing, leaves: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Return a placement in which the other ranks share the blocks that leave rank 0 in runs of neighbours."""
+    owner = np.zeros(packing.num_blocks, dtype=np.intp)
+    speed = np.cumsum(1 / packing.slowness[1:])
+    work = np.cumsum(packing.work_s[leaves])
+    middle = (work - packing.work_s[leaves] / 2) / max(work[-1:].sum(), 1e-300) * speed[-1]
+    owner[leaves] = 1 + np.searchsorted(speed, middle).clip(max=len(speed) - 1)
+    return owner
+
+
+def _placement(problem: Problem, rank_of: Mapping[int, int], bound_s: float) -> Placement:
+    rank_s = tuple(map(float, problem.seconds(rank_of)))
+    return Placement(rank_of, rank_s, min(float(bound_s), max(rank_s)))
+
+
+def _by_block(problem: Problem, owner: NDArray[np.intp]) -> dict[int, int]:
+    return {span.block: int(rank) for span, rank in zip(problem.spans, owner, strict=True)}
+
+
+def largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
+    """Return `owner` with every block that has none (-1) on the rank that is done with it first, large ones first."""
+    owner = np.full(packing.num_blocks, -1) if owner is None else owner.copy()
+    loads = packing.base_s.copy()
+    placed = owner >= 0
+    np.add.at(loads, owner[placed], packing.slowness[owner[placed]] * packing.work_s[placed])
+    for block in np.argsort(-packing.work_s, kind="stable"):
+        if owner[block] < 0:
+            after = loads + packing.slowness * packing.work_s[block]
+            owner[block] = int(after.argmin())
+            loads[owner[block]] = after[owner[block]]
+    return owner
+
+
+def _combined(packing: Packing, likely: Sequence[tuple[Sequence[int], Sequence[int]]]) -> NDArray[np.intp]:
+    """Return a placement with the likeliest parts that go together; other blocks are placed largest first."""
+    owner = np.full(packing.num_blocks, -1)
+    used: set[int] = set()
+    for ranks, blocks in likely:
+        free = [rank for rank in ranks if rank not in used]
+        if free and (owner[list(blocks)] < 0).all():
+            owner[list(blocks)] = free[0]
+            used.add(free[0])
+    return largest_first(packing, owner)
+
+
+def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict[int, int], bool]:
+    """Return the best placement found within SEARCH_NODES, and whether all have been searched."""
+    ordered = sorted(problem.spans, key=lambda span: (-problem.work(span, 0), span.block))
     best, best_score, nodes = incumbent, problem.score(problem.shares(incumbent)), 0
     loads = list(problem.base)
 
@@ -120,4 +204,4 @@ def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> dict[int, 
         placement.pop(ordered[depth].block, None)
 
     descend(0, {})
-    return best
+    return best, nodes <= SEARCH_NODES

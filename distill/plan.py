@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
+from distill.memory import Memory
 from distill.network import Network
 
 
@@ -28,6 +29,7 @@ class Costs:
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
     batch_size: int | None = None  # images of a batch, where ranks may share them out
+    memory: Memory | None = None
     teacher_fixed_s: tuple[float, ...] = ()  # of those seconds, what a share of the batch costs as much as all of it
     student_fixed_s: tuple[float, ...] = ()
 
@@ -55,8 +57,9 @@ class Plan:
     In a relay rank r receives boundary `starts[r]` (rank 0: the images) and runs the teacher from there up to the start
     of the next rank that owns blocks. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
     take the batches in turn. The ranks of one of the `groups` train the blocks of its first rank together, each on its
-    rows of every batch; a rank that is in none of them is on its own. Rank r takes `slowness[r]` times as long as a
-    usual rank (1 for every rank that is not listed).
+    rows of every batch; a rank that is in none of them is on its own. `gap` is by how much the prediction may
+    exceed that of the best placement under this strategy, relatively: 0 where none is better. Rank r takes
+    `slowness[r]` times as long as a usual rank (1 for every rank that is not listed).
     """
 
     strategy: str
@@ -68,6 +71,7 @@ class Plan:
     teacher_ranks: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
     slowness: tuple[float, ...] = ()
+    gap: float = 0.0
 
     @property
     def label(self) -> str:
@@ -146,7 +150,31 @@ class Plan:
             teacher_ranks=raw.get("teacher_ranks", 1),  # plans of earlier versions have none of these
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
             slowness=tuple(raw.get("slowness", ())),
+            gap=raw.get("gap", 0.0),
         )
+
+
+def memory_of(plan: Plan, memory: Memory) -> tuple[int, ...]:
+    """Return the most bytes that every rank of a plan needs."""
+    return tuple(_rank_memory(plan, memory, rank) for rank in range(plan.world_size))
+
+
+def _rank_memory(plan: Plan, memory: Memory, rank: int) -> int:
+    blocks = [span.block for span in plan.trained_by(rank)]
+    if plan.strategy == "broadcast":
+        elsewhere = [span.block for r in range(plan.world_size) if r != rank for span in plan.spans_of(r)]
+        needed = memory.resident + memory.students(blocks)
+        if rank >= plan.teacher_ranks or plan.teacher_ranks > 1:
+            needed += memory.receiving(memory.activations(blocks))
+        if rank < plan.teacher_ranks:
+            needed += memory.teaching + memory.activations([*blocks, *elsewhere])
+            needed += memory.sending(memory.activations(elsewhere)) if elsewhere else 0
+        return needed
+    if not plan.starts or not blocks:
+        return memory.alone(blocks)
+    after = min((start for start in plan.starts if start > plan.starts[rank]), default=None)
+    received = memory.receiving(memory.boundary[plan.starts[rank]]) if plan.starts[rank] else 0
+    return memory.alone(blocks) + received + (memory.sending(memory.boundary[after]) if after is not None else 0)
 
 
 def boundaries_of(blocks: Iterable[int]) -> frozenset[int]:

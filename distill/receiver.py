@@ -95,6 +95,11 @@ class BoundaryReceiver:
                 torch.cuda.current_stream(self._wire.device).wait_event(delivery.ready)
         return delivery
 
+    def take_the_rest(self) -> None:
+        """Drop what still comes, until the sender closes the edge."""
+        while self.next() is not None:
+            pass
+
     def _release(self) -> None:
         if self._in_use is None:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,38 @@ Origin = Callable[[], "tuple[Address, Tensor] | None"]  # the next batch of the 
 
 
 @dataclass(frozen=True)
+class Part:
+    """A rank of the next group, and the rows of this rank's batches that it gets."""
+
+    rank: int
+    rows: slice
+    sender: BoundarySender
+
+
+@dataclass(frozen=True)
 class Next:
-    """The rank that a relay passes its last boundary on to, and everything that ranks from there on still need."""
+    """The ranks that a relay passes its last boundary on to, and everything that ranks from there on still need."""
 
     feed: Feed
     boundary: int
-    sender: BoundarySender
+    parts: tuple[Part, ...]
+
+    @property
+    def slow(self) -> list[int]:
+        """The ranks that cannot take another batch now."""
+        return [part.rank for part in self.parts if not part.sender.ready]
+
+    def send(self, address: Address, boundary: Tensor) -> None:
+        for part in self.parts:
+            part.sender.send(address, {self.boundary: boundary[part.rows]})
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.sender.close()
+
+    def join(self) -> None:
+        for part in self.parts:
+            part.sender.join()
 
 
 class OwnBatches:
@@ -53,17 +79,38 @@ class OwnBatches:
 
 
 class PassedOn:
-    """One boundary for the addresses that the rank before passes on; it may still pass some that nobody needs."""
+    """One boundary for the addresses that the ranks before pass on, each its rows; they may still pass some that nobody
+    needs, and not all of them the same ones."""
 
-    def __init__(self, receiver: BoundaryReceiver, boundary: int, trace: Trace) -> None:
-        self._receiver, self._boundary, self._trace = receiver, boundary, trace
+    def __init__(self, receivers: Sequence[BoundaryReceiver], boundary: int, trace: Trace) -> None:
+        """The receivers are in the order of their rows."""
+        self._receivers, self._boundary, self._trace = receivers, boundary, trace
 
     def __call__(self) -> tuple[Address, Tensor] | None:
         start = time.perf_counter()
-        delivery = self._receiver.next()
-        step = None if delivery is None else delivery.address.step
-        self._trace.since(start, "wait", "for a batch", step)
-        return None if delivery is None else (delivery.address, delivery.boundaries[self._boundary])
+        parts = self._next_of_all()
+        self._trace.since(start, "wait", "for a batch", parts[0].address.step if parts else None)
+        if not parts:
+            return None
+        rows = [part.boundaries[self._boundary] for part in parts]
+        return parts[0].address, rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _next_of_all(self) -> list[Delivery]:
+        """Return every rank's part of the next batch that all of them pass on, nothing at the end: what one of them
+        leaves out is no longer needed."""
+        found = [receiver.next() for receiver in self._receivers]
+        while all(found) and len({part.address for part in found if part}) > 1:
+            last = max(part.address for part in found if part)
+            found = [
+                part if part and part.address == last else receiver.next()
+                for part, receiver in zip(found, self._receivers, strict=True)
+            ]
+        if all(found):
+            return [part for part in found if part]
+        for part, receiver in zip(found, self._receivers, strict=True):
+            if part is not None:
+                receiver.take_the_rest()
+        return []
 
 
 class RelayStream:
@@ -110,7 +157,7 @@ class RelayStream:
             boundaries = self._teach(x, address, keep)
             if theirs:
                 assert self._after is not None
-                self._after.sender.send(address, {self._after.boundary: boundaries[self._after.boundary]})
+                self._after.send(address, boundaries[self._after.boundary])
                 self._after.feed.advance()
                 self._close_if_done()
             if ours:
@@ -131,24 +178,24 @@ class RelayStream:
 
     def _close_if_done(self) -> None:
         if self._after is not None and self._after.feed.cursor is None:
-            self._after.sender.close()
+            self._after.close()
 
     def _end(self) -> None:
-        """Nothing more comes: let the next rank go."""
+        """Nothing more comes: let the next ranks go."""
         if self._after is not None:
-            self._after.sender.close()
+            self._after.close()
             with self._trace.span("wait", "for the last batches to be taken"):
-                self._after.sender.join()
+                self._after.join()
 
     def _wait_for(self, after: Next, address: Address) -> None:
-        if after.sender.ready:
+        if not after.slow:
             return
-        start, rank = time.perf_counter(), after.feed.rank
-        while not after.sender.ready:
+        start = time.perf_counter()
+        while slow := after.slow:
             if time.perf_counter() - start > self._timeout_s:
                 raise DistillError(
-                    f"rank {self._own.rank}: rank {rank} has taken no batch for {self._timeout_s:g} s; read "
-                    f"logs/rank{rank}.log, or raise plan.timeout_s"
+                    f"rank {self._own.rank}: rank {slow[0]} has taken no batch for {self._timeout_s:g} s; read "
+                    f"logs/rank{slow[0]}.log, or raise plan.timeout_s"
                 )
             self._wake.wait(WAKE_S)
             self._wake.clear()

@@ -19,7 +19,8 @@ from distill.handover import HandOver
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
 from distill.receiver import BoundaryReceiver
-from distill.relay import Next, OwnBatches, PassedOn, RelayStream
+from distill.relay import Next, OwnBatches, Part, PassedOn, RelayStream
+from distill.rows import overlaps, rows_of
 from distill.sender import BoundarySender
 from distill.stream import RemoteStream, Stream, TeacherStream
 from distill.takeover import Move
@@ -128,11 +129,18 @@ class Streams:
         group = setting.plan.group_of(self._rank)
         return Averager(
             setting.control.store_for(f"average/{group[0]}"),
-            rank=group.index(self._rank),
-            world_size=len(group),
+            rank=self._rank,
+            group=group,
+            share=len(self._rows) / setting.dataset.batch_size,
             timeout_s=setting.timeout_s,
             backend=setting.wire_backend,
         )
+
+    @property
+    def _rows(self) -> range:
+        """Which rows of every batch are this rank's."""
+        group = self._setting.plan.group_of(self._rank)
+        return rows_of(group.index(self._rank), len(group), self._setting.dataset.batch_size)
 
     def _broadcast(self) -> TeacherStream:
         """The one teacher rank of a broadcast: the whole teacher, for everybody."""
@@ -204,6 +212,7 @@ class Streams:
         setting, plan, rank = self._setting, self._setting.plan, self._rank
         before, after = plan.group_before(rank), plan.group_after(rank)
         first = plan.starts[rank] if before else 0
+        rows = self._rows
         own = Feed(rank, [span for span in plan.trained_by(rank) if span.block in blocks], setting.checks)
         following = None
         if after:
@@ -211,11 +220,20 @@ class Streams:
             following = Next(
                 Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
                 plan.starts[after[0]],
-                self._sender(after[0], setting.chain.boundaries[plan.starts[after[0]]].dtype),
+                tuple(
+                    Part(
+                        peer,
+                        slice(shared.start - rows.start, shared.stop - rows.start),
+                        self._sender(peer, setting.chain.boundaries[plan.starts[peer]].dtype),
+                    )
+                    for peer, shared in overlaps(rows, after, setting.dataset.batch_size).items()
+                ),
             )
         feeds = (own,) if following is None else (own, following.feed)
         if before:
-            origin: OwnBatches | PassedOn = PassedOn(self._receiver(before[0], {first}), first, setting.trace)
+            parts = overlaps(rows, before, setting.dataset.batch_size)
+            receivers = [self._receiver(peer, {first}, num_rows=len(shared)) for peer, shared in parts.items()]
+            origin: OwnBatches | PassedOn = PassedOn(receivers, first, setting.trace)
         else:
             group = plan.group_of(rank)
             origin = OwnBatches(
@@ -250,14 +268,17 @@ class Streams:
         self._senders.append(sender)
         return sender
 
-    def _receiver(self, source: int, boundaries: Collection[int], number: int = 0) -> BoundaryReceiver:
+    def _receiver(
+        self, source: int, boundaries: Collection[int], number: int = 0, *, num_rows: int | None = None
+    ) -> BoundaryReceiver:
+        """The end of an edge from `source`; of every batch `num_rows` come, or all."""
         setting = self._setting
         exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
             self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
-            boundaries={k: setting.chain.boundaries[k] for k in boundaries},
+            boundaries={k: setting.chain.boundaries[k].of_rows(num_rows) for k in boundaries},
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,
             on_arrival=self._wake.set,

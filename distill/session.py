@@ -16,6 +16,7 @@ from distill.engine import distill
 from distill.handover import HandOver
 from distill.ledger import Entry, Ledger
 from distill.pace import PaceKeeper
+from distill.peak_memory import PeakMemory
 from distill.routes import News, Setting, Streams
 from distill.takeover import Move
 from distill.trainer import BlockTrainer, Reading
@@ -24,7 +25,8 @@ from distill.trainer import BlockTrainer, Reading
 @dataclass(frozen=True)
 class RankReport:
     """How one rank spent the stage: seconds on its own part, of these waiting for batches and running the teacher, and
-    of CPU time; batches that its stretch of the teacher computed, and bytes of activations that it sent."""
+    of CPU time; batches that its stretch of the teacher computed, bytes of activations that it sent,
+    and the most memory that it had."""
 
     seconds: float
     waited_s: float
@@ -32,6 +34,7 @@ class RankReport:
     teacher_s: float
     teacher_passes: int
     bytes_sent: int
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Session(Setting):
     ) -> RankReport:
         """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
         started, cpu_started = time.monotonic(), time.process_time()
+        memory = PeakMemory(self.device)
         hand_over = HandOver(self.control, make=self.make, trace=self.trace)
         streams = Streams(self, finished_elsewhere, wake, hand_over=hand_over, moved=moved)
         if len(self.plan.group_of(self.control.rank)) > 1:
@@ -161,4 +165,5 @@ class Session(Setting):
             teacher_s=self.trace.seconds("teacher"),
             teacher_passes=streams.passes,
             bytes_sent=streams.bytes_sent,
+            peak_memory_bytes=memory.read(),
         )

@@ -8,15 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from math import isfinite
 
 import numpy as np
 
-from distill.placement import Problem, Share, largest_first, place
-from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.packing import Floats, Packing
+from distill.placement import Placement, Problem, Share, largest_first, place
+from distill.plan import Costs, Plan, Span, boundaries_of, memory_of, teacher_seconds
 from distill.ranges import RangeCosts, best_ranges
 from distill.sharing import price_of_student, price_of_teacher
 from distill.traffic import busiest_line_s, over_links
+
+
+class DoesNotFitError(Exception):
+    """No plan fits in the memory of the ranks; the one that comes nearest needs `bytes_needed` on one of them."""
+
+    def __init__(self, bytes_needed: int) -> None:
+        super().__init__(bytes_needed)
+        self.bytes_needed = bytes_needed
+
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
 DEARER = (0.25, 0.5, 1.0)  # shares of a byte's time on a slow line by which placements are guided
@@ -27,12 +38,14 @@ def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int, teacher
     """The first rank or ranks run the teacher for everybody, a batch each in turn, and send each rank the boundaries of
     its blocks; they train too."""
     problem = broadcast_problem(costs, spans, world_size, teacher_ranks)
-    plan = replace(_placed("broadcast", problem), teacher_ranks=teacher_ranks)
+    best = place(problem)
+    plan = replace(_on("broadcast", problem, best), teacher_ranks=teacher_ranks)
     plans = [over_links(plan, costs)]
     if busiest_line_s(plan, costs) > plan.predicted_makespan_s:  # then fewer bytes may be worth more computing
         for part in DEARER:
             dear = replace(costs, network=costs.network.dearer(part))
-            found = place(broadcast_problem(dear, spans, world_size, teacher_ranks))
+            other = place(broadcast_problem(dear, spans, world_size, teacher_ranks))
+            found = replace(other, rank_s=tuple(problem.seconds(other.rank_of)), bound_s=best.bound_s)
             plans.append(over_links(replace(_on("broadcast", problem, found), teacher_ranks=teacher_ranks), costs))
     return min(plans, key=lambda one: one.predicted_makespan_s)
 
@@ -50,7 +63,7 @@ def teacher_ranks_needed(costs: Costs, spans: Sequence[Span], world_size: int) -
     estimates = []
     for number in range(1, world_size + 1):
         problem = broadcast_problem(costs, spans, world_size, number)
-        estimates.append(max(problem.seconds(largest_first(problem))))
+        estimates.append(float(problem.packing.seconds(largest_first(problem.packing)).max()))
     return 1 + next(n for n, seconds in enumerate(estimates) if seconds <= (1 + WORTH) * min(estimates))
 
 
@@ -79,8 +92,7 @@ def plan_serial(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
 
 def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
-    anew; gradients are averaged. The prediction takes a share of a batch to cost that share, and every gradient byte to
-    cross the wire twice less a share (ring all-reduce: Patarasuk, Yuan 2009)."""
+    anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
     share = 1 / world_size
     slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
@@ -183,6 +195,11 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     wire_s = passed_on / hop.bytes_per_s  # the first boundary of a range must come as fast, and its last one leave
     seconds = np.maximum(seconds, np.maximum(wire_s[:, None], wire_s[None, :]))
     seconds[_between(trained) == 0] = np.inf
+    if costs.memory is not None and costs.memory.limit is not None:
+        room, sizes = costs.memory.room(sends=False), np.zeros(depth + 1)
+        for span in spans:
+            sizes[span.block + 1] = costs.memory.block(span.block)
+        seconds[_between(np.array(sizes)) > room] = np.inf
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
     return seconds
@@ -200,11 +217,13 @@ def _steps_from(spans: Sequence[Span], block: int) -> int:
 
 def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:
     """Return what a placement costs where the first `teacher_ranks` ranks run the teacher for everybody in turn."""
+    spans = sorted(spans, key=lambda span: span.block)
     teacher_s = teacher_seconds(costs, spans)
+    sizes = costs.boundary_bytes
     price = [_price_of_serving(costs, rank, teacher_ranks) for rank in range(world_size)]
 
     def share(owned: Sequence[Span], rank: int) -> Share:
-        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
+        size = sum(sizes[boundary] for boundary in boundaries_of(span.block for span in owned))
         wire = max((span.steps for span in owned), default=0) * size * price[rank]
         return sum(costs.student_s[span.block] * span.steps for span in owned), wire
 
@@ -217,16 +236,49 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
             for rank, ((own, _), more) in enumerate(zip(shares, taught, strict=True))
         ]
 
-    base = teacher_s / teacher_ranks
+    bases = [teacher_s / teacher_ranks * costs.slowness_of(rank) for rank in range(teacher_ranks)]
+    bases += [0.0] * (world_size - teacher_ranks)
     return Problem(
         spans=spans,
         world_size=world_size,
         work=lambda span, rank: costs.student_s[span.block] * span.steps * costs.slowness_of(rank),
         share=share,
         loads=loads,
-        base=[base * costs.slowness_of(rank) if rank < teacher_ranks else 0.0 for rank in range(world_size)],
+        base=bases,
         kind=[(rank < teacher_ranks, costs.slowness_of(rank)) for rank in range(world_size)],
+        packing=Packing(
+            work_s=np.array([costs.student_s[span.block] * span.steps for span in spans]),
+            reach_s=np.zeros(len(spans)),
+            wire_s=np.array([sum(sizes[span.block : span.block + 2]) * span.steps for span in spans], float),
+            shared_s=np.array(_shared(sizes, spans)),
+            slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
+            base_s=np.array(bases),
+            price=np.array(price),
+            teacher_ranks=teacher_ranks,
+            bytes=_bytes(costs, spans),
+            room=_room(costs, [rank < teacher_ranks for rank in range(world_size)]),
+        ),
     )
+
+
+def _bytes(costs: Costs, spans: Sequence[Span]) -> Floats | None:
+    """Return the memory of every span's block, None where memory is not limited."""
+    memory = costs.memory
+    return np.array([memory.block(s.block) for s in spans], float) if memory and memory.limit is not None else None
+
+
+def _room(costs: Costs, sends: Sequence[bool]) -> Floats | None:
+    """Return the memory that every rank has for blocks, None where it is not limited."""
+    memory = costs.memory
+    if memory is None or memory.limit is None:
+        return None
+    return np.array([memory.room(sends=one) for one in sends], float)
+
+
+def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
+    """Return for every span the bytes that it does not need of its own where the span before it is on its rank."""
+    neighbours = ((min(a.steps, b.steps) * sizes[b.block], b.block - a.block == 1) for a, b in pairwise(spans))
+    return [0.0 for _ in spans[:1]] + [float(size) if adjacent else 0.0 for size, adjacent in neighbours]
 
 
 def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:
@@ -246,7 +298,8 @@ def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
     def work(span: Span) -> float:
         return costs.student_s[span.block] * span.steps
 
-    return _independent(costs, spans, world_size, share, work)
+    prefix = [0.0, *accumulate(costs.teacher_s)]
+    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.block + 1] * span.steps)
 
 
 def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
@@ -265,8 +318,11 @@ def _independent(
     world_size: int,
     share: Callable[[Sequence[Span], int], Share],
     work: Callable[[Span], float],
+    *,
+    reach: Callable[[Span], float] = lambda _: 0.0,
 ) -> Problem:
     """Return the problem of ranks that have nothing to do with each other."""
+    spans = sorted(spans, key=lambda span: span.block)
     return Problem(
         spans=spans,
         world_size=world_size,
@@ -275,6 +331,17 @@ def _independent(
         loads=lambda shares: [own * costs.slowness_of(rank) for rank, (own, _) in enumerate(shares)],
         base=[0.0] * world_size,
         kind=[costs.slowness_of(rank) for rank in range(world_size)],
+        packing=Packing(
+            work_s=np.array([work(span) for span in spans]),
+            reach_s=np.array([reach(span) for span in spans]),
+            wire_s=np.zeros(len(spans)),
+            shared_s=np.zeros(len(spans)),
+            slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
+            base_s=np.zeros(world_size),
+            price=np.zeros(world_size),
+            bytes=_bytes(costs, spans),
+            room=_room(costs, [False] * world_size),
+        ),
     )
 
 
@@ -282,18 +349,17 @@ def _placed(strategy: str, problem: Problem) -> Plan:
     return _on(strategy, problem, place(problem))
 
 
-def _on(strategy: str, problem: Problem, placement: Mapping[int, int]) -> Plan:
+def _on(strategy: str, problem: Problem, found: Placement) -> Plan:
     """Return the plan of a placement."""
-    loads = problem.seconds(placement)
     ranks = range(problem.world_size)
-    owners = tuple(tuple(sorted(b for b, r in placement.items() if r == rank)) for rank in ranks)
-    ordered = tuple(sorted(problem.spans, key=lambda span: span.block))
-    return Plan(strategy, owners, ordered, max(loads), tuple(loads))
+    owners = tuple(tuple(sorted(b for b, r in found.rank_of.items() if r == rank)) for rank in ranks)
+    return Plan(strategy, owners, tuple(problem.spans), max(found.rank_s), found.rank_s, gap=found.gap)
 
 
 PLANNERS: Mapping[str, Planner] = {
     "broadcast": plan_teachers,
     "relay": plan_relay,
+    "groups": plan_groups,
     "replicate": plan_replicate,
     "layerwise": plan_layerwise,
     "serial": plan_serial,
@@ -304,10 +370,20 @@ PLANNERS: Mapping[str, Planner] = {
 def rank_plans(
     names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
 ) -> list[Plan]:
-    """Return the plans of these planners, the one with the smallest predicted makespan first, among equals in the order
-    of the names. A broadcast has `teacher_ranks`, or as many as pay."""
+    """Return the plans of these planners that fit in memory, the one with the smallest predicted makespan first, among
+    equals in the order of the names. A broadcast has `teacher_ranks`, or as many as pay.
+
+    Raises DoesNotFitError where none of them fits.
+    """
     planners = dict(PLANNERS)
     if teacher_ranks is not None:
         planners["broadcast"] = partial(plan_broadcast, teacher_ranks=teacher_ranks)
     plans = [replace(planners[name](costs, spans, world_size), slowness=costs.slowness) for name in names]
-    return sorted(plans, key=lambda plan: plan.predicted_makespan_s)
+    memory = costs.memory
+    if memory is not None and memory.limit is not None:
+        needed = [max(memory_of(plan, memory)) for plan in plans]
+        known = [isfinite(plan.predicted_makespan_s) for plan in plans]  # no range of a relay may fit
+        plans = [p for p, most, is_known in zip(plans, needed, known, strict=True) if is_known and most <= memory.limit]
+        if not plans:
+            raise DoesNotFitError(min(needed))
+    return sorted(plans, key=lambda p: p.predicted_makespan_s)

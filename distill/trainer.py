@@ -131,7 +131,8 @@ class BlockTrainer:
         return self.step >= self.budget or self.stopped_early or self.diverged_at is not None
 
     def share(self, average: Callable[[list[Tensor]], None]) -> None:
-        """Train this block together with other ranks: `average` replaces gradients by their mean over all of them."""
+        """Train this block together with other ranks: `average` replaces gradients, and losses, by which they judge the
+        block, by their mean over all of them."""
         self._average = average
         self._update = self._compute
 
@@ -160,7 +161,8 @@ class BlockTrainer:
         loss = error if self._loss is relative_error else self._loss(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._average is not None:
-            self._average([p.grad for p in self.module.parameters() if p.grad is not None])
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._average([*gradients, loss.detach(), error.detach()])
         if self._options.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
         self._optimizer.step()

@@ -7,6 +7,7 @@ that dies in the middle of a large message only when the group's timeout passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -86,26 +87,28 @@ def receive_tensor(group: PairGroup, tensor: Tensor) -> list[dist.Work]:
 
 
 class Averager:
-    """Means over all ranks, by one all-reduce of everything flattened."""
+    """Means over a group of ranks, by one all-reduce of everything flattened; a rank counts by its share of rows."""
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
-        """Blocks until every rank has made its own."""
+    def __init__(
+        self, store: Store, *, rank: int, group: Sequence[int], share: float, timeout_s: float, backend: str
+    ) -> None:
+        """For `rank`, which has this share of the rows, and its group. Blocks until all of them have made theirs."""
         prefix, timeout = dist.PrefixStore(f"average/{backend}", store), timedelta(seconds=timeout_s)
         make = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
-        self._group: Any = make(prefix, rank, world_size, timeout)  # type: ignore[arg-type]
+        self._rank, self._share, self._timeout_s = rank, share, timeout_s
+        self._others = [peer for peer in group if peer != rank]
+        self._group: Any = make(prefix, group.index(rank), len(group), timeout)  # type: ignore[arg-type]
 
     def __call__(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its mean; all ranks must call with tensors of the same sizes."""
-        joined = torch.cat([flat(tensor) for tensor in tensors])
+        joined = torch.cat([flat(tensor) for tensor in tensors]) * self._share
         try:
             self._group.allreduce([joined]).wait()
         except RuntimeError as error:
             raise TransportError(
-                f"rank {self._rank}: averaging gradients failed ({_reason(error)}); read the other ranks' logs, or "
-                f"raise plan.timeout_s ({self._timeout_s:g} s)"
+                f"rank {self._rank}: averaging gradients with ranks {self._others} failed ({_reason(error)}); read "
+                f"their logs (logs/rank{self._others[0]}.log), or raise plan.timeout_s ({self._timeout_s:g} s)"
             ) from error
-        joined /= self._world_size
         for tensor, mean in zip(tensors, torch.split(joined, [tensor.numel() for tensor in tensors]), strict=True):
             flat(tensor).copy_(mean)
 

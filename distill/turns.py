@@ -95,8 +95,7 @@ class Merger:
     def end(self) -> None:
         """Take what still comes until every teacher rank has closed its edge."""
         for receiver in self._open.values():
-            while receiver.next() is not None:
-                pass
+            receiver.take_the_rest()
 
     def finish(self, block: int) -> None:
         self._own.finish(block)

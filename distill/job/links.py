@@ -31,7 +31,7 @@ def find_network(context: Context) -> Network:
     if gbit is not None:
         network = replace(network, between=replace(network.between, bytes_per_s=gbit * 1e9 / 8))
     if len(set(network.hosts)) > 1:
-        context.say(f"plan: links: within a host {network.within}, between hosts {network.between}")
+        context.say(f"plan: between hosts: {network.between}")
     return network
 
 

@@ -29,11 +29,11 @@ from distill.graphs import Lane, lanes
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
+from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.ledger import Ledger
-from distill.plan import Costs, Plan, Span
+from distill.plan import Costs, Plan, Span, memory_of
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
-from distill.strategies import rank_plans
 from distill.trainer import BlockTrainer, TrainerOptions
 
 log = logging.getLogger(__name__)
@@ -117,20 +117,22 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        teacher_ranks = context.config.plan.teacher_ranks
-        plans = rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
+        costs = replace(costs, memory=find_memory(context, blocks.chain, trainers.fresh, sample, sizes))
+        plans = fitting_plans(context, names, costs, spans)
         plan = plans[0]
         _show_ranking(context, plans)
         write_text(context.run.path / "plan.json", plan.to_json())
-        write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs))
+        write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
         _show(context, blocks, plan, seconds, flops)
+        show_memory(context, plan, costs)
         context.control.set("plan", plan.to_json())
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan"))
 
 
 def _candidates(context: Context, blocks: Blocks) -> list[str]:
-    """Return the strategies to choose from. Those that exist to be measured against are never chosen."""
-    wanted, teacher_ranks = context.config.plan.strategy, context.config.plan.teacher_ranks
+    """Return the planners to choose from. Those that exist to be measured against are never chosen."""
+    asked = context.config.plan
+    wanted, teacher_ranks, groups = asked.strategy, asked.teacher_ranks, asked.groups
     divisible = blocks.chain.divisible
     if teacher_ranks is not None and teacher_ranks > context.world_size:
         raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
@@ -138,13 +140,13 @@ def _candidates(context: Context, blocks: Blocks) -> list[str]:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
         )
-    if wanted is Strategy.ddp and context.config.distill.stop is Stop.plateau:
-        raise ConfigError(
-            "plan.strategy", "ddp", "another strategy with distill.stop=plateau: its ranks could disagree"
-        )
-    if wanted is not Strategy.auto:
-        return [wanted.name]
-    return ["broadcast", "replicate", *(["relay"] if divisible else [])]
+    if context.config.distill.stop is Stop.plateau and (groups or wanted is Strategy.ddp):
+        setting, value = ("plan.groups", "true") if groups else ("plan.strategy", "ddp")
+        raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
+    relays = ["relay", "groups"] if groups else ["relay"]
+    if wanted is Strategy.auto:
+        return ["broadcast", "replicate", *(relays if divisible else [])]
+    return relays if wanted is Strategy.relay else [wanted.name]
 
 
 def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
@@ -173,10 +175,11 @@ def _planning_costs(
     context: Context, blocks: Blocks, seconds: BlockCosts, speeds: tuple[float, ...], student_bytes: tuple[int, ...]
 ) -> Costs:
     sizes = tuple(boundary.numel * wire_dtype(context.config).itemsize for boundary in blocks.chain.boundaries)
-    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds)
+    batch_size = blocks.chain.boundaries[0].shape[0]
+    return Costs(seconds.teacher, seconds.student, sizes, student_bytes, speeds, batch_size=batch_size)
 
 
-def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs) -> dict[str, Any]:
+def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Costs, plan: Plan) -> dict[str, Any]:
     """Return what `distill simulate` and the report need to know of the costs."""
     return {
         "blocks": [block.name for block in blocks.chain.blocks],
@@ -184,6 +187,9 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "flops": asdict(flops),
         "boundary_bytes": costs.boundary_bytes,
         "student_bytes": costs.student_bytes,
+        "slowness": costs.slowness,
+        "memory": asdict(costs.memory) if costs.memory else None,
+        "peak_memory_bytes": memory_of(plan, costs.memory) if costs.memory else [],
         "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
         "network": {
             "within": costs.network.within.facts(),
@@ -200,7 +206,8 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
     context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
     for rank, predicted in enumerate(plan.predicted_rank_s):
         context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
-    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s")
+    within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""
+    context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s{within}")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))
@@ -209,7 +216,8 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
 def _role(plan: Plan, rank: int) -> str:
     """What a rank does."""
     parts = ["teacher"] * plan.teaches(rank) + ["students"] * bool(plan.trained_by(rank))
-    return " and ".join(parts) or "idle"
+    others = ", ".join(str(peer) for peer in plan.group_of(rank) if peer != rank)
+    return (" and ".join(parts) or "idle") + (f" with rank{'s' * (',' in others)} {others}" if others else "")
 
 
 def trainer_options(config: JobConfig) -> TrainerOptions:

@@ -95,6 +95,7 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
     """The distill section of metrics.json. A resumed run counts only what its last attempt did."""
     return {
         "strategy": plan.strategy,
+        "groups": plan.groups,
         "teaching_ranks": [rank for rank in range(plan.world_size) if plan.teaches(rank)],
         "world_size": plan.world_size,
         "threads_per_rank": torch.get_num_threads(),
@@ -108,6 +109,9 @@ def _result(plan: Plan, report: SessionReport, *, images: int, resumed: bool) ->
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
         "idle_share": [report.idle_share(rank) for rank in range(plan.world_size)],
         "cpu_seconds": sum(rank.cpu_s for rank in report.ranks.values()),
+        "peak_memory_bytes": [
+            report.ranks[rank].peak_memory_bytes if rank in report.ranks else None for rank in range(plan.world_size)
+        ],
     }
 
 

@@ -114,6 +114,7 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
         ("strategy", distill.get("strategy", run.plan.get("strategy"))),
         ("ranks", run.world_size),
         ("ranks that run the teacher", ", ".join(map(str, distill.get("teaching_ranks") or [])) or None),
+        ("ranks that share batches", "; ".join(", ".join(map(str, g)) for g in distill.get("groups") or []) or None),
         ("threads per rank", distill.get("threads_per_rank")),
         ("distill stage", "resumed: its figures are of the last attempt" if distill.get("resumed") else None),
         ("teacher passes", show(distill.get("teacher_passes"), "{:,.0f}")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.report.markup import Markup, finite, join, show, show_seconds, table, tag
@@ -24,13 +24,15 @@ def _ranks(run: Run) -> Markup:
     makespan = finite(distill.get("makespan_predicted_s", run.plan.get("predicted_makespan_s")))
     if makespan is None:
         return Markup()
-    known: list[tuple[str, float | None, float | None, str]] = []
+    known: list[tuple[str, float | None, float | None, str, str, str]] = []
+    needed, had = run.costs.get("peak_memory_bytes", []), distill.get("peak_memory_bytes", [])
     for rank, predicted in enumerate(run.plan.get("predicted_rank_s", [])):
         share = finite(shares[rank]) if rank < len(shares) else None
         busy = seconds * (1 - share) if seconds is not None and share is not None else None
-        known.append((f"rank {rank}, busy", finite(predicted), busy, show(share and 100 * share, "{:.1f} %")))
-    known.append(("makespan", makespan, seconds, ""))
-    longest = max(value for _, *both, _ in known for value in both if value is not None)
+        idle = show(share and 100 * share, "{:.1f} %")
+        known.append((f"rank {rank}, busy", finite(predicted), busy, idle, _gib(needed, rank), _gib(had, rank)))
+    known.append(("makespan", makespan, seconds, "", "", ""))
+    longest = max(value for _, *both, _, _, _ in known for value in both if value is not None)
     rows = [
         (
             name,
@@ -38,11 +40,18 @@ def _ranks(run: Run) -> Markup:
             show_seconds(expected),
             show_seconds(got),
             ratio(got, expected),
-            idle,
+            *others,
         )
-        for name, expected, got, idle in known
+        for name, expected, got, *others in known
     ]
-    return table(("", "", "predicted", "measured", "ratio", "idle share"), rows, text=(0, 1), tall=True)
+    headings = ("", "", "predicted", "measured", "ratio", "idle share", "predicted GiB", "peak GiB")
+    return table(headings, rows, text=(0, 1), tall=True)
+
+
+def _gib(sizes: Sequence[Any], rank: int) -> str:
+    """Return a rank's memory as text."""
+    number = finite(sizes[rank]) if rank < len(sizes) else None
+    return show(None if number is None else number / 2**30, "{:.2f}")
 
 
 def _blocks(run: Run) -> Markup:

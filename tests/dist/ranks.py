@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -92,7 +93,7 @@ class Toy:
 
     `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `fail_at` (rank, step) makes
     that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
-    (block, step) poisons that block's input.
+    (block, step) poisons that block's input, on `nan_ranks` or all.
     """
 
     run_dir: str
@@ -100,6 +101,7 @@ class Toy:
     budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
     strategy: str = "broadcast"
     teacher_ranks: int = 1
+    groups: tuple[tuple[int, ...], ...] = ()
     window: int = 2
     wire_dtype: torch.dtype = torch.float32
     teacher_amp: str = "off"
@@ -114,6 +116,7 @@ class Toy:
     fail_at: tuple[int, int] | None = None
     kill_at: tuple[int, int] | None = None
     nan_at: tuple[int, int] | None = None
+    nan_ranks: tuple[int, ...] | None = None
 
 
 class InjectedError(RuntimeError):
@@ -185,7 +188,14 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             _write_report(run_dir, report, recorded, moves)
         else:
             session.follow(trainers)
+        parameters = {trainer.block: digest(trainer.module.parameters()) for trainer in trainers}
+        (run_dir / f"parameters{rank}.json").write_text(json.dumps(parameters))
     control.leave()
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return a checksum of the tensors' values."""
+    return hashlib.sha256(b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def toy_chain(sample: Tensor) -> Chain:
@@ -206,7 +216,7 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
             if block not in ledger.entries:
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
         ranks = len(toy.owners)
-        groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else ()
+        groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else toy.groups
         plan = Plan(
             toy.strategy, toy.owners, tuple(spans), 1.0, (1.0,) * ranks, _starts(toy),
             teacher_ranks=toy.teacher_ranks, groups=groups,
@@ -220,7 +230,11 @@ def _starts(toy: Toy) -> tuple[int, ...]:
     if toy.strategy != "relay":
         return ()
     first = next(rank for rank, owned in enumerate(toy.owners) if owned)
-    return tuple(0 if rank == first or not owned else min(owned) for rank, owned in enumerate(toy.owners))
+    starts = [0 if rank == first or not owned else min(owned) for rank, owned in enumerate(toy.owners)]
+    for group in toy.groups:
+        for rank in group:
+            starts[rank] = starts[group[0]]
+    return tuple(starts)
 
 
 def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> BlockTrainer:
@@ -255,7 +269,8 @@ class FaultyTrainer(BlockTrainer):
             raise InjectedError(f"injected on rank {self.rank} at step {self.step}")
         if self.toy.kill_at == (self.rank, self.step):
             os._exit(9)
-        if self.toy.nan_at == (self.block, self.step):
+        here = self.toy.nan_ranks is None or self.rank in self.toy.nan_ranks
+        if here and self.toy.nan_at == (self.block, self.step):
             inputs = inputs * float("nan")
         with self._watch.running():
             time.sleep(self.toy.slow.get(self.block, 0.0))

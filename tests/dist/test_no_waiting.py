@@ -61,6 +61,18 @@ def without_collectives(rank: int, world_size: int, environment: Mapping[str, st
     toy_rank(rank, world_size, environment, toy)
 
 
+def test_a_relay_passes_nothing_more_on_for_blocks_that_have_stopped_early(tmp_path: Path) -> None:
+    sent = []
+    for name, nan_at in (("whole", None), ("stopped", (1, 3))):
+        slow = {0: 0.03} if nan_at else {}  # the first rank hears of the end long before its own
+        budgets = {0: 60, 1: 60}
+        toy = Toy(run_dir=str(tmp_path / name), owners=((0,), (1,)), budgets=budgets, strategy="relay", slow=slow,
+                  nan_at=nan_at)  # fmt: skip
+        assert run_toy(toy)[0].steps == 60
+        sent.append(json.loads((tmp_path / name / "report.json").read_text())["bytes_sent"])
+    assert sent[1] < 0.5 * sent[0]
+
+
 def test_the_distill_stage_uses_no_collective(tmp_path: Path) -> None:
     toy = Toy(run_dir=str(tmp_path), owners=((0,), (1, 2), (3,)))
     run_ranks(without_collectives, 3, toy)

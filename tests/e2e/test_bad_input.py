@@ -54,6 +54,7 @@ def told(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
         (("+distill.stepz=3",), ("distill.stepz", "does not exist", "'distill.steps' (the nearest)")),
         (("distill.steps=0",), ("distill.steps", "0", ">= 1")),
         (("plan.strategy=fastest",), ("plan.strategy", "fastest", "broadcast")),
+        (("plan.groups=true",), ("plan.groups", "True", "false with plan.strategy=broadcast")),
         (("plan.strategy=relay", "plan.teacher_ranks=1"), ("plan.teacher_ranks", "1", "null with plan.strategy=relay")),
         (("teacher.weights=nowhere.pt",), ("teacher.weights", "nowhere.pt", "exists")),
         (("data=imagefolder", "data.root=nowhere"), ("data.root", "nowhere", "folder")),
@@ -125,6 +126,9 @@ def test_plans_that_cannot_be_carried_out_are_refused(capsys: pytest.CaptureFixt
     assert "this network is run through hooks" in error
     error = told(capsys, *quick, "plan.strategy=ddp", "distill.stop=plateau", "run.dir=shared")
     assert "plan.strategy: got 'ddp'" in error
+    assert "distill.stop=plateau" in error
+    error = told(capsys, *quick, "plan.strategy=auto", "plan.groups=true", "distill.stop=plateau", "run.dir=groups")
+    assert "plan.groups: got 'true'" in error
     assert "distill.stop=plateau" in error
     error = told(capsys, *quick, "plan.teacher_ranks=2", "run.dir=more")
     assert "plan.teacher_ranks: got 2; expected at most the number of ranks, 1" in error

@@ -34,3 +34,26 @@ def test_the_students_are_bitwise_those_of_a_broadcast(finished: tuple[Path, str
     if name == "two teacher ranks":
         assert "plan: broadcast with 2 teacher ranks on 2 ranks" in result.stdout
         assert "rank 1: teacher and students, predicted" in result.stdout
+
+
+def test_two_ranks_share_the_batches_of_one_block_where_they_may(finished: tuple[Path, str], tmp_path: Path) -> None:
+    result = distill(
+        f"teacher.weights={finished[0] / 'teacher.safetensors'}",
+        "teacher.fit.epochs=0",
+        "blocks.include=[layer3.2]",
+        "plan.strategy=relay",
+        "plan.groups=true",
+        "plan.cost=flops",
+        "finetune.epochs=0",
+        "run.dir=run",
+        cwd=tmp_path,
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "plan: relay in groups on 2 ranks" in result.stdout
+    assert "rank 1: teacher and students with rank 0, predicted" in result.stdout
+    facts = json.loads((tmp_path / "run" / "stages" / "distill.json").read_text())
+    assert facts["groups"] == [[0, 1]]
+    assert bits(tmp_path / "run").keys() == {"layer3.2"}
+    assert "ranks that share batches" in (tmp_path / "run" / "report.html").read_text()
+    assert json.loads((tmp_path / "run" / "identity.json").read_text())["plan.groups"] is True

@@ -340,6 +340,7 @@ class TestFingerprint:
         ("plan.wire_dtype", schema.WireDtype.bf16), ("data.batch_size", 3), ("teacher.weights", "file.pt"),
         ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
         ("assemble.batchnorm_batches", 1), ("plan.strategy", schema.Strategy.ddp), ("teacher.amp", schema.Amp.bf16),
+        ("plan.groups", True),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("path", "value"), UNCHANGED)

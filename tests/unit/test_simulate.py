@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.devices import DESCRIBED, Device, load_device
-from distill.forecast import main, measured
+from distill.forecast import ENOUGH, main, measured, planned
 from distill.network import Link, Network
 from distill.plan import Costs, Span
 from distill.simulate import SAMPLE_STEPS, simulate
-from distill.strategies import PLANNERS, plan_broadcast, plan_relay
+from distill.strategies import PLANNERS, plan_broadcast, plan_groups, plan_relay
 
 COSTS = Costs((1.0, 2.0, 1.0, 3.0), (3.0, 5.0, 4.0, 2.0), (100, 200, 300, 400, 500))
 
@@ -82,6 +82,17 @@ def test_two_teacher_ranks_halve_the_time_of_a_dear_teacher() -> None:
     one, two = (simulate(plan_broadcast(dear, whole(80), 2, number), dear).makespan_s for number in (1, 2))
     assert one == pytest.approx(80 * 80.0, rel=0.01)
     assert two == pytest.approx(80 * (80 + 14) / 2, rel=0.05), "students and the teacher's batches are shared out"
+
+
+def test_groups_take_what_their_plan_says_and_a_few_steps_to_fill() -> None:
+    shared = replace(COSTS, student_bytes=(100,) * 4, batch_size=64, network=Network(within=Link(1e4, 1e-3, 1e-4)))
+    for ranks in (3, 5, 8):
+        plan = plan_groups(shared, whole(60), ranks)
+        assert plan.groups
+        found = simulate(plan, shared)
+        longest = max(plan.predicted_rank_s)
+        assert longest - 1e-6 <= found.makespan_s <= longest + 8 * (sum(COSTS.teacher_s) + sum(COSTS.student_s))
+        assert found.busy_s == pytest.approx(plan.predicted_rank_s, rel=0.02)
 
 
 def test_a_slow_link_sets_the_pace() -> None:
@@ -163,6 +174,7 @@ def test_the_command_tells_of_every_number_of_ranks(tmp_path: Path, capsys: pyte
     rows = rows_of(shown)
     assert [row[:2] for row in rows] == [["1", "broadcast"], ["1", "relay"], ["4", "broadcast"], ["4", "relay"]]
     assert rows[0][3] == "1.00x"
+    assert rows[0][6] == "0.0"
     assert [row[0] for row in rows if row[-1] == "fastest"] == ["1", "4"]
     costs, spans = measured(run, speed=2.0, steps=None)
     assert math.isclose(sum(costs.student_s), sum(COSTS.student_s) / 2)
@@ -248,3 +260,12 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     (run / "costs.json").write_text('{"seconds": {"teacher": [], "student": []}}')
     assert command(str(run)) == 2
     assert "written by an older version" in capsys.readouterr().err
+
+
+def test_ranks_that_a_plan_cannot_use_are_left_idle() -> None:
+    found = simulate(planned("broadcast", COSTS, whole(20), 300), COSTS)
+    assert found.plan.world_size == len(found.busy_s) == 300
+    assert sum(busy > 0 for busy in found.busy_s) <= ENOUGH * 4
+    assert found.makespan_s == simulate(planned("broadcast", COSTS, whole(20), ENOUGH * 4), COSTS).makespan_s
+    groups = planned("groups", replace(COSTS, batch_size=128), whole(20), 300)
+    assert sum(groups.has_work(rank) for rank in range(300)) > ENOUGH * 4

@@ -1,0 +1,72 @@
+"""Memory of the ranks: what a plan may take, the plans that fit, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.blocks import Chain
+from distill.choices import OptimizerName
+from distill.control import ranks_of
+from distill.cost import MakeTrainer, step_bytes
+from distill.errors import ConfigError
+from distill.job.context import Context
+from distill.memory import Memory
+from distill.peak_memory import used_memory
+from distill.plan import Costs, Plan, Span, memory_of
+from distill.strategies import DoesNotFitError, rank_plans
+
+# Copies of a student's weights: the weights, their gradients, the last finite state, and what the optimizer keeps, also
+# in that state.
+COPIES = {OptimizerName.adam: 3 + 2 * 2, OptimizerName.sgd: 3 + 2 * 1, OptimizerName.rmsprop: 3 + 2 * 1}
+
+
+def find_memory(
+    context: Context, chain: Chain, make_trainer: MakeTrainer, sample: Tensor, student_bytes: Sequence[int]
+) -> Memory:
+    """Return what plans are to reckon with; every rank is taken to have what this one has now and may have."""
+    return Memory(
+        resident=used_memory(context.device),
+        student=tuple(COPIES[context.config.distill.optimizer] * size for size in student_bytes),
+        step=step_bytes(chain, make_trainer, sample),
+        boundary=tuple(boundary.nbytes for boundary in chain.boundaries),
+        window=context.config.plan.window,
+        limit=_limit(context),
+    )
+
+
+def _limit(context: Context) -> int:
+    wanted = context.config.plan.memory_gib
+    if wanted is not None:
+        return int(wanted * 2**30)
+    if context.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(context.device)[1])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return used_memory(context.device) + free // ranks_of(os.environ)[3]
+
+
+def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: Sequence[Span]) -> list[Plan]:
+    """Return the plans that fit, the fastest first. Raises ConfigError where none does."""
+    try:
+        teacher_ranks = context.config.plan.teacher_ranks
+        return rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
+    except DoesNotFitError as error:
+        assert costs.memory is not None
+        assert costs.memory.limit is not None
+        raise ConfigError(
+            "plan.memory_gib",
+            context.config.plan.memory_gib,
+            f"memory for the blocks: a rank may have {costs.memory.limit / 2**30:.3g} GiB, and the plan that needs the "
+            f"least needs {error.bytes_needed / 2**30:.3g} GiB on one of them; take more ranks, smaller blocks or a "
+            "smaller data.batch_size, or raise it",
+        ) from error
+
+
+def show_memory(context: Context, plan: Plan, costs: Costs) -> None:
+    """Print the most memory that every rank is predicted to need."""
+    assert costs.memory is not None
+    sizes = ", ".join(f"{size / 2**30:.2f}" for size in memory_of(plan, costs.memory))
+    context.say(f"plan: predicted peak memory by rank: {sizes} GiB")

@@ -1,0 +1,66 @@
+"""How much memory every rank of a plan needs at most: arithmetic on bytes, for plans that fit. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+RING_SLOTS = 2  # receive buffers of an edge
+TEACHER_TENSORS = 3  # activations of the largest size that are alive inside a teacher block
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What decides how much memory a rank needs, in bytes; of one batch where it depends on that.
+
+    `resident` is what every rank has before training: teacher, data and, on the CPU, the program itself. By block:
+    `student` is the weights and all that is kept for them (gradients, optimizer, the last finite state), `step` what is
+    alive during one step. `boundary` is by boundary, as they travel. `limit` is what a rank may have.
+    """
+
+    resident: int
+    student: tuple[int, ...]
+    step: tuple[int, ...]
+    boundary: tuple[int, ...]
+    window: int
+    limit: int | None = None
+
+    def activations(self, blocks: Iterable[int]) -> int:
+        """Return the bytes of the boundaries that training these blocks needs, shared ones once."""
+        return self.sum_of({boundary for block in blocks for boundary in (block, block + 1)})
+
+    def sum_of(self, boundaries: Collection[int]) -> int:
+        return sum(self.boundary[boundary] for boundary in boundaries)
+
+    def students(self, blocks: Collection[int]) -> int:
+        """Return the bytes of the students of these blocks and of the largest of their steps."""
+        return sum(self.student[block] for block in blocks) + max((self.step[block] for block in blocks), default=0)
+
+    @property
+    def teaching(self) -> int:
+        """Bytes that running the teacher takes besides the boundaries that are kept."""
+        return TEACHER_TENSORS * max(self.boundary)
+
+    def receiving(self, boundaries: int) -> int:
+        """Return the bytes of a receiver's buffers for batches of so many bytes."""
+        return RING_SLOTS * boundaries
+
+    def sending(self, boundaries: int) -> int:
+        """Return the bytes of batches that wait for a receiver, and of its buffers, which its host's ranks share."""
+        return (self.window + RING_SLOTS) * boundaries
+
+    def alone(self, blocks: Collection[int]) -> int:
+        """Return the bytes of a rank that runs the teacher for its own blocks."""
+        return self.resident + self.students(blocks) + (self.teaching + self.activations(blocks) if blocks else 0)
+
+    def room(self, *, sends: bool) -> int | None:
+        """Return the bytes that a rank has for blocks, each of them `block()`; a teacher rank may have to keep all
+        boundaries for others. None where there is no limit."""
+        if self.limit is None:
+            return None
+        shared = max(self.step) + (self.teaching + self.sending(sum(self.boundary)) if sends else 0)
+        return self.limit - self.resident - shared
+
+    def block(self, block: int) -> int:
+        """Return the bytes that a block adds at most to the rank that trains it, its step aside."""
+        return self.student[block] + (1 + RING_SLOTS) * self.activations([block])

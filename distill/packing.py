@@ -1,0 +1,96 @@
+"""Blocks on ranks as arrays: what a placement costs where blocks depend on each other only through a rank's teacher and
+the boundaries sent to it. Exact for blocks with equal steps, otherwise never more than it really costs. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Chosen = NDArray[np.intp] | slice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """N blocks in the order of the network, on W ranks.
+
+    A rank takes `slowness` times the work of its blocks and the longest `reach_s` among them (its own teacher). Serving
+    it costs `wire_s` of every block on it, less `shared_s[j]` where blocks j - 1 and j of the order are both there,
+    times the rank's `price`; the first `teacher_ranks` ranks share that equally, and what is for one of them costs it
+    nothing. All ranks begin with `base_s`.
+    """
+
+    work_s: Floats  # (N)
+    reach_s: Floats  # (N)
+    wire_s: Floats  # (N)
+    shared_s: Floats  # (N), the first is 0
+    slowness: Floats  # (W)
+    base_s: Floats  # (W)
+    price: Floats  # (W)
+    teacher_ranks: int = 1
+    bytes: Floats | None = None  # (N) of a block's memory, where that is limited
+    room: Floats | None = None  # (W) bytes that a rank has for blocks
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.work_s)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.slowness)
+
+    @cached_property
+    def reaches(self) -> bool:
+        return bool(self.reach_s.any())
+
+    @cached_property
+    def sends(self) -> bool:
+        return bool(self.wire_s.any() and self.price.any())
+
+    def own_s(self, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
+        """Return the seconds of a rank of slowness 1 with each row's blocks; `chosen` (rows, blocks) is 0 or 1."""
+        own: Floats = chosen @ self.work_s[blocks]
+        if self.reaches and chosen.shape[1]:
+            own = own + (chosen * self.reach_s[blocks]).max(axis=1)
+        return own
+
+    def excess_s(self, rank: int, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
+        """Return a penalty for each row's blocks on `rank`: nothing where they fit in its memory, otherwise more than
+        any placement that fits can take."""
+        if self.bytes is None or self.room is None:
+            return np.zeros(len(chosen))
+        over = np.maximum(0.0, chosen @ self.bytes[blocks] - self.room[rank]) / self.bytes.sum()
+        worst = self.base_s.sum() + self.slowness.max() * (self.work_s + self.reach_s).sum()
+        penalty: Floats = worst * ((over > 0) + over)
+        return penalty
+
+    def sent_s(self, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
+        """Return what it costs, at price 1, to send each row's blocks their boundaries."""
+        where = np.arange(self.num_blocks)[blocks]
+        shared = np.where(np.diff(where) == 1, self.shared_s[where[1:]], 0.0)
+        sent: Floats = chosen @ self.wire_s[where] - (chosen[:, 1:] * chosen[:, :-1]) @ shared
+        return sent
+
+    def seconds(self, owner: NDArray[np.intp]) -> Floats:
+        """Return every rank's seconds; `owner` (N) is the rank of every block."""
+        chosen = (owner[None, :] == np.arange(self.num_ranks)[:, None]).astype(float)
+        loads: Floats = self.base_s + self.slowness * self.own_s(chosen)
+        if self.bytes is not None:
+            loads += [self.excess_s(rank, chosen[rank : rank + 1])[0] for rank in range(self.num_ranks)]
+        if self.sends:
+            sent = self.price * self.sent_s(chosen)
+            teachers = slice(self.teacher_ranks)
+            loads[teachers] += self.slowness[teachers] * (sent.sum() - sent[teachers]) / self.teacher_ranks
+        return loads
+
+    def simple_bound(self) -> float:
+        """Return a makespan that no placement can beat: all work spread evenly, or one block on its best rank."""
+        alone = self.base_s[:, None] + self.slowness[:, None] * (self.work_s + self.reach_s)
+        largest = float(alone.min(axis=0).max(initial=0.0))
+        order = np.argsort(self.base_s, kind="stable")
+        base, speed = self.base_s[order], 1 / self.slowness[order]
+        level = (self.work_s.sum() + np.cumsum(base * speed)) / np.cumsum(speed)  # with the k least loaded ranks
+        return max(float(level.min()), largest, float(self.base_s.max()))

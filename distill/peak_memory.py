@@ -1,0 +1,54 @@
+"""The most memory that this process has had since a moment: on the GPU where it works on one, else of the host."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the bytes that this process has now: allocated by PyTorch on a GPU, else resident (VmRSS), after giving
+    back what it has freed."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    _give_back()
+    return _status("VmRSS")
+
+
+class PeakMemory:
+    """Counts from its making on; before, freed memory that the process still holds is given back.
+
+    On the CPU it is the kernel's high-water mark of resident memory (VmHWM, which is reset), program and libraries
+    included, memory shared with other ranks counted in each of them; on a GPU what PyTorch's allocator has handed out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        _give_back()
+        with suppress(OSError):  # else the mark counts from the start of the process
+            _CLEAR.write_text("5")
+
+    def read(self) -> int:
+        """Return the bytes at most so far."""
+        return int(torch.cuda.max_memory_allocated(self._device)) if self._device.type == "cuda" else _status("VmHWM")
+
+
+def _give_back() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])  # Linux counts in KiB
+    raise LookupError(field)

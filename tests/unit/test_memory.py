@@ -1,0 +1,95 @@
+"""Memory of a rank: the arithmetic, placements that keep to a limit, and what is counted and measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.memory import Memory
+from distill.peak_memory import PeakMemory, used_memory
+from distill.plan import Costs, Plan, Span, memory_of
+from distill.strategies import PLANNERS, DoesNotFitError, rank_plans
+
+MEMORY = Memory(
+    resident=1000, student=(10, 20, 30), step=(5, 7, 6), boundary=(100, 10, 1, 2), window=4
+)  # fmt: skip
+SPANS = tuple(Span(block, 0, 10) for block in range(3))
+
+
+def plan(strategy: str, *owners: tuple[int, ...], starts: tuple[int, ...] = ()) -> Plan:
+    return Plan(strategy, owners, SPANS, 1.0, (1.0,) * len(owners), starts)
+
+
+def test_rank_0_of_a_broadcast_keeps_what_waits_for_others() -> None:
+    teacher = 3 * 100 + 113  # inside the largest block, and the boundaries of one batch
+    waiting = (4 + 2) * (10 + 1 + 2)
+    assert memory_of(plan("broadcast", (0,), (1, 2)), MEMORY) == (
+        1000 + 10 + 5 + teacher + waiting,
+        1000 + 20 + 30 + 7 + 2 * (10 + 1 + 2),
+    )
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert memory_of(plan("broadcast", (0, 1, 2)), MEMORY) == (1000 + 60 + 7 + 300 + 113,)
+
+
+def test_a_relay_keeps_only_what_it_passes_on() -> None:
+    first, second = memory_of(plan("relay", (0,), (1, 2), starts=(0, 1)), MEMORY)
+    assert first == 1000 + 10 + 5 + 300 + 110 + 6 * 10
+    assert second == 1000 + 50 + 7 + 300 + 13 + 2 * 10
+
+
+def test_a_rank_without_blocks_has_what_every_rank_has() -> None:
+    assert memory_of(plan("replicate", (0, 1, 2), ()), MEMORY)[1] == 1000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=4, max_size=12),
+    ranks=st.integers(1, 4),
+    limit=st.integers(50, 700),
+    name=st.sampled_from(["broadcast", "layerwise", "replicate", "relay"]),
+)
+def test_a_plan_keeps_to_its_limit_or_none_is_made(sizes: list[int], ranks: int, limit: int, name: str) -> None:
+    blocks = len(sizes)
+    costs = Costs(
+        (0.1,) * blocks, tuple(1.0 + size % 3 for size in sizes), (1,) * (blocks + 1),
+        memory=Memory(resident=10, student=tuple(sizes), step=(3,) * blocks, boundary=(1,) * (blocks + 1), window=2),
+    )  # fmt: skip
+    assert costs.memory is not None
+    limited = replace(costs, memory=replace(costs.memory, limit=limit))
+    spans = [Span(block, 0, 10) for block in range(blocks)]
+    try:
+        found = rank_plans([name], limited, spans, ranks)[0]
+    except DoesNotFitError:
+        return
+    assert max(memory_of(found, costs.memory)) <= limit
+    assert found.predicted_makespan_s < 1e3
+    free = PLANNERS[name](costs, spans, ranks)
+    if max(memory_of(free, costs.memory)) * 2 < limit:
+        assert found.predicted_makespan_s == pytest.approx(free.predicted_makespan_s, rel=0.02)
+
+
+def test_a_limit_moves_blocks_from_a_fast_rank_that_has_no_room() -> None:
+    memory = Memory(resident=0, student=(10,) * 6, step=(0,) * 6, boundary=(0,) * 7, window=2)
+    costs = Costs((0.0,) * 6, (1.0,) * 6, (0,) * 7, slowness=(1.0, 5.0), memory=memory)
+    spans = [Span(block, 0, 1) for block in range(6)]
+    assert [len(owned) for owned in rank_plans(["layerwise"], costs, spans, 2)[0].owners] == [5, 1]
+    limited = replace(costs, memory=replace(memory, limit=40))
+    assert [len(owned) for owned in rank_plans(["layerwise"], limited, spans, 2)[0].owners] == [4, 2]
+    with pytest.raises(DoesNotFitError):
+        rank_plans(["layerwise"], replace(costs, memory=replace(memory, limit=20)), spans, 2)
+
+
+def test_the_peak_counts_from_its_making_on() -> None:
+    cpu = torch.device("cpu")
+    torch.ones(50_000_000)  # 200 MB, gone before the counting begins
+    peak = PeakMemory(cpu)
+    before = used_memory(cpu)
+    kept = torch.ones(25_000_000)
+    grown = peak.read() - before
+    assert 0.9 * kept.nbytes < grown < 1.5 * kept.nbytes
