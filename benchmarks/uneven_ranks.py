@@ -26,7 +26,7 @@ from distill.forecast import measured
 from distill.network import Link
 from distill.placement import Problem
 from distill.plan import Costs
-from distill.strategies import broadcast_problem
+from distill.problems import broadcast_problem
 from distill.teachers import build_architecture
 
 SETUPS = ("measured", "flops")  # values of plan.cost

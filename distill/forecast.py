@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,10 +21,9 @@ from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
 from distill.report import write_scaling
 from distill.simulate import Simulation, simulate
-from distill.strategies import PLANNERS, Planner, plan_groups
+from distill.strategies import PLANNERS
 
 FREE = Link()
-SIMULATED: Mapping[str, Planner] = {**PLANNERS, "groups": plan_groups}  # a relay of groups of ranks
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
 SHARED_OUT = ("groups", "ddp")  # all ranks have a part, however few the blocks
 ENOUGH = 2  # ranks a block: one that trains it, and one that runs the teacher
@@ -110,7 +109,7 @@ def planned(name: str, costs: Costs, spans: Sequence[Span], ranks: int) -> Plan:
 
 @cache
 def _plan(name: str, costs: Costs, spans: tuple[Span, ...], ranks: int) -> Plan:
-    return SIMULATED[name](costs, spans, ranks)
+    return PLANNERS[name](costs, spans, ranks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=_at_least_one, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of ranks"
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=SIMULATED, metavar="NAME",
-        help=f"of {', '.join(SIMULATED)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
+        "--strategies", nargs="+", choices=PLANNERS, metavar="NAME",
+        help=f"of {', '.join(PLANNERS)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
     )  # fmt: skip
     parser.add_argument("--gbit", type=_positive, help="bandwidth of a rank's link in Gbit/s (default: no limit)")
     parser.add_argument("--latency-us", type=float, default=0.0, help="latency of a link in microseconds")

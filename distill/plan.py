@@ -58,9 +58,9 @@ class Plan:
     In a relay rank r receives boundary `starts[r]` (rank 0: the images) and runs the teacher from there up to the start
     of the next rank that owns blocks. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
     take the batches in turn. The ranks of one of the `groups` train the blocks of its first rank together, each on its
-    rows of every batch; a rank that is in none of them is on its own. `gap` is by how much the prediction may
-    exceed that of the best placement under this strategy, relatively: 0 where none is better. Rank r takes
-    `slowness[r]` times as long as a usual rank (1 for every rank that is not listed).
+    rows of every batch; a rank that is in none of them is on its own. `gap` is by how much the prediction may exceed
+    that of the best placement under this strategy, relatively: 0 where none is better, None where nothing is proven.
+    Rank r takes `slowness[r]` times as long as a usual rank (1 for every rank that is not listed).
     """
 
     strategy: str
@@ -71,7 +71,7 @@ class Plan:
     starts: tuple[int, ...] = ()
     teacher_ranks: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
-    gap: float = 0.0
+    gap: float | None = None
     slowness: tuple[float, ...] = ()
     recording_s: float = 0.0  # predicted for recording the teacher's activations before the stage begins, if they are
 
@@ -153,7 +153,7 @@ class Plan:
             starts=tuple(raw["starts"]),
             teacher_ranks=raw.get("teacher_ranks", 1),  # plans of earlier versions have none of these
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
-            gap=raw.get("gap", 0.0),
+            gap=raw.get("gap"),
             slowness=tuple(raw.get("slowness", ())),
             recording_s=raw.get("recording_s", 0.0),
         )

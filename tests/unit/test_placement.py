@@ -15,7 +15,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
-from distill.strategies import broadcast_problem, layerwise_problem, plan_broadcast, plan_layerwise, plan_replicate
+from distill.problems import broadcast_problem, layerwise_problem
+from distill.strategies import plan_broadcast, plan_layerwise, plan_replicate
 
 LAYER_TIMES = Path(__file__).parents[3] / "shared" / "data" / "vgg_layer_seconds.csv"
 MANY = 1 + 1.5e-4  # what rounding may add to the tolerance within which a placement counts as optimal
@@ -168,7 +169,7 @@ def test_a_gap_is_kept_with_the_plan() -> None:
 
 def measured_layers() -> dict[str, dict[int, dict[str, float]]]:
     """Seconds by set-up, number of GPUs and layer; those of the published runs that have all layers."""
-    rows = list(csv.DictReader(LAYER_TIMES.open()))
+    rows = list(csv.DictReader(LAYER_TIMES.read_text().splitlines()))
     found: dict[str, dict[int, dict[str, float]]] = {}
     for column in rows[0]:
         setup, _, gpus = column.rpartition("__")

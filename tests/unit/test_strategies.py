@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 from distill.network import Link, Network
 from distill.placement import Problem
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.problems import layerwise_problem, replicate_problem
+from distill.relay_plans import plan_relay
 from distill.strategies import (
     PLANNERS,
-    layerwise_problem,
     plan_broadcast,
     plan_layerwise,
-    plan_relay,
     plan_replicate,
     plan_serial,
     plan_teachers,
     rank_plans,
-    replicate_problem,
     teacher_ranks_needed,
 )
 
