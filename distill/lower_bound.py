@@ -16,7 +16,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from distill.packing import Floats, Packing
 
@@ -298,6 +297,8 @@ class LowerBound:
     def _solve(self, target_s: float) -> tuple[float, Floats, float, dict[Kind, float]]:
         """Return by how much the worth of all blocks, which is 1, exceeds what the known sets can gain, and the worths,
         the toll and the kinds' gains that make the most of it."""
+        from scipy.optimize import linprog  # here: importing it takes half a second, and few plans need it
+
         number, counts = self._packing.num_blocks, [len(ranks) for ranks in self._kinds.values()]
         self._effort += len(self._columns)
         objective = np.concatenate([-np.ones(number), counts, [self._time_of_teachers(target_s)]])

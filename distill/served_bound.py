@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import LinearConstraint, milp
 
 from distill.packing import Packing
 
@@ -21,6 +20,8 @@ def served_bound(packing: Packing, *, upper_s: float, tolerance: float) -> tuple
     The variables are: which blocks leave rank 0 (x), which of them are together with the block before (z), how many
     ranks they need (m), and the makespan.
     """
+    from scipy.optimize import LinearConstraint, milp  # here, as in lower_bound.py
+
     number, others = packing.num_blocks, packing.slowness[1:]
     price = float(packing.price[1:].min())
     eye, zero = np.eye(number), np.zeros((number, 1))
