@@ -60,10 +60,11 @@ def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> Block
 
 
 def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
-    """Return median seconds per block at the sample's batch size.
+    """Return seconds per block at the sample's batch size: in the proportions of medians, which placement needs, and
+    with the sum of means, which is what many steps take.
 
     Every round goes once through all blocks, as training does: caches are as cold as they will be, and a slow moment of
-    the machine falls on all blocks alike (placement needs their proportions). The first round warms up.
+    the machine falls on all blocks alike. The first round warms up.
     """
     trainers = [make_trainer(index) for index in range(len(chain.blocks))]
     rounds: list[BlockCosts] = []
@@ -71,10 +72,10 @@ def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> B
     while len(rounds) <= MIN_ROUNDS or time.perf_counter() - started < BUDGET_S:
         rounds.append(_per_block(chain, trainers.__getitem__, sample, partial(_now, sample.device)))
     warm = rounds[1:]
-    return BlockCosts(
-        teacher=tuple(statistics.median(values) for values in zip(*(r.teacher for r in warm), strict=True)),
-        student=tuple(statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)),
-    )
+    teacher = [statistics.median(values) for values in zip(*(r.teacher for r in warm), strict=True)]
+    student = [statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)]
+    scale = statistics.fmean(sum(r.teacher + r.student) for r in warm) / sum(teacher + student)
+    return BlockCosts(tuple(scale * seconds for seconds in teacher), tuple(scale * seconds for seconds in student))
 
 
 def step_bytes(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> tuple[int, ...]:
