@@ -7,7 +7,7 @@ ResNet-20 by residual block, separable students, batch 128, all nine blocks; ran
 networks, students and loss in float32 and contiguous (NCHW) memory; images resident as float32 on the device and
 normalised batch by batch, with the same random crop for a whole batch; the frozen teacher block by block under no_grad
 once per batch; one torch.optim.Adam with its defaults over all students; losses read every 20 steps. Ours is what the
-job runs: its data set, TeacherStream and BlockTrainer. All set-ups alternate within every round; a ratio is taken
+job runs: its data set, RelayStream and BlockTrainer. All set-ups alternate within every round; a ratio is taken
 within a round, medians are over rounds. CPU seconds are there too: they stand a busy machine better than wall time.
 """
 
@@ -30,9 +30,9 @@ from distill.graphed_teacher import GraphedChain
 from distill.graphs import Lane, cuda_capture, lanes
 from distill.plan import Span
 from distill.precision import Bf16Chain
-from distill.protocol import Checks, Feed, Schedule
+from distill.protocol import Checks, Feed
 from distill.recipes import Separable, replace_convolutions
-from distill.stream import TeacherStream
+from distill.relay import OwnBatches, RelayStream
 from distill.teachers import build_architecture
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, TrainerOptions
@@ -166,15 +166,16 @@ def _ours(
         )
         for block, student in students.items()
     }
-    stream = TeacherStream(
+    feed = Feed(0, [Span(block, 0, BUDGET) for block in trainers], Checks())
+    stream = RelayStream(
         chain=chain,
-        dataset=dataset,
-        schedule=Schedule([Feed(0, [Span(block, 0, BUDGET) for block in trainers], Checks())]),
-        senders={},
-        wire_dtype=chain.boundaries[0].dtype,
+        origin=OwnBatches(dataset, budget=BUDGET, feeds=(feed,)),
+        first=0,
+        own=feed,
+        after=None,
         finished_elsewhere=list,
+        rounded_to=chain.boundaries[0].dtype,
         wake=threading.Event(),
-        budget=BUDGET,
         timeout_s=60.0,
         trace=Trace(),
     )
