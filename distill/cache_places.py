@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from distill.errors import ConfigError
+from distill.host import available_memory
 
 GIB = 2**30
-MEMORY = Path("/proc/meminfo")
 
 
 class Place(Protocol):
@@ -42,7 +42,7 @@ class Memory:
         self.path = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
 
     def reserve(self, nbytes: int) -> None:
-        available = _available_bytes()
+        available = available_memory()
         if nbytes > available:
             allowed = f"disk, or less to record: it takes {nbytes / GIB:.2f} GiB of the {available / GIB:.2f} GiB free"
             raise ConfigError("teacher.cache", "ram", allowed)
@@ -85,9 +85,3 @@ class File:
     def discard(self) -> None:
         with suppress(OSError):
             self._scratch.unlink(missing_ok=True)
-
-
-def _available_bytes() -> int:
-    """Return the memory that can be used without pushing anything out, as Linux estimates it."""
-    line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return 1024 * int(line.split()[1])

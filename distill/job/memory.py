@@ -13,6 +13,7 @@ from distill.choices import OptimizerName
 from distill.control import ranks_of
 from distill.cost import MakeTrainer, step_bytes
 from distill.errors import ConfigError
+from distill.host import available_memory
 from distill.job.context import Context
 from distill.memory import Memory
 from distill.peak_memory import used_memory
@@ -34,18 +35,18 @@ def find_memory(
         step=step_bytes(chain, make_trainer, sample),
         boundary=tuple(boundary.nbytes for boundary in chain.boundaries),
         window=context.config.plan.window,
-        limit=_limit(context),
+        limit=memory_limit(context),
     )
 
 
-def _limit(context: Context) -> int:
+def memory_limit(context: Context) -> int:
+    """Return the bytes that this rank may have: as asked for, its GPU's, or its share of the host's spare ones."""
     wanted = context.config.plan.memory_gib
     if wanted is not None:
         return int(wanted * 2**30)
     if context.device.type == "cuda":
         return int(torch.cuda.mem_get_info(context.device)[1])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return used_memory(context.device) + free // ranks_of(os.environ)[3]
+    return used_memory(context.device) + available_memory() // ranks_of(os.environ)[3]
 
 
 def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: Sequence[Span]) -> list[Plan]:

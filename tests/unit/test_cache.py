@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill import cache_places
+from distill import host
 from distill.blocks import Boundary
 from distill.cache import Cache, Layout, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
@@ -102,7 +102,7 @@ def test_more_than_the_free_memory_is_refused_before_it_is_used(
 ) -> None:
     facts = tmp_path / "meminfo"
     facts.write_text("MemTotal: 16000000 kB\nMemAvailable:  1048576 kB\n")
-    monkeypatch.setattr(cache_places, "MEMORY", facts)
+    monkeypatch.setattr(host, "MEMORY", facts)
     Memory().reserve(GIB)
     with pytest.raises(ConfigError, match=r"^teacher.cache: got 'ram'; expected disk, or .* 1.50 GiB of the 1.00 GiB"):
         Memory().reserve(GIB * 3 // 2)

@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "cache": {"blocks"},
-    "cache_places": {"errors"},
+    "cache_places": {"errors", "host"},
     "recording": {"blocks", "cache", "cache_places", "control", "data", "protocol", "receiver", "trace"},
     "pace": {"control", "trainer"},
     "handover": {"checkpoint", "control", "errors", "takeover", "trace", "trainer", "transport"},

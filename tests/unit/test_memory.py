@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill import host
+from distill.job.memory import memory_limit
 from distill.memory import Memory
 from distill.peak_memory import PeakMemory, used_memory
 from distill.plan import Costs, Plan, Span, memory_of
@@ -93,3 +98,16 @@ def test_the_peak_counts_from_its_making_on() -> None:
     kept = torch.ones(25_000_000)
     grown = peak.read() - before
     assert 0.9 * kept.nbytes < grown < 1.5 * kept.nbytes
+
+
+def test_files_that_linux_keeps_in_memory_leave_room_for_a_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    facts = tmp_path / "meminfo"
+    facts.write_text("MemTotal: 16000000 kB\nMemFree: 10 kB\nMemAvailable:  8388608 kB\n")
+    monkeypatch.setattr(host, "MEMORY", facts)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    job: Any = SimpleNamespace(
+        config=SimpleNamespace(plan=SimpleNamespace(memory_gib=None)), device=torch.device("cpu")
+    )
+    assert memory_limit(job) - used_memory(job.device) == pytest.approx(2 * 2**30, abs=2**26)
