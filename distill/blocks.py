@@ -92,6 +92,17 @@ class Chain(ABC):
     def run_block(self, index: int, x: Tensor) -> Tensor:
         """Return the teacher's boundary index + 1 for its boundary `index`, without gradients."""
 
+    def run_blocks(self, x: Tensor, *, last: int, keep: Collection[int], first: int) -> dict[int, Tensor]:
+        """run() of a chain that is `divisible`: block by block."""
+        kept = {}
+        x = self.boundaries[first].conform(x)
+        for boundary in range(first, last + 1):
+            if boundary > first:
+                x = self.run_block(boundary - 1, x)
+            if boundary in keep:
+                kept[boundary] = x
+        return kept
+
     def counted(self, x: Tensor, counter: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
         """Yield for every block in order by how much `counter` (a clock, a count of operations) rises while the teacher
         computes it, and its output, for the network's input `x`. Between two of them the caller may do other work."""

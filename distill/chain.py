@@ -86,14 +86,7 @@ class TracedChain(Chain):
 
     def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
         assert all(first <= boundary <= last <= len(self.blocks) for boundary in keep), (first, last, keep)
-        kept = {}
-        x = self.boundaries[first].conform(x)
-        for boundary in range(first, last + 1):
-            if boundary > first:
-                x = self.run_block(boundary - 1, x)
-            if boundary in keep:
-                kept[boundary] = x
-        return kept
+        return self.run_blocks(x, last=last, keep=keep, first=first)
 
     @torch.no_grad()
     def run_block(self, index: int, x: Tensor) -> Tensor:

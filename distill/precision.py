@@ -26,18 +26,11 @@ class Bf16Chain(Chain):
         return self._chain.divisible
 
     def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
-        if not self.divisible:
-            with _autocast(x):
-                kept = self._chain.run(x.bfloat16(), last=last, keep=keep, first=first)
-            return {boundary: tensor.bfloat16() for boundary, tensor in kept.items()}
-        kept = {}
-        x = self.boundaries[first].conform(x.bfloat16())
-        for boundary in range(first, last + 1):
-            if boundary > first:
-                x = self.run_block(boundary - 1, x)
-            if boundary in keep:
-                kept[boundary] = x
-        return kept
+        if self.divisible:
+            return self.run_blocks(x.bfloat16(), last=last, keep=keep, first=first)
+        with _autocast(x):
+            kept = self._chain.run(x.bfloat16(), last=last, keep=keep, first=first)
+        return {boundary: tensor.bfloat16() for boundary, tensor in kept.items()}
 
     def run_block(self, index: int, x: Tensor) -> Tensor:
         with _autocast(x):
