@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-RING_SLOTS = 2  # receive buffers of an edge
+from distill.network import RING_SLOTS
+
 TEACHER_TENSORS = 3  # activations of the largest size that are alive inside a teacher block
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+RING_SLOTS = 2  # receive buffers at the end of an edge: one being trained on, one being filled
+
 
 @dataclass(frozen=True)
 class Link:

@@ -16,6 +16,7 @@ from distill.completion import Announcement, Announcements
 from distill.control import Control
 from distill.data import Dataset
 from distill.handover import HandOver
+from distill.network import RING_SLOTS
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
 from distill.receiver import BoundaryReceiver
@@ -28,7 +29,7 @@ from distill.takeover import Move
 from distill.trace import Trace
 from distill.transport import Averager, Edge
 from distill.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
-from distill.wire import RING_SLOTS, Wire
+from distill.wire import Wire
 
 
 class News:

@@ -17,7 +17,6 @@ from distill.blocks import Boundary
 from distill.transport import Edge, PairGroup, Store
 
 HEADER_FIELDS = 5  # generation, step, check, rows, number of boundaries; then the boundaries
-RING_SLOTS = 2  # receive buffers: one being trained on, one being filled
 
 
 class Wire:

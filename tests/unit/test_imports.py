@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sweep": {"compose", "config", "config_errors", "errors"},
     # plans, no torch
     "network": set(),
-    "memory": set(),
+    "memory": {"network"},
     "plan": {"memory", "network"},
     "packing": set(),
     "rebalance": {"packing"},
@@ -92,8 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     "host": set(),
     "shared_ring": {"host", "transport"},
     "probe": {"blocks", "protocol", "receiver", "sender", "trace", "transport", "wire"},
-    "sender": {"protocol", "shared_ring", "trace", "transport", "wire"},
-    "receiver": {"blocks", "protocol", "shared_ring", "trace", "transport", "wire"},
+    "sender": {"network", "protocol", "shared_ring", "trace", "transport", "wire"},
+    "receiver": {"blocks", "network", "protocol", "shared_ring", "trace", "transport", "wire"},
     "completion": {"control", "errors", "ledger", "trace", "transport"},
     "cache": {"blocks"},
     "cache_places": {"errors", "host"},
@@ -107,7 +107,7 @@ ALLOWED: dict[str, set[str]] = {
     "turns": {"errors", "protocol", "receiver", "stream", "trace"},
     "relay": {"blocks", "data", "errors", "protocol", "receiver", "sender", "stream", "trace"},
     "routes": {
-        "assignments", "blocks", "completion", "control", "data", "handover", "plan", "protocol", "receiver",
+        "assignments", "blocks", "completion", "control", "data", "handover", "network", "plan", "protocol", "receiver",
         "recording", "relay", "rows", "sender", "stream", "takeover", "trace", "transport", "turns", "wire",
     },
     "engine": {"checkpoint", "ledger", "protocol", "stream", "takeover", "trace", "trainer"},
