@@ -6,15 +6,12 @@ for its section; its choices are in choices.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -352,21 +349,6 @@ class JobConfig:
             raise ConfigError("plan.wire_dtype", self.plan.wire_dtype.name, allowed)
 
 
-# Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
-_NOT_IN_FINGERPRINT = {
-    "stage", "launch", "run", "checkpoint", "device",
-    "data.root", "data.num_workers", "data.download",
-    "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
-    "plan.link_gbit", "plan.shared_memory", "plan.memory_gib", "plan.take_over",
-    "distill.cuda_graphs", "distill.log_every",
-    "teacher.cache", "cache.max_gib", "cache.dir",
-}  # fmt: skip
-# Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
-_COMPUTES_OTHERWISE = {"plan.strategy": "ddp", "plan.groups": True}
-# Settings that came after others had run: left out at the value that computes what was computed without them.
-_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"), ("distill.views", None))
-
-
 def load(cfg: DictConfig) -> JobConfig:
     """Return the checked configuration. Merging into the schema again refuses keys smuggled in with "+key=...".
 
@@ -387,50 +369,6 @@ def to_yaml(config: JobConfig) -> str:
 def from_yaml(text: str) -> JobConfig:
     """Return the configuration that to_yaml() wrote."""
     return load(cast(DictConfig, OmegaConf.create(text)))
-
-
-def identity(config: JobConfig) -> dict[str, Any]:
-    """Return the settings that decide what the job computes, by dotted path.
-
-    Recorded activations come from other batches than those that students train on, and kernels may round them
-    otherwise: with a cache, wherever it is, its precision is among them.
-    """
-    found = {path: value for path, value in _by_path("", asdict(config)) if _tells_apart(path, value)}
-    if config.teacher.cache is Cache.off:
-        del found["cache.dtype"]
-    return found
-
-
-def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and prefix != "teacher.options":
-        for key, item in value.items():
-            yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
-    else:
-        yield prefix, value.name if isinstance(value, Enum) else value
-
-
-def _tells_apart(path: str, value: Any) -> bool:
-    if (path, value) in _NOT_IN_FINGERPRINT_AT:
-        return False
-    return in_fingerprint(path) or (path in _COMPUTES_OTHERWISE and _COMPUTES_OTHERWISE[path] == value)
-
-
-def fingerprint(config: JobConfig) -> str:
-    """Return 16 hexadecimal digits that are equal for configurations that compute the same students."""
-    canonical = json.dumps(identity(config), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def in_fingerprint(key: str) -> bool:
-    """Whether a setting or a group of them (a dotted path) takes part in what the fingerprint tells apart."""
-    parts = key.split(".")
-    return not any(".".join(parts[:length]) in _NOT_IN_FINGERPRINT for length in range(1, len(parts) + 1))
-
-
-def run_directory(config: JobConfig) -> Path:
-    """Return where the results of this configuration go, as an absolute path."""
-    name = fingerprint(config) + (f"-{config.run.tag}" if config.run.tag else "")
-    return Path(config.run.dir or Path("outputs") / config.run.name / name).absolute()
 
 
 def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:

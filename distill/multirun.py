@@ -28,9 +28,10 @@ from rich.console import Console
 
 from distill.choices import Stage
 from distill.compose import compose, register_schema
-from distill.config import JobConfig, identity, load, run_directory
+from distill.config import JobConfig, load
 from distill.errors import ConfigError, DistillError
 from distill.files import read_json, write_json
+from distill.fingerprint import identity, run_directory
 from distill.launcher import Outcome, launch
 from distill.report import comparison_table, write_comparison
 from distill.report.markup import show_count

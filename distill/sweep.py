@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.compose import VERSION_BASE, config_dir, register_schema
-from distill.config import in_fingerprint, setting_kinds
+from distill.config import setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError, DistillError
+from distill.fingerprint import in_fingerprint
 
 LONGEST_TAG = 120  # file names end at 255 bytes, and the fingerprint comes before the tag
 

@@ -21,10 +21,11 @@ from distill.cache import Cache as CacheMemory
 from distill.cache import Layout, Prices, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
 from distill.choices import Amp, Cache, WireDtype
-from distill.config import JobConfig, fingerprint, identity
+from distill.config import JobConfig
 from distill.control import Control
 from distill.data import Dataset
 from distill.errors import ConfigError
+from distill.fingerprint import fingerprint, identity
 from distill.host import host_identity
 from distill.job.context import Context
 from distill.job.materials import Blocks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import distill
 from distill.checkpoint import CheckpointFolder
 from distill.choices import Stage
-from distill.config import JobConfig, fingerprint, identity
+from distill.config import JobConfig
 from distill.control import ranks_of
 from distill.data import Dataset
 from distill.energy import joules_per_image, summarize
@@ -24,6 +24,7 @@ from distill.evaluate import Hits, count_hits, measure_network
 from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
 from distill.finetune import FitOptions, Team, distillation_loss, fit
+from distill.fingerprint import fingerprint, identity
 from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
 from distill.job.materials import Blocks, architecture_of

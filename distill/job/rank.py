@@ -19,12 +19,13 @@ from torch import nn
 
 from distill.choices import Device, Stage
 from distill.compose import compose
-from distill.config import JobConfig, from_yaml, identity, run_directory, to_yaml
+from distill.config import JobConfig, from_yaml, to_yaml
 from distill.control import Control, LeaderFailedError, StoreAddress, ranks_of
 from distill.data import Dataset
 from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, write_json
+from distill.fingerprint import identity, run_directory
 from distill.job.assembly import assemble_student
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished

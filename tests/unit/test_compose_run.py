@@ -8,8 +8,9 @@ import pytest
 
 from distill.choices import Stage
 from distill.compose import compose
-from distill.config import fingerprint, identity, to_yaml
+from distill.config import to_yaml
 from distill.errors import ConfigError
+from distill.fingerprint import fingerprint, identity
 
 OF_RUN = ("teacher=resnet18", "data=imagefolder", "data.root=/images", "seed=3", "launch.nproc_per_node=4")
 

@@ -1,6 +1,5 @@
 """The schema, its one door, the command line in front of it, and the words of the errors a user can cause."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import yaml
 
 from distill import config as schema
 from distill.compose import compose, config_dir
-from distill.config import JobConfig, fingerprint, from_yaml, identity, settings, to_yaml
+from distill.config import JobConfig, from_yaml, settings, to_yaml
 from distill.errors import ConfigError
+from distill.fingerprint import fingerprint
 
 CONF = Path(config_dir())
 GROUPS = ("teacher", "data", "student", "launch", "experiment")
@@ -55,18 +55,6 @@ def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
     return str(caught.value)
-
-
-def edited(config: JobConfig, path: str, value: object) -> JobConfig:
-    """A copy of the configuration with one setting replaced."""
-    changed = copy.deepcopy(config)
-    *sections, name = path.split(".")
-    owner: Any = changed
-    for section in sections:
-        owner = getattr(owner, section)
-    assert hasattr(owner, name)
-    setattr(owner, name, value)
-    return changed
 
 
 class TestChoices:
@@ -338,71 +326,6 @@ class TestYaml:
             return {prefix}
 
         assert leaves("", yaml.safe_load(to_yaml(default))) == {path for path, *_ in settings()}
-
-
-class TestFingerprint:
-    UNCHANGED = (
-        ("launch.nproc_per_node", 4), ("launch.max_restarts", 3), ("launch.threads_per_rank", 2), ("run.name", "other"),
-        ("run.dir", "/elsewhere"), ("plan.window", 9), ("plan.cost", schema.Cost.flops), ("plan.timeout_s", 9.0),
-        ("device", schema.Device.cpu), ("stage", schema.Stage.plan), ("checkpoint.every", 7),
-        ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3), ("plan.teacher_ranks", 2),
-        ("plan.strategy", schema.Strategy.auto), ("plan.strategy", schema.Strategy.relay),
-        ("distill.cuda_graphs", False),
-    )  # fmt: skip
-    CHANGED = (
-        ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", schema.Amp.bf16), ("student.rank", 3),
-        ("plan.wire_dtype", schema.WireDtype.bf16), ("data.batch_size", 3), ("teacher.weights", "file.pt"),
-        ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
-        ("assemble.batchnorm_batches", 1), ("plan.strategy", schema.Strategy.ddp), ("teacher.amp", schema.Amp.bf16),
-        ("plan.groups", True),
-    )  # fmt: skip
-
-    @pytest.mark.parametrize(("path", "value"), UNCHANGED)
-    def test_unchanged_by_where_and_how_fast(self, default: JobConfig, path: str, value: object) -> None:
-        changed = edited(default, path, value)
-        assert changed != default
-        assert fingerprint(changed) == fingerprint(default)
-
-    @pytest.mark.parametrize(("path", "value"), CHANGED)
-    def test_changed_by_what_is_computed(self, default: JobConfig, path: str, value: object) -> None:
-        assert fingerprint(edited(default, path, value)) != fingerprint(default)
-
-    def test_is_sixteen_hexadecimal_digits(self, default: JobConfig) -> None:
-        assert len(fingerprint(default)) == 16
-        assert int(fingerprint(default), 16) >= 0
-
-    def test_identity_leaves_out_nothing_but_the_listed_settings(self, default: JobConfig) -> None:
-        left_out = {path for path, *_ in settings()} - identity(default).keys()
-        assert left_out
-        for path in left_out - {"cache.dtype"}:
-            named = {path, path.split(".")[0]} & schema._NOT_IN_FINGERPRINT
-            assert named or path in dict(schema._NOT_IN_FINGERPRINT_AT), path
-
-    def test_a_cache_is_told_from_none_and_by_its_precision_but_not_by_its_place(self, default: JobConfig) -> None:
-        def cached(**changes: object) -> str:
-            config = edited(
-                edited(default, "distill.views", 2), "teacher.cache", changes.pop("cache", schema.Cache.ram)
-            )
-            for path, value in changes.items():
-                config = edited(config, path.replace("__", "."), value)
-            return fingerprint(config)
-
-        assert cached() == cached(cache=schema.Cache.disk) == cached(cache__dir="/x") == cached(cache__max_gib=1.0)
-        off = schema.Cache.off
-        different = {cached(), cached(cache__dtype=schema.WireDtype.bf16), cached(distill__views=3), cached(cache=off)}
-        assert len(different | {fingerprint(default)}) == 5
-        assert cached(cache=off) == cached(cache=off, cache__dtype=schema.WireDtype.bf16)
-
-    def test_every_entry_left_out_of_the_fingerprint_is_a_setting_or_a_section(self) -> None:
-        paths = {path for path, *_ in settings()}
-        sections = {path.rpartition(".")[0] for path in paths}
-        assert paths | sections >= schema._NOT_IN_FINGERPRINT
-
-    def test_a_setting_that_came_later_is_left_out_where_it_changes_nothing(self, default: JobConfig) -> None:
-        defaults = {path: shown for path, _, shown, _ in settings()}
-        for path, value in schema._NOT_IN_FINGERPRINT_AT:
-            assert defaults[path] == ("null" if value is None else value)
-            assert path not in identity(default)
 
 
 class TestReference:

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distill"
-SETTINGS = {"choices", "config", "compose", "launcher", "sweep", "multirun"}  # where configuration objects are seen
+SETTINGS = {
+    "choices",
+    "config",
+    "compose",
+    "fingerprint",
+    "launcher",
+    "sweep",
+    "multirun",
+}  # where configuration objects are seen
 
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
@@ -22,15 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "config_errors": {"errors"},
     "choices": set(),
     "config": {"choices", "config_errors", "errors"},
+    "fingerprint": {"choices", "config"},
     "compose": {"choices", "config", "config_errors", "errors"},
     "launcher": {"compose", "config", "errors", "stopper"},
     "stopper": set(),
     "multirun": {
-        "choices", "compose", "config", "errors", "files", "launcher", "report", "rundir", "stopper", "submitted",
-        "sweep",
+        "choices", "compose", "config", "errors", "files", "fingerprint", "launcher", "report", "rundir", "stopper",
+        "submitted", "sweep",
     },
     "submitted": set(),
-    "sweep": {"compose", "config", "config_errors", "errors"},
+    "sweep": {"compose", "config", "config_errors", "errors", "fingerprint"},
     # plans, no torch
     "network": set(),
     "memory": {"network"},

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from distill.compose import compose
-from distill.config import run_directory
 from distill.errors import ConfigError
+from distill.fingerprint import run_directory
 from distill.sweep import LONGEST_TAG, list_jobs, read_sweep
 
 
