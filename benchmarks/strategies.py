@@ -3,8 +3,9 @@
     python benchmarks/strategies.py SCRATCH --data PARQUET_FILE [--networks resnet20 vgg16_bn] [--rounds 5] [--steps 30]
 
 The limit is two independent one-rank runs side by side: the same work twice, with nothing to exchange. All set-ups of a
-network alternate within every round; medians over rounds. Any parquet file with CIFAR-10 images will do: the smaller
-test file loads faster and costs the same per step. Teachers have random weights: a step costs the same.
+network take turns of a few seconds within every round (turns.py); medians over rounds. Any parquet file with CIFAR-10
+images will do: the smaller test file loads faster and costs the same per step. Teachers have random weights: a step
+costs the same.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import block_bits, finish, read, run, start, summary, write
+from measure import block_bits, summary, write
+from turns import Turns, take_turns
 
 from distill.teachers import build_architecture
 
-STAGE = Path("stages") / "distill.json"
 NETWORKS = {
     "resnet20": ("teacher=cifar_resnet20", "blocks.granularity=residual"),
     "resnet44": ("teacher=cifar_resnet44", "blocks.granularity=residual"),
@@ -76,15 +77,16 @@ def _job(network: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _round(job: tuple[str, ...], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    for name in args.setups:
-        ranks, strategy = SETUPS[name]
-        run(*job, f"launch.nproc_per_node={ranks}", f"plan.strategy={strategy}", run_dir=folder / name)
-    pair = [(start(*job, run_dir=folder / side), folder / side) for side in SIDE_BY_SIDE]
-    for process, side in pair:
-        finish(process, side)
-    bits = [block_bits(folder / name) for name in (*args.setups, *SIDE_BY_SIDE) if name != "ddp_2"]
+    setups = {name: SETUPS[name] for name in args.setups}
+    contestants = [
+        Turns({name: (*job, f"launch.nproc_per_node={ranks}", f"plan.strategy={strategy}")}, folder)
+        for name, (ranks, strategy) in setups.items()
+    ]
+    contestants.append(Turns(dict.fromkeys(SIDE_BY_SIDE, job), folder))
+    take_turns(contestants)
+    bits = [block_bits(folder / name) for name in (*setups, *SIDE_BY_SIDE) if name != "ddp_2"]
     assert all(found == bits[0] for found in bits), "a strategy changed the students"
-    return {name: read(folder / name / STAGE) for name in (*args.setups, *SIDE_BY_SIDE)}
+    return {name: result for one in contestants for name, result in one.results().items()}
 
 
 def _result(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,6 +119,9 @@ def _result(rounds: list[dict[str, Any]]) -> dict[str, Any]:
             for name in names
         },
         "seconds_side_by_side": summary([2 * limit for limit in limits]),
+        "cpu_seconds_side_by_side": summary(
+            [(found["left"]["cpu_seconds"] + found["right"]["cpu_seconds"]) / 2 for found in rounds]
+        ),
         "of_the_limit": {
             name: summary([limit / found[name]["seconds"] for limit, found in zip(limits, rounds, strict=True)])
             for name in two
