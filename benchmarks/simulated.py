@@ -23,8 +23,8 @@ from distill.devices import Device, load_cluster
 from distill.forecast import CHOSEN_FROM, IMAGINED, planned
 from distill.job.imagined import imagined_costs
 from distill.plan import Costs, Span
+from distill.planning.strategies import PLANNERS
 from distill.simulate import Simulation, simulate
-from distill.strategies import PLANNERS
 
 NETWORKS = {
     "resnet50": ("teacher=resnet50", "blocks.granularity=residual"),

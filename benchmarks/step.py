@@ -32,7 +32,7 @@ from distill.plan import Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks, Feed
 from distill.recipes import Separable, replace_convolutions
-from distill.relay import OwnBatches, RelayStream
+from distill.streams.relay import OwnBatches, RelayStream
 from distill.teachers import build_architecture
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, TrainerOptions

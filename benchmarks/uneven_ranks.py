@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from measure import finish, read, start, summary, write
+from measure import finish, process_tree, random_weights, read, start, summary, write
 
 from distill.forecast import measured
 from distill.network import Link
-from distill.placement import Problem
 from distill.plan import Costs
-from distill.problems import broadcast_problem
-from distill.teachers import build_architecture
+from distill.planning.placement import Problem
+from distill.planning.problems import broadcast_problem
 
 SETUPS = ("measured", "flops")  # values of plan.cost
 HALF = (2 / 3, 4 / 3)  # slowness of a whole and of a half speed, over their mean
@@ -51,10 +49,7 @@ def main() -> None:
 
 
 def _job(args: argparse.Namespace) -> tuple[str, ...]:
-    weights = args.scratch.absolute() / f"{args.network}.pt"
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    torch.save(build_architecture(source="cifar", name=args.network, num_classes=10).state_dict(), weights)
+    weights = random_weights(args.network, args.scratch)
     return (
         f"teacher={args.network}", f"teacher.weights={weights}", "data=hf", f"data.root={args.data.absolute()}",
         f"data.batch_size={args.batch_size}", f"distill.steps={args.steps}", "stage=distill", "device=cpu",
@@ -101,7 +96,7 @@ def _run_slowed(*overrides: str, run_dir: Path) -> None:
         process = start(*overrides, run_dir=run_dir)
         held: set[int] = set()
         while len(held) < len(cores) and process.poll() is None:
-            for pid in _descendants(process.pid) - held:
+            for pid in process_tree(process.pid) - held:
                 rank = _rank_of(pid)
                 if rank is not None:
                     _hold(pid, cores[rank])
@@ -111,12 +106,6 @@ def _run_slowed(*overrides: str, run_dir: Path) -> None:
     finally:
         company.kill()
         company.wait()
-
-
-def _descendants(pid: int) -> set[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    found = set(map(int, children.read_text().split())) if children.exists() else set()
-    return found.union(*map(_descendants, found))
 
 
 def _rank_of(pid: int) -> int | None:

@@ -19,12 +19,12 @@ import torch.multiprocessing as mp
 from measure import summary, write
 
 from distill.blocks import Boundary
+from distill.edges.receiver import BoundaryReceiver
+from distill.edges.sender import BoundarySender
+from distill.edges.wire import Wire
 from distill.protocol import Address
-from distill.receiver import BoundaryReceiver
-from distill.sender import BoundarySender
 from distill.trace import Trace
 from distill.transport import Edge
-from distill.wire import Wire
 
 WAYS = {"shared_memory": True, "sockets": False}
 ROWS = 64

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from distill.control import Control
+from distill.edges.sender import BoundarySender
 from distill.handover import HandOver, taken
 from distill.pace import paces_of
 from distill.plan import Plan, Span
 from distill.protocol import Address, Schedule
-from distill.sender import BoundarySender
 from distill.takeover import Load, Move, Work, chosen_moves
 
 log = logging.getLogger(__name__)

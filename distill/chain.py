@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from distill.blocks import Block, Boundary, Chain, made_trainable, parameter_owners
+from distill.cutting.grouping import Granularity, Group, NotACutPointError, group
+from distill.cutting.hooked import HookedChain
+from distill.cutting.listing import check_listed, expand
+from distill.cutting.tracing import Trace, UntraceableError, trace
 from distill.errors import ConfigError
-from distill.grouping import Granularity, Group, NotACutPointError, group
-from distill.hooked import HookedChain
-from distill.listing import check_listed, expand
-from distill.tracing import Trace, UntraceableError, trace
 
 __all__ = ["Block", "Boundary", "Chain", "Granularity", "HookedChain", "TracedChain", "cut"]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from distill.checkpoint import Checkpoint, contiguous
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
-from distill.stream import Stream
+from distill.streams.stream import Stream
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading

@@ -19,9 +19,9 @@ from distill.errors import ConfigError, DistillError
 from distill.files import read_json
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
+from distill.planning.strategies import PLANNERS
 from distill.report import write_scaling
 from distill.simulate import Simulation, simulate
-from distill.strategies import PLANNERS
 
 FREE = Link()
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against

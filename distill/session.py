@@ -17,7 +17,7 @@ from distill.handover import HandOver
 from distill.ledger import Entry, Ledger
 from distill.pace import PaceKeeper
 from distill.peak_memory import PeakMemory
-from distill.routes import News, Setting, Streams
+from distill.streams.routes import News, Setting, Streams
 from distill.takeover import Move
 from distill.trainer import BlockTrainer, Reading
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 from distill.network import RING_SLOTS, Link
 from distill.plan import Costs, Plan, Span, boundaries_of
+from distill.planning.sharing import as_single_ranks, gradient_bytes
 from distill.protocol import Address, Checks, Feed, Schedule, Service, Turns
-from distill.sharing import as_single_ranks, gradient_bytes
 
 IMPATIENCE_S = 0.005  # how often rank 0 looks again while it waits for a slot, as in a run
 SAMPLE_STEPS = 200  # longer plans are simulated for this many steps and continued at the pace of their second half

@@ -30,9 +30,9 @@ from distill.host import host_identity
 from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.plan import Costs, Plan, Span, boundaries_of
+from distill.planning.strategies import plan_cached
 from distill.protocol import Checks
-from distill.recording import Contents, Recorded, record
-from distill.strategies import plan_cached
+from distill.streams.recording import Contents, Recorded, record
 
 
 def is_cached(config: JobConfig) -> bool:

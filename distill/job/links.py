@@ -10,12 +10,12 @@ import torch
 
 from distill.choices import Cost
 from distill.control import ranks_of
+from distill.edges.probe import Arrivals, copy_price, probe_from, probe_to
+from distill.edges.wire import Wire
 from distill.host import host_identity
 from distill.job.context import Context
 from distill.network import Link, Network
-from distill.probe import Arrivals, copy_price, probe_from, probe_to
 from distill.transport import Edge, wire_backend
-from distill.wire import Wire
 
 MOST_HOSTS = 8  # whose links to rank 0's host are probed; each takes about a second
 

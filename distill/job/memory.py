@@ -18,7 +18,7 @@ from distill.job.context import Context
 from distill.memory import Memory
 from distill.peak_memory import used_memory
 from distill.plan import Costs, Plan, Span, memory_of
-from distill.strategies import DoesNotFitError, rank_plans
+from distill.planning.strategies import DoesNotFitError, rank_plans
 
 # Copies of a student's weights: the weights, their gradients, the last finite state, and what the optimizer keeps, also
 # in that state.

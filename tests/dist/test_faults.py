@@ -16,11 +16,11 @@ from torch.multiprocessing import ProcessContext, ProcessExitedException, Proces
 from distill.blocks import Boundary
 from distill.control import LeaderFailedError, PeerLostError
 from distill.protocol import Address
-from distill.receiver import BoundaryReceiver
-from distill.sender import BoundarySender
+from distill.edges.receiver import BoundaryReceiver
+from distill.edges.sender import BoundarySender
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
-from distill.wire import Wire
+from distill.edges.wire import Wire
 from tests.dist.ranks import Toy, connect, run_ranks, run_toy, toy_rank
 
 

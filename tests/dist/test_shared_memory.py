@@ -15,12 +15,12 @@ import torch
 
 from distill.blocks import Boundary
 from distill.protocol import Address
-from distill.receiver import BoundaryReceiver
-from distill.sender import BoundarySender
-from distill.shared_ring import SharedRing
+from distill.edges.receiver import BoundaryReceiver
+from distill.edges.sender import BoundarySender
+from distill.edges.shared_ring import SharedRing
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
-from distill.wire import Wire
+from distill.edges.wire import Wire
 from tests.dist.ranks import Toy, connect, run_ranks, run_toy
 
 ROWS, SHAPE = 6, (6, 5, 4, 4)

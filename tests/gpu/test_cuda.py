@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from distill.blocks import Boundary
+from distill.edges.receiver import BoundaryReceiver
+from distill.edges.sender import BoundarySender
+from distill.edges.wire import Wire
 from distill.protocol import Address
-from distill.receiver import BoundaryReceiver
-from distill.sender import BoundarySender
 from distill.trace import Trace
 from distill.transport import Edge
-from distill.wire import Wire
 from tests.dist.ranks import connect, run_ranks
 from tests.e2e.command import distill, metrics
 

@@ -18,8 +18,8 @@ from distill.cache import Cache, Layout, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
 from distill.errors import ConfigError
 from distill.plan import Costs, Span
-from distill.problems import cached_problem
-from distill.strategies import plan_cached
+from distill.planning.problems import cached_problem
+from distill.planning.strategies import plan_cached
 from tests.unit.test_strategies import Instance, brute_force, instances
 
 CPU = torch.device("cpu")

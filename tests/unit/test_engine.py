@@ -11,10 +11,10 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from distill.checkpoint import Checkpoint, CheckpointFolder, block_name
+from distill.edges.receiver import Delivery
 from distill.engine import distill
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
-from distill.receiver import Delivery
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions

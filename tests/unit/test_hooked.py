@@ -10,8 +10,8 @@ from distill.chain import Chain, Granularity, HookedChain, TracedChain, cut
 from distill.cost import count_flops, flop_costs, measured_costs
 from distill.errors import ConfigError
 from distill.plan import Costs, Span, boundaries_of
+from distill.planning.strategies import plan_broadcast
 from distill.recipes import SeparableX2, replace_convolutions
-from distill.strategies import plan_broadcast
 from distill.teachers import build_architecture
 from distill.trainer import BlockTrainer, TrainerOptions
 

@@ -17,7 +17,7 @@ from distill.job.memory import memory_limit
 from distill.memory import Memory
 from distill.peak_memory import PeakMemory, used_memory
 from distill.plan import Costs, Plan, Span, memory_of
-from distill.strategies import PLANNERS, DoesNotFitError, rank_plans
+from distill.planning.strategies import PLANNERS, DoesNotFitError, rank_plans
 
 MEMORY = Memory(
     resident=1000, student=(10, 20, 30), step=(5, 7, 6), boundary=(100, 10, 1, 2), window=4

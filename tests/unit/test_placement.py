@@ -15,8 +15,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
-from distill.problems import broadcast_problem, layerwise_problem
-from distill.strategies import plan_broadcast, plan_layerwise, plan_replicate
+from distill.planning.problems import broadcast_problem, layerwise_problem
+from distill.planning.strategies import plan_broadcast, plan_layerwise, plan_replicate
 
 LAYER_TIMES = Path(__file__).parents[3] / "shared" / "data" / "vgg_layer_seconds.csv"
 MANY = 1 + 1.5e-4  # what rounding may add to the tolerance within which a placement counts as optimal

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
-from distill.problems import broadcast_problem
-from distill.strategies import plan_broadcast
+from distill.planning.problems import broadcast_problem
+from distill.planning.strategies import plan_broadcast
 
 
 def priced(sender_s_per_byte: float) -> Network:

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from distill.errors import DistillError
 from distill.plan import Costs, Span
+from distill.planning.strategies import plan_broadcast
 from distill.report import plan_table, result_table, write_report
 from distill.report.headline import go_on_command
 from distill.report.run import Run
-from distill.strategies import plan_broadcast
 from tests.run_directories import EVIL, block, energy, huge, metrics, network, planned, run_directory, traced
 
 

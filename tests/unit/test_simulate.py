@@ -15,9 +15,9 @@ from distill.devices import DESCRIBED, Device, load_device
 from distill.forecast import ENOUGH, main, measured, planned
 from distill.network import Link, Network
 from distill.plan import Costs, Span
-from distill.relay_plans import plan_groups, plan_relay
+from distill.planning.relay_plans import plan_groups, plan_relay
+from distill.planning.strategies import PLANNERS, plan_broadcast
 from distill.simulate import SAMPLE_STEPS, simulate
-from distill.strategies import PLANNERS, plan_broadcast
 
 COSTS = Costs((1.0, 2.0, 1.0, 3.0), (3.0, 5.0, 4.0, 2.0), (100, 200, 300, 400, 500))
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.network import Link, Network
-from distill.placement import Problem
 from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
-from distill.problems import layerwise_problem, replicate_problem
-from distill.relay_plans import plan_relay
-from distill.strategies import (
+from distill.planning.placement import Problem
+from distill.planning.problems import layerwise_problem, replicate_problem
+from distill.planning.relay_plans import plan_relay
+from distill.planning.strategies import (
     PLANNERS,
     plan_broadcast,
     plan_layerwise,

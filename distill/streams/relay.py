@@ -15,11 +15,11 @@ from torch import Tensor
 
 from distill.blocks import Chain
 from distill.data import Dataset
+from distill.edges.receiver import BoundaryReceiver, Delivery
+from distill.edges.sender import BoundarySender
 from distill.errors import DistillError
 from distill.protocol import Address, Feed
-from distill.receiver import BoundaryReceiver, Delivery
-from distill.sender import BoundarySender
-from distill.stream import WAKE_S, TrainingBatches
+from distill.streams.stream import WAKE_S, TrainingBatches
 from distill.trace import Trace
 
 Origin = Callable[[], "tuple[Address, Tensor] | None"]  # the next batch of the stretch's first boundary

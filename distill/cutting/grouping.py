@@ -10,8 +10,8 @@ from itertools import groupby
 
 from torch import fx, nn
 
+from distill.cutting.tracing import CONTAINERS, Segment, Trace, module_stack
 from distill.errors import ConfigError
-from distill.tracing import CONTAINERS, Segment, Trace, module_stack
 
 Piece = list[Segment]  # neighbouring segments that stay together
 

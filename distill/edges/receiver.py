@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from distill.blocks import Boundary
+from distill.edges.shared_ring import offer_ring
+from distill.edges.wire import HEADER_FIELDS, Wire, boundary_over, empty_boundary, filled
 from distill.network import RING_SLOTS
 from distill.protocol import Address
-from distill.shared_ring import offer_ring
 from distill.trace import Trace
 from distill.transport import Edge, PairGroup, Store, TransportError, receive_tensor
-from distill.wire import HEADER_FIELDS, Wire, boundary_over, empty_boundary, filled
 
 
 @dataclass

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from distill.edges.receiver import BoundaryReceiver, Delivery
 from distill.errors import DistillError
 from distill.protocol import Feed, Service, Turns
-from distill.receiver import BoundaryReceiver, Delivery
-from distill.stream import TeacherStream
+from distill.streams.stream import TeacherStream
 from distill.trace import Trace
 
 

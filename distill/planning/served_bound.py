@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.packing import Packing
+from distill.planning.packing import Packing
 
 NODES = 200  # of the programme's branch and bound: not a time limit, so that the same problem gives the same plan
 

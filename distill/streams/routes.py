@@ -15,21 +15,21 @@ from distill.blocks import Chain
 from distill.completion import Announcement, Announcements
 from distill.control import Control
 from distill.data import Dataset
+from distill.edges.receiver import BoundaryReceiver
+from distill.edges.sender import BoundarySender
+from distill.edges.wire import Wire
 from distill.handover import HandOver
 from distill.network import RING_SLOTS
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
-from distill.receiver import BoundaryReceiver
-from distill.recording import CachedStream, Recorded
-from distill.relay import Next, OwnBatches, Part, PassedOn, RelayStream
-from distill.rows import overlaps, rows_of
-from distill.sender import BoundarySender
-from distill.stream import RemoteStream, Stream, TeacherStream
+from distill.streams.recording import CachedStream, Recorded
+from distill.streams.relay import Next, OwnBatches, Part, PassedOn, RelayStream
+from distill.streams.rows import overlaps, rows_of
+from distill.streams.stream import RemoteStream, Stream, TeacherStream
+from distill.streams.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.transport import Averager, Edge
-from distill.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
-from distill.wire import Wire
 
 
 class News:

@@ -18,8 +18,8 @@ from distill.cache import Cache, Layout, Rows, map_file
 from distill.cache_places import Place
 from distill.control import Control
 from distill.data import Dataset
+from distill.edges.receiver import Delivery
 from distill.protocol import Address, Feed
-from distill.receiver import Delivery
 from distill.trace import Trace
 
 

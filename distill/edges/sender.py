@@ -10,12 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from distill.edges.shared_ring import SharedRing, accept_ring
+from distill.edges.wire import HEADER_FIELDS, Wire, filled
 from distill.network import RING_SLOTS
 from distill.protocol import Address
-from distill.shared_ring import SharedRing, accept_ring
 from distill.trace import Trace
 from distill.transport import Edge, PairGroup, Store, TransportError, send_tensor
-from distill.wire import HEADER_FIELDS, Wire, filled
 
 _Outgoing: TypeAlias = tuple[Address, dict[int, Tensor], "torch.cuda.Event | None"]  # the event: tensors are computed
 

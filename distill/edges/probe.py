@@ -5,21 +5,24 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import cycle, islice, pairwise
 
 import torch
 
 from distill.blocks import Boundary
+from distill.edges.receiver import BoundaryReceiver
+from distill.edges.sender import BoundarySender
+from distill.edges.wire import Wire
 from distill.protocol import Address
-from distill.receiver import BoundaryReceiver
-from distill.sender import BoundarySender
 from distill.trace import Trace
 from distill.transport import Edge, Store
-from distill.wire import Wire
 
 ROW_BYTES = 64 * 1024
 ROWS = (1, 4, 16, 64, 128)  # of the batches that measure bandwidth: larger and larger ones up to 8 MiB, as time allows
-REPEATS = 4
+REPEATS = 6
+PAYLOADS = 8  # of the largest size, sent in turn: together more than a cache holds, as activations are
 NUM_SMALL = 20  # batches of four bytes, which measure latency
 PROBE_S = 0.3  # no further batches are sent after this long
 WINDOW = 2
@@ -32,8 +35,8 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Arrivals:
-    """What the receiver sees: bytes per second of the largest batches at their best, as a busy moment is not the link's
-    fault, and the seconds that a batch of hardly any bytes usually takes."""
+    """What the receiver sees: bytes per second of REPEATS of the largest batches at their best, as a busy moment is not
+    the link's fault, and the seconds that a batch of hardly any bytes usually takes."""
 
     bytes_per_s: float
     latency_s: float
@@ -48,9 +51,9 @@ class _Pacer:
             edge, store, wire, num_boundaries=len(FORMS), window=WINDOW, on_free=self._free.release, trace=Trace()
         )
 
-    def send(self, boundary: int, tensor: torch.Tensor, times: int) -> None:
-        """Send a batch so many times; returns when all are taken."""
-        for _ in range(times):
+    def send(self, boundary: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Send a batch of each; returns when all are taken."""
+        for tensor in tensors:
             self._wait(1)
             self._sender.send(Address(self._step), {boundary: tensor})
             self._step += 1
@@ -70,45 +73,44 @@ class _Pacer:
 
 def probe_from(edge: Edge, store: Store, wire: Wire) -> float:
     """Source of the edge: send for about a third of a second; return the CPU seconds that a byte costs this process."""
-    payload = torch.zeros(ROWS[-1], ROW_BYTES // 4, device=wire.device)
+    # written to: memory that was only ever asked for is one page of zeros, read from the nearest cache
+    payloads = cycle([torch.ones(ROWS[-1], ROW_BYTES // 4, device=wire.device) for _ in range(PAYLOADS)])
     pacer = _Pacer(edge, store, wire)
-    pacer.send(SMALL, torch.zeros(1, 1, device=wire.device), NUM_SMALL)
+    pacer.send(SMALL, [torch.zeros(1, 1, device=wire.device)] * NUM_SMALL)
     started, sizes = time.perf_counter(), iter(ROWS)
     prices: dict[int, list[float]] = {}
     rows = 0
     while not prices or time.perf_counter() - started < PROBE_S:
         rows = next(sizes, rows)
         before = time.process_time()
-        pacer.send(LARGE, payload[:rows], REPEATS)
+        pacer.send(LARGE, [payload[:rows] for payload in islice(payloads, REPEATS)])
         prices.setdefault(rows, []).append((time.process_time() - before) / (REPEATS * rows * ROW_BYTES))
     pacer.close()
-    return min(prices[rows])
+    return statistics.median(prices[rows])
 
 
 def probe_to(edge: Edge, store: Store, wire: Wire) -> Arrivals:
     """Target of the edge: receive what probe_from() sends, and time it."""
     receiver = BoundaryReceiver(edge, store, wire, boundaries=FORMS, num_boundaries=len(FORMS), trace=Trace())
-    intervals: dict[int, list[float]] = {}
-    last = time.perf_counter()
+    arrivals: dict[int, list[float]] = {}  # by size, each REPEATS times without a pause
     while (delivery := receiver.next()) is not None:
-        now = time.perf_counter()
         size = sum(tensor.nbytes for tensor in delivery.boundaries.values())
-        intervals.setdefault(size, []).append(now - last)
-        last = now
-    largest = max(intervals)
+        arrivals.setdefault(size, []).append(time.perf_counter())
+    largest, small = max(arrivals), arrivals[min(arrivals)]
+    runs = zip(arrivals[largest][::REPEATS], arrivals[largest][REPEATS - 1 :: REPEATS], strict=True)
     return Arrivals(
-        bytes_per_s=largest / min(intervals[largest][1:]),  # before the first of a size comes a pause
-        latency_s=statistics.median(intervals[min(intervals)][1:]),
+        bytes_per_s=(REPEATS - 1) * largest / min(last - first for first, last in runs),
+        latency_s=statistics.median(after - before for before, after in pairwise(small)),
     )
 
 
 def copy_price() -> float:
     """Return the seconds in which this rank copies a byte to other memory: what sending costs within a host."""
-    source = torch.ones(ROWS[-1] * ROW_BYTES, dtype=torch.uint8).numpy()
-    target = source.copy()
+    sources = [torch.ones(ROWS[-1] * ROW_BYTES, dtype=torch.uint8).numpy() for _ in range(PAYLOADS)]
+    target = sources[0].copy()
     times = []
-    for _ in range(REPEATS + 1):
+    for source in sources:
         before = time.perf_counter()
         target[:] = source
         times.append(time.perf_counter() - before)
-    return statistics.median(times) / source.nbytes
+    return statistics.median(times) / target.nbytes

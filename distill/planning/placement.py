@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.lower_bound import LowerBound
-from distill.packing import Packing
 from distill.plan import Span
-from distill.rebalance import improve
-from distill.served_bound import served_bound
+from distill.planning.lower_bound import LowerBound
+from distill.planning.packing import Packing
+from distill.planning.rebalance import improve
+from distill.planning.served_bound import served_bound
 
 TOLERANCE = 1e-4  # a makespan this near to a bound, relatively, counts as optimal; costs are never known better
 SEARCHED_BLOCKS = 9  # up to this many all placements are searched,

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.packing import Floats, Packing
+from distill.planning.packing import Floats, Packing
 
 FREE = 11  # blocks of two ranks that are divided anew at a time: 2048 ways
 EFFORT = 3e7  # numbers looked at, about 0.1 s; not a time limit, so that the same problem gives the same plan

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.packing import Floats, Packing
+from distill.planning.packing import Floats, Packing
 
 SEARCH_CELLS = 2**13  # cells of a knapsack while worths are looked for, about half a millisecond for 64 blocks
 PROOF_CELLS = 2**16  # and where they are to prove something: rounding weakens the bound by cells times blocks of a rank

@@ -20,9 +20,9 @@ from distill.assignments import Assignments, announced
 from distill.blocks import Chain
 from distill.control import Control
 from distill.data import Dataset
+from distill.edges.receiver import BoundaryReceiver, Delivery
 from distill.errors import DistillError
 from distill.protocol import Schedule, Service
-from distill.receiver import BoundaryReceiver, Delivery
 from distill.takeover import Move
 from distill.trace import Trace
 

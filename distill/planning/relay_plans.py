@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill.plan import Costs, Plan, Span
-from distill.ranges import RangeCosts, best_ranges
-from distill.sharing import price_of_student, price_of_teacher
-from distill.traffic import over_links
+from distill.planning.ranges import RangeCosts, best_ranges
+from distill.planning.sharing import price_of_student, price_of_teacher
+from distill.planning.traffic import over_links
 
 
 def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:

@@ -10,9 +10,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from distill.packing import Floats, Packing
-from distill.placement import Problem, Share
 from distill.plan import Costs, Span, boundaries_of, teacher_seconds
+from distill.planning.packing import Floats, Packing
+from distill.planning.placement import Problem, Share
 
 
 def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 
-from distill.placement import Placement, Problem, largest_first, place
 from distill.plan import Costs, Plan, Span, memory_of
-from distill.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
-from distill.relay_plans import plan_groups, plan_relay
-from distill.traffic import busiest_line_s, over_links
+from distill.planning.placement import Placement, Problem, largest_first, place
+from distill.planning.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
+from distill.planning.relay_plans import plan_groups, plan_relay
+from distill.planning.traffic import busiest_line_s, over_links
 
 
 class DoesNotFitError(Exception):

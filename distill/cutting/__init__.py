@@ -1,0 +1,1 @@
+"""Cutting a network into blocks: tracing it, finding its cut points, grouping what lies between them."""

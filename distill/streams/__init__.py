@@ -1,0 +1,1 @@
+"""Streams: the batches that one rank trains on, wherever they are computed."""
