@@ -24,17 +24,18 @@ from distill.cache_places import File, Memory
 from distill.chain import Granularity, cut
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.control import Control, StoreAddress
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Augment, Dataset
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks
-from distill.recording import Contents, Recorded, record
+from distill.streams.recording import Contents, Recorded, record
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from tests.opened import opened
 
 TIMEOUT_S = 30.0
 CHANNELS = (3, 8, 8, 12, 8)  # four convolution blocks, each with a batch norm and a ReLU
@@ -142,18 +143,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
     """One rank of a toy stage; rank 0 writes report.json, every rank logs its readings' count."""
     control = connect(rank, world_size, environment, generation=toy.generation)
     run_dir = Path(toy.run_dir)
-    with open_dataset(
-        name="digits",
-        root=None,
-        image_size=8,
-        augment=Augment.crop,
-        batch_size=16,
-        seed=0,
-        validation_fraction=0.1,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        device=torch.device("cpu"),
-    ) as fresh:
+    with opened(image_size=8, augment=Augment.crop, batch_size=16) as fresh:
         dataset = fresh.with_views(toy.views)
         chain = toy_chain(dataset.train_batch(0).images)
         if toy.teacher_amp == "bf16":

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.probe import ROW_BYTES, ROWS, probe_from, probe_to
-from distill.shared_ring import SharedRing
+from distill.edges.probe import ROW_BYTES, ROWS, probe_from, probe_to
+from distill.edges.shared_ring import SharedRing
 from distill.transport import Edge
-from distill.wire import Wire
+from distill.edges.wire import Wire
 from tests.dist.ranks import connect, run_ranks
 
 DELAY_S = 0.05
@@ -27,17 +27,22 @@ def probe(rank: int, world_size: int, environment: Mapping[str, str], out: str, 
     if slow:
         fill = SharedRing.fill
         SharedRing.fill = lambda *arguments: (time.sleep(DELAY_S), fill(*arguments))  # type: ignore[assignment]
-    if rank == 0:
-        assert 0 < probe_from(edge, store, wire) < 1e-6
-    else:
-        Path(out).write_text(json.dumps(asdict(probe_to(edge, store, wire))))
+    found = {"price": probe_from(edge, store, wire)} if rank == 0 else asdict(probe_to(edge, store, wire))
+    Path(f"{out}{rank}").write_text(json.dumps(found))
+
+
+def found_by(out: Path) -> dict[str, float]:
+    """What both ends have found."""
+    return {key: value for rank in range(2) for key, value in json.loads(Path(f"{out}{rank}").read_text()).items()}
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_link_has_a_bandwidth_and_a_latency(tmp_path: Path, shared_memory: bool) -> None:
     out = tmp_path / "found.json"
     run_ranks(probe, 2, str(out), shared_memory, False)
-    found = json.loads(out.read_text())
+    found = found_by(out)
+    assert 0 < found["price"] < 1e-6
+    assert found["bytes_per_s"] < 3 / found["price"], "faster than its sender can copy"
     assert 0 < found["latency_s"] < ROW_BYTES * ROWS[-1] / found["bytes_per_s"] + 1.0
     assert found["bytes_per_s"] > 1e7
 
@@ -45,6 +50,6 @@ def test_a_link_has_a_bandwidth_and_a_latency(tmp_path: Path, shared_memory: boo
 def test_a_slow_link_is_seen_with_batches_that_are_not_too_large_for_it(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     run_ranks(probe, 2, str(out), True, True)
-    found = json.loads(out.read_text())
+    found = found_by(out)
     assert found["latency_s"] > 0.9 * DELAY_S
     assert found["bytes_per_s"] < 1.2 * ROW_BYTES * ROWS[1] / DELAY_S

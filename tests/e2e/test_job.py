@@ -7,10 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 import distill as package
-from distill.data import Augment, open_dataset
 from distill.energy import describe, summarize
 from distill.evaluate import count_hits
 from tests.e2e.command import (
@@ -23,6 +20,7 @@ from tests.e2e.command import (
     metrics,
     torchrun,
 )
+from tests.opened import opened
 
 FILES = (
     "resolved.yaml",
@@ -93,18 +91,7 @@ def test_metrics_have_the_names_that_others_rely_on(finished: tuple[Path, str]) 
 def test_the_student_loads_in_two_lines_and_scores_as_reported(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
     student = package.load_student(run_dir / "student.safetensors")
-    with open_dataset(
-        name="digits",
-        root=None,
-        image_size=8,
-        augment=Augment.crop,
-        batch_size=64,
-        seed=0,
-        validation_fraction=0.1,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        device=torch.device("cpu"),
-    ) as dataset:
+    with opened(image_size=8, mean=[0.5] * 3, std=[0.5] * 3) as dataset:
         hits = count_hits(student, dataset.test_batches(100))
     assert hits.images == dataset.num_test
     assert abs(hits.percent()["top1"] - metrics(run_dir)["student"]["top1"]) < 100 / hits.images

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Augment, Dataset
 from distill.evaluate import count_hits
 from distill.teachers import build_architecture, load_weights
 from tests.e2e.command import bits, distill, metrics
+from tests.opened import opened
 
 DATA = Path(__file__).resolve().parents[2] / ".data"
 CIFAR10, TEACHERS = DATA / "cifar10", DATA / "teachers"
@@ -27,17 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cifar10() -> Iterator[Dataset]:
-    with open_dataset(
-        name="hf",
-        root=str(CIFAR10),
-        image_size=32,
-        augment=Augment.none,
-        batch_size=128,
-        seed=0,
-        validation_fraction=0.02,
-        device=torch.device("cpu"),
-        **IMAGENET,
-    ) as dataset:
+    with opened("hf", CIFAR10, image_size=32, augment=Augment.none, batch_size=128, **IMAGENET) as dataset:
         yield dataset
 
 

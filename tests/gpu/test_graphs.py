@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.chain import Chain, Granularity, cut
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Dataset
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import Lane, cuda_capture, lanes
 from distill.precision import Bf16Chain
 from distill.teachers import build_architecture
 from distill.trainer import BlockTrainer, TrainerOptions
+from tests.opened import opened
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,10 +102,7 @@ def test_a_captured_teacher_gives_what_a_plain_one_gives(amp: str) -> None:
 
 def test_the_resident_set_on_the_device_gives_the_batches_of_one_on_the_host() -> None:
     def dataset(device: str) -> Dataset:
-        return open_dataset(
-            name="digits", root=None, image_size=32, augment=Augment.crop_flip, batch_size=64, seed=3,
-            validation_fraction=0.1, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device(device),
-        )  # fmt: skip
+        return opened(image_size=32, batch_size=64, device=torch.device(device))
 
     with dataset("cpu") as here, dataset("cuda") as there:
         for one, other in zip(here.train_batches(0, 5), there.train_batches(0, 5), strict=True):

@@ -6,30 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from distill.data import Augment, Batch, Dataset, open_dataset
+from distill.data import Augment, Batch, Dataset
 from distill.errors import ConfigError
-
-
-def open_digits(**changes: Any) -> Dataset:
-    settings: dict[str, Any] = {
-        "name": "digits",
-        "root": None,
-        "image_size": 16,
-        "augment": Augment.crop_flip,
-        "batch_size": 32,
-        "seed": 5,
-        "validation_fraction": 0.1,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
-        "device": torch.device("cpu"),
-        "num_workers": 0,
-    }
-    return open_dataset(**(settings | changes))
+from tests.opened import opened
 
 
 @pytest.fixture(scope="module")
 def digits() -> Iterator[Dataset]:
-    with open_digits() as dataset:
+    with opened() as dataset:
         yield dataset
 
 
@@ -50,7 +34,7 @@ def test_counts_and_shapes(digits: Dataset) -> None:
 
 def test_a_batch_does_not_depend_on_order_of_access_or_on_the_object(digits: Dataset) -> None:
     forwards = {step: digits.train_batch(step) for step in (0, 1, 39, 40, 100)}
-    other = open_digits()
+    other = opened()
     assert all(same(other.train_batch(step), forwards[step]) for step in (100, 0, 40, 1, 39))
     torch.manual_seed(99)  # the global generator has no part in it
     assert same(digits.train_batch(1), forwards[1])
@@ -71,7 +55,7 @@ def test_iteration_equals_random_access(digits: Dataset) -> None:
 
 @pytest.mark.parametrize("memory_limit_gib", [4.0, 0.0], ids=["memory", "stream"])
 def test_parts_are_rows_of_the_whole_batch(memory_limit_gib: float) -> None:
-    dataset = open_digits(memory_limit_gib=memory_limit_gib)
+    dataset = opened(memory_limit_gib=memory_limit_gib)
     whole = dataset.train_batch(41)
     for part in range(3):
         batch = dataset.train_batch(41, part, 3)
@@ -80,19 +64,19 @@ def test_parts_are_rows_of_the_whole_batch(memory_limit_gib: float) -> None:
 
 
 def test_streamed_padded_crops_are_the_bits_of_memory(digits: Dataset) -> None:
-    assert same(open_digits(memory_limit_gib=0.0).train_batch(7), digits.train_batch(7))
+    assert same(opened(memory_limit_gib=0.0).train_batch(7), digits.train_batch(7))
 
 
 def test_seeds_give_other_orders_other_augmentation_and_other_validation() -> None:
-    ours, theirs = open_digits(augment=Augment.none), open_digits(augment=Augment.none, seed=6)
+    ours, theirs = opened(augment=Augment.none), opened(augment=Augment.none, seed=6)
     assert not same(ours.train_batch(0), theirs.train_batch(0))
     assert not same(ours.validation_batch(0), theirs.validation_batch(0))
     assert same(next(ours.test_batches(400)), next(theirs.test_batches(400)))
 
 
 def test_one_image_is_augmented_differently_in_each_epoch() -> None:
-    dataset = open_digits(batch_size=1294)
-    plain = open_digits(batch_size=1294, augment=Augment.none)
+    dataset = opened(batch_size=1294)
+    plain = opened(batch_size=1294, augment=Augment.none)
     first, second = (dataset.train_batch(step).images - plain.train_batch(step).images for step in (0, 1))
     changed = (first != 0).flatten(1).any(1).float().mean(), (second != 0).flatten(1).any(1).float().mean()
     assert min(changed) > 0.9  # one in 50 draws (25 offsets, 2 flips) leaves an image as it is
@@ -100,7 +84,7 @@ def test_one_image_is_augmented_differently_in_each_epoch() -> None:
 
 
 def test_validation_is_held_out_of_training_and_never_augmented(digits: Dataset) -> None:
-    plain = open_digits(augment=Augment.none, batch_size=1294)
+    plain = opened(augment=Augment.none, batch_size=1294)
     trained = {image.numpy().tobytes() for image in plain.train_batch(0).images}
     validation = torch.cat([batch.images for batch in digits.validation_batches(50)])
     assert validation.shape[0] == 144
@@ -116,7 +100,7 @@ def test_validation_batch_index_wraps_around(digits: Dataset) -> None:
 
 
 def test_few_validation_images_make_one_smaller_batch() -> None:
-    dataset = open_digits(validation_fraction=0.0)
+    dataset = opened(validation_fraction=0.0)
     assert (dataset.num_validation, dataset.num_validation_batches) == (1, 1)
     assert dataset.validation_batch(3).labels.shape == (1,)
 
@@ -151,5 +135,5 @@ def test_digits_are_scaled_to_the_full_range_in_three_equal_channels(digits: Dat
 )
 def test_a_setting_that_cannot_be_honoured_is_named(setting: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_digits(**changes)
+        opened(**changes)
     assert caught.value.setting == setting

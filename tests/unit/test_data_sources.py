@@ -16,26 +16,16 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from distill.data import Augment, Dataset, cifar, open_dataset
+from distill.data import Augment, Dataset, cifar
 from distill.errors import ConfigError
+from tests.opened import AS_THEY_ARE, opened
 
 CLASSES = ["airplane", "bird"]
 
 
 def open_data(name: str, root: Path | str | None, **changes: Any) -> Dataset:
-    settings: dict[str, Any] = {
-        "image_size": 8,
-        "augment": Augment.none,
-        "batch_size": 4,
-        "seed": 0,
-        "validation_fraction": 0.1,
-        "mean": [0.0, 0.0, 0.0],
-        "std": [1.0, 1.0, 1.0],
-        "device": torch.device("cpu"),
-        "num_workers": 0,
-        "download": False,
-    }
-    return open_dataset(name=name, root=None if root is None else str(root), **(settings | changes))
+    settings: dict[str, Any] = {"image_size": 8, "augment": Augment.none, "batch_size": 4, **AS_THEY_ARE}
+    return opened(name, root, **(settings | changes))
 
 
 def refused(setting: str, message: str, name: str, root: Path | str | None, **changes: Any) -> None:

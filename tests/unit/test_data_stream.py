@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from distill.data import Augment, Batch, Dataset, open_dataset
+from distill.data import Augment, Batch, Dataset
 from distill.data.decoding import UnreadableImageError, decode
 from distill.errors import ConfigError
+from tests.opened import AS_THEY_ARE, opened
 
 BAD = ("train/cat/03.png", "train/dog/05.png")
 
@@ -38,19 +39,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_images(root: Path, **changes: Any) -> Dataset:
     settings: dict[str, Any] = {
-        "name": "imagefolder",
-        "root": str(root),
-        "image_size": 16,
         "augment": Augment.resized_crop_flip,
         "batch_size": 6,
-        "seed": 1,
         "validation_fraction": 0.2,
-        "mean": [0.0, 0.0, 0.0],
-        "std": [1.0, 1.0, 1.0],
-        "device": torch.device("cpu"),
-        "num_workers": 0,
+        **AS_THEY_ARE,
     }
-    return open_dataset(**(settings | changes))
+    return opened("imagefolder", root, **(settings | changes))
 
 
 def same(left: Batch, right: Batch) -> bool:

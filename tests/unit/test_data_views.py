@@ -1,32 +1,15 @@
 """Fixed views: every image augmented in the same few ways, whatever batch it is in."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Augment, Dataset
 from distill.data.augment import ATTEMPTS, padding
 from distill.data.views import draw_view
-
-
-def opened(name: str = "digits", **changes: Any) -> Dataset:
-    settings: dict[str, Any] = {
-        "name": name,
-        "root": None,
-        "image_size": 16,
-        "augment": Augment.crop_flip,
-        "batch_size": 48,
-        "seed": 5,
-        "validation_fraction": 0.1,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
-        "device": torch.device("cpu"),
-        "num_workers": 0,
-    }
-    return open_dataset(**(settings | changes))
+from tests.opened import opened
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +39,7 @@ def in_order(dataset: Dataset) -> torch.Tensor:
 
 @pytest.mark.parametrize("augment", [Augment.crop, Augment.crop_flip, Augment.resized_crop_flip])
 def test_training_batches_are_gathers_from_the_fixed_views(augment: Augment) -> None:
-    with opened(augment=augment) as fresh:
+    with opened(augment=augment, batch_size=48) as fresh:
         dataset = fresh.with_views(2)
         assert dataset.num_fixed_batches == 2 * 27
         assert dataset.num_train % dataset.batch_size, "the last batch of a view is a smaller one"
@@ -69,9 +52,7 @@ def test_training_batches_are_gathers_from_the_fixed_views(augment: Augment) -> 
 
 
 def test_views_of_a_set_that_is_streamed_are_fixed_too(folder: Path) -> None:
-    with opened(
-        "imagefolder", root=str(folder), test_split="train", batch_size=8, augment=Augment.resized_crop_flip
-    ) as fresh:
+    with opened("imagefolder", folder, test_split="train", batch_size=8, augment=Augment.resized_crop_flip) as fresh:
         dataset = fresh.with_views(3)
         images = in_order(dataset)
         for step in range(0, 4 * dataset.steps_per_epoch, 2):
