@@ -14,10 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import block_bits, read, run, summary, write
-
-from distill.teachers import build_architecture
+from measure import block_bits, random_weights, read, run, summary, write
 
 STAGE = Path("stages") / "distill.json"
 NAME = "cifar_resnet20"
@@ -57,14 +54,9 @@ def main() -> None:
 
 
 def _job(args: argparse.Namespace) -> tuple[str, ...]:
-    weights = args.scratch.absolute() / f"{NAME}.pt"
-    if not weights.exists():
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        torch.save(build_architecture(source="cifar", name=NAME, num_classes=10).state_dict(), weights)
     return (
         f"teacher={NAME}",
-        f"teacher.weights={weights}",
+        f"teacher.weights={random_weights(NAME, args.scratch)}",
         "data=hf",
         f"data.root={args.data.absolute()}",
         "data.batch_size=128",

@@ -20,10 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import read, run, summary, write
-
-from distill.teachers import build_architecture
+from measure import random_weights, read, run, summary, write
 
 NETWORKS = {"cifar_resnet20": 9, "cifar_resnet32": 15, "cifar_resnet56": 27}  # name: blocks with a student
 BATCH_SIZES = (32, 64, 128)
@@ -58,7 +55,7 @@ def _measure(setup: tuple[str, int, int], args: argparse.Namespace, folder: Path
     began = time.time()
     run(
         f"teacher={name}",
-        f"teacher.weights={_weights(name, args.scratch.absolute())}",
+        f"teacher.weights={random_weights(name, args.scratch)}",
         "data.image_size=32",
         f"data.batch_size={batch_size}",
         f"distill.steps={args.steps}",
@@ -86,15 +83,6 @@ def _times(trace: dict[str, Any], began: float) -> dict[str, float]:
         "steps_s": (last - first) / 1e6,
         "collection_s": (stage["ts"] + stage["dur"] - last) / 1e6,
     }
-
-
-def _weights(name: str, scratch: Path) -> Path:
-    path = scratch / f"{name}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        torch.save(build_architecture(source="cifar", name=name, num_classes=10).state_dict(), path)
-    return path
 
 
 def _row(setup: tuple[str, int, int], found: list[dict[str, float]], steps: int) -> dict[str, Any]:

@@ -9,23 +9,31 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from distill.teachers import build_architecture
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def start(*overrides: str, run_dir: Path) -> subprocess.Popen[bytes]:
-    """Start `python -m distill` with these overrides; its output goes to run_dir.log."""
+def start(
+    *overrides: str, run_dir: Path, on: Callable[[list[str]], list[str]] = list, **environment: str
+) -> subprocess.Popen[bytes]:
+    """Start `python -m distill` with these overrides; its output goes to run_dir.log. `on` turns a command into the one
+    that runs it elsewhere."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "distill", *overrides, f"run.dir={run_dir}"]
-    with Path(f"{run_dir}.log").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = on([sys.executable, "-m", "distill", *overrides, f"run.dir={run_dir}"])
+    with Path(f"{run_dir}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=inherited | environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
@@ -39,6 +47,25 @@ def run(*overrides: str, run_dir: Path) -> float:
     begin = time.monotonic()
     finish(start(*overrides, run_dir=run_dir), run_dir)
     return time.monotonic() - begin
+
+
+def process_tree(pid: int) -> set[int]:
+    """Return a process and all that it has started, as far as they live (Linux)."""
+    children: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            children.update(map(int, task.read_text().split()))
+    return {pid}.union(*map(process_tree, children))
+
+
+def random_weights(name: str, folder: Path) -> Path:
+    """Return a file with random weights of one of the CIFAR teachers: its steps cost what those of a trained one do."""
+    path = folder.absolute() / f"{name}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        torch.save(build_architecture(source="cifar", name=name, num_classes=10).state_dict(), path)
+    return path
 
 
 def read(path: Path) -> Any:

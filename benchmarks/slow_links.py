@@ -3,31 +3,29 @@
     python benchmarks/slow_links.py SCRATCH --data PARQUET_FILE [--gbit 10 1 0.1] [--rounds 1] [--steps 12]
 
 The hosts are network namespaces on this machine (benchmarks/hosts.py; needs root), the ranks have one thread each and
-run the real command. Strategies without traffic are measured once a round, over the first link. Teachers have random
-weights: a step costs the same.
+run the real command; within a round all strategies take turns on the machine (turns.py). Teachers have random weights:
+a step costs the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hosts import HOSTS, Hosts, joined
-from measure import ROOT, read, summary, write
-
-from distill.teachers import build_architecture
+from measure import random_weights, start, summary, write
+from turns import Start, Turns, take_turns
 
 STRATEGIES = ("auto", "broadcast", "relay", "replicate", "layerwise", "ddp")
-SILENT = ("replicate", "layerwise")
 CHOSEN_FROM = ("broadcast", "relay", "replicate")
-PORT = 29477
+NETWORK = "cifar_resnet20"
+PORTS = range(29400, 29600, 20)
 
 
 def main() -> None:
@@ -51,15 +49,11 @@ def main() -> None:
 
 
 def _job(args: argparse.Namespace) -> list[str]:
-    weights = args.scratch.absolute() / "resnet20.pt"
-    if not weights.exists():
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        torch.save(build_architecture(source="cifar", name="cifar_resnet20", num_classes=10).state_dict(), weights)
     return [
-        "teacher=cifar_resnet20", f"teacher.weights={weights}", "blocks.granularity=residual", "data=hf",
-        f"data.root={args.data.absolute()}", f"data.batch_size={args.batch_size}", f"distill.steps={args.steps}",
-        "stage=distill", "launch.threads_per_rank=1", "launch.nnodes=2", f"launch.rdzv_endpoint=hostA:{PORT}",
+        f"teacher={NETWORK}", f"teacher.weights={random_weights(NETWORK, args.scratch)}",
+        "blocks.granularity=residual", "data=hf", f"data.root={args.data.absolute()}",
+        f"data.batch_size={args.batch_size}", f"distill.steps={args.steps}", "stage=distill",
+        "launch.threads_per_rank=1", "launch.nnodes=2",
     ]  # fmt: skip
 
 
@@ -67,34 +61,29 @@ def _round(hosts: Hosts, job: list[str], args: argparse.Namespace, folder: Path)
     found: dict[tuple[float, str], Any] = {}
     for gbit in args.gbit:
         hosts.limit(gbit)
-        for strategy in args.strategies:
-            if strategy in SILENT and gbit != args.gbit[0]:
-                found[gbit, strategy] = found[args.gbit[0], strategy]
-                continue
-            run_dir = folder / f"{gbit:g}" / strategy
-            _run(hosts, [*job, f"plan.strategy={strategy}"], run_dir)
-            found[gbit, strategy] = read(run_dir / "stages" / "distill.json")
+        contestants = [
+            Turns({name: _on_both(hosts, [*job, f"plan.strategy={name}"], port)}, folder / f"{gbit:g}")
+            for name, port in zip(args.strategies, PORTS, strict=False)
+        ]
+        take_turns(contestants)
+        found |= {(gbit, name): stage for one in contestants for name, stage in one.results().items()}
     return found
 
 
-def _run(hosts: Hosts, job: list[str], run_dir: Path) -> None:
-    """Run the command on both hosts and wait; a failure stops the benchmark with the run's own words."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    started = []
-    for host, address in HOSTS.items():
-        here = str(host == "hostA").lower()
-        options = [f"launch.local_addr={address}", f"launch.rdzv_here={here}", f"run.dir={run_dir}"]
-        command = hosts.on(host, [sys.executable, "-m", "distill", *job, *options])
-        with Path(f"{run_dir}.{host}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment | {"GLOO_SOCKET_IFNAME": "eth0"}, stdout=log, stderr=log
-                )
+def _on_both(hosts: Hosts, job: list[str], port: int) -> Start:
+    """Return what starts the command on both hosts, which meet at this port."""
+
+    def begin(run_dir: Path) -> list[subprocess.Popen[bytes]]:
+        return [
+            start(
+                *job, f"launch.rdzv_endpoint=hostA:{port}", f"launch.local_addr={address}",
+                f"launch.rdzv_here={str(host == 'hostA').lower()}",
+                run_dir=run_dir, on=partial(hosts.on, host), GLOO_SOCKET_IFNAME="eth0",
             )
-    codes = [process.wait() for process in started]
-    if any(codes):
-        raise SystemExit(f"a run failed:\n{Path(f'{run_dir}.hostA.log').read_text()[-3000:]}")
+            for host, address in HOSTS.items()
+        ]  # fmt: skip
+
+    return begin
 
 
 def _result(rounds: list[dict[tuple[float, str], Any]], gbit: float) -> dict[str, Any]:
@@ -108,9 +97,11 @@ def _result(rounds: list[dict[tuple[float, str], Any]], gbit: float) -> dict[str
         }
         for strategy, found in runs.items()
     }
-    rivals = [result[strategy]["seconds"]["median"] for strategy in CHOSEN_FROM if strategy in runs]
-    if "auto" in runs and rivals:
-        result["auto_over_best"] = result["auto"]["seconds"]["median"] / min(rivals)
+    if {"auto", *CHOSEN_FROM} <= runs.keys():
+        best = [min(runs[strategy][n]["seconds"] for strategy in CHOSEN_FROM) for n in range(len(rounds))]
+        result["auto_over_best"] = summary(
+            [run["seconds"] / least for run, least in zip(runs["auto"], best, strict=True)]
+        )
     return result
 
 

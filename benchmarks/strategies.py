@@ -14,11 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import block_bits, summary, write
-from turns import Turns, take_turns
-
-from distill.teachers import build_architecture
+from measure import block_bits, random_weights, summary, write
+from turns import Turns, here, take_turns
 
 NETWORKS = {
     "resnet20": ("teacher=cifar_resnet20", "blocks.granularity=residual"),
@@ -59,14 +56,9 @@ def main() -> None:
 
 def _job(network: str, args: argparse.Namespace) -> tuple[str, ...]:
     name = NETWORKS[network][0].partition("=")[2]
-    weights = args.scratch.absolute() / f"{name}.pt"
-    if not weights.exists():
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        torch.save(build_architecture(source="cifar", name=name, num_classes=10).state_dict(), weights)
     return (
         *NETWORKS[network],
-        f"teacher.weights={weights}",
+        f"teacher.weights={random_weights(name, args.scratch)}",
         "data=hf",
         f"data.root={args.data.absolute()}",
         f"data.batch_size={args.batch_size}",
@@ -79,10 +71,10 @@ def _job(network: str, args: argparse.Namespace) -> tuple[str, ...]:
 def _round(job: tuple[str, ...], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     setups = {name: SETUPS[name] for name in args.setups}
     contestants = [
-        Turns({name: (*job, f"launch.nproc_per_node={ranks}", f"plan.strategy={strategy}")}, folder)
+        Turns({name: here(*job, f"launch.nproc_per_node={ranks}", f"plan.strategy={strategy}")}, folder)
         for name, (ranks, strategy) in setups.items()
     ]
-    contestants.append(Turns(dict.fromkeys(SIDE_BY_SIDE, job), folder))
+    contestants.append(Turns(dict.fromkeys(SIDE_BY_SIDE, here(*job)), folder))
     take_turns(contestants)
     bits = [block_bits(folder / name) for name in (*setups, *SIDE_BY_SIDE) if name != "ddp_2"]
     assert all(found == bits[0] for found in bits), "a strategy changed the students"

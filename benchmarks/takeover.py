@@ -12,10 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import block_bits, read, run, summary, write
-
-from distill.teachers import build_architecture
+from measure import block_bits, random_weights, read, run, summary, write
 
 SETUPS = {"staying": "false", "moving": "true"}
 
@@ -28,10 +25,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--check-every", type=int, default=10)
     args = parser.parse_args()
-    args.scratch.mkdir(parents=True, exist_ok=True)
-    weights = args.scratch.absolute() / "teacher.pt"
-    torch.manual_seed(0)
-    torch.save(build_architecture(source="cifar", name="cifar_resnet20", num_classes=10).state_dict(), weights)
+    weights = random_weights("cifar_resnet20", args.scratch)
     job = (
         f"teacher.weights={weights}", "stage=distill", "distill.stop=plateau", "distill.patience=1",
         f"distill.check_every={args.check_every}", "distill.check_batches=2", f"distill.steps={args.steps}",

@@ -11,13 +11,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from measure import finish, read, start
+from measure import finish, process_tree, read, start
 
 from distill import trace
 
@@ -26,27 +26,29 @@ ROUNDS_OF_SLICES = 15
 SHORTEST_SLICE_S = 0.5
 WORK = ("teacher", "student", "wait")
 
+Start: TypeAlias = Callable[[Path], Sequence[subprocess.Popen[bytes]]]  # run directory -> the commands of that run
+
 
 @dataclass
 class Turns:
     """One or several runs side by side, which train at the same time while everything else is stopped."""
 
-    runs: Mapping[str, Sequence[str]]  # run name -> overrides
-    folder: Path
-    slices: list[tuple[float, float]] = field(default_factory=list)  # begin and end, seconds of the epoch
-    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    runs: Mapping[str, Start]  # by name
+    folder: Path  # with a run directory of every name
+    _slices: list[tuple[float, float]] = field(default_factory=list)  # begin and end, seconds of the epoch
+    _processes: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the runs, and stop them as soon as all have planned."""
         begin = time.time()
-        self._processes = {name: start(*job, run_dir=self.folder / name) for name, job in self.runs.items()}
+        self._processes = [(name, one) for name, begun in self.runs.items() for one in begun(self.folder / name)]
         while not all((self.folder / name / "plan.json").exists() for name in self.runs):
-            if any(process.poll() is not None for process in self._processes.values()):
+            if any(process.poll() is not None for _, process in self._processes):
                 self.finish()
                 raise SystemExit(f"a run in {self.folder} ended without a plan")
             time.sleep(0.002)
         self._signal(signal.SIGSTOP)
-        self.slices.append((begin, time.time()))
+        self._slices.append((begin, time.time()))
 
     @property
     def predicted_s(self) -> float:
@@ -61,11 +63,11 @@ class Turns:
         ended = self._ended()
         if not ended:
             self._signal(signal.SIGSTOP)
-        self.slices.append((begin, time.time()))
+        self._slices.append((begin, time.time()))
         return not ended
 
     def finish(self) -> None:
-        for name, process in self._processes.items():
+        for name, process in self._processes:
             finish(process, self.folder / name)
 
     def results(self) -> dict[str, dict[str, Any]]:
@@ -92,20 +94,25 @@ class Turns:
         return own - sum(self._active(s.start_s, s.start_s + s.seconds) for s in spans if s.kind == "wait")
 
     def _active(self, begin: float, end: float) -> float:
-        return sum(max(0.0, min(end, stop) - max(begin, go)) for go, stop in self.slices)
+        return sum(max(0.0, min(end, stop) - max(begin, go)) for go, stop in self._slices)
 
     def _ended(self) -> bool:
-        return all(process.poll() is not None for process in self._processes.values())
+        return all(process.poll() is not None for _, process in self._processes)
 
     def kill(self) -> None:
         """End what still runs; a stopped process does not end by itself."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            for pid in _tree(process.pid):
+        for _, process in self._processes:
+            for pid in process_tree(process.pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
+
+
+def here(*job: str) -> Start:
+    """Return what starts `python -m distill` with these overrides."""
+    return lambda run_dir: [start(*job, run_dir=run_dir)]
 
 
 def take_turns(contestants: Sequence[Turns]) -> None:
@@ -122,15 +129,3 @@ def take_turns(contestants: Sequence[Turns]) -> None:
     finally:
         for one in contestants:
             one.kill()
-
-
-def _tree(pid: int) -> Iterator[int]:
-    """A process and all that it has started, as far as they live."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = task.read_text().split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        for child in children:
-            yield from _tree(int(child))
