@@ -21,6 +21,9 @@ from distill.trace import Trace
 from distill.transport import Edge, receive_blob, send_blob
 
 
+WATCH_S = 0.1  # between two looks at what has finished elsewhere: each takes a moment from this rank's training
+
+
 def announce(control: Control, entry: Entry, size: int) -> None:
     """Say to all ranks that a block is done; its weights have `size` bytes."""
     control.set(f"done/{entry.block}", {"entry": asdict(entry), "bytes": size})
@@ -77,17 +80,22 @@ class Announcement(NamedTuple):
 
 
 class Announcements:
-    """Which blocks have been announced as finished, watched in a thread over a connection of its own."""
+    """Which blocks have been announced as finished, watched in a thread over a connection of its own: now and then
+    while this rank trains, more often after hurry()."""
 
     def __init__(
         self, control: Control, *, blocks: Collection[int], heard: Callable[[int, Announcement], None]
     ) -> None:
         """Call `heard` in the thread for each of `blocks` once."""
         self._control, self._missing, self._heard = control, set(blocks), heard
-        self._closed = threading.Event()
+        self._closed, self._hurried = threading.Event(), threading.Event()
         self.error: DistillError | None = None
         if self._missing and control.world_size > 1:
             threading.Thread(target=self._watch, name="announcements", daemon=True).start()
+
+    def hurry(self) -> None:
+        """From now on somebody waits for the blocks."""
+        self._hurried.set()
 
     def close(self) -> None:
         self._closed.set()
@@ -105,7 +113,10 @@ class Announcements:
                         if message is not None:
                             self._missing.discard(block)
                             self._heard(block, Announcement(Entry(**message["entry"]), int(message["bytes"])))
-                time.sleep(POLL_S)
+                if not self._hurried.is_set():
+                    self._hurried.wait(WATCH_S)
+                else:
+                    time.sleep(POLL_S)
         except Exception as error:  # whatever it is, the main thread must hear of it
             self.error = DistillError(
                 f"rank {rank}: watching for finished blocks failed ({error!r}); read logs/rank{rank}.log"
@@ -166,6 +177,7 @@ class Collector:
         """Wait until every block is in the ledger. Where all ranks are `all_fed`, at most plan.timeout_s for the next
         one: each has been announced or had its last batch, so only weights are still on their way. Ranks that run the
         teacher themselves may train on for long: these are waited for as long as they are alive."""
+        self._announcements.hurry()
         missing, since = len(self._missing) + 1, time.monotonic()
         while self._missing:
             self.finished_elsewhere()

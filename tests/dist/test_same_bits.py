@@ -97,14 +97,14 @@ def test_teacher_ranks_stop_for_blocks_that_end_early_on_any_of_them(tmp_path: P
     toy = Toy(
         run_dir=str(tmp_path),
         owners=((0,), (1,)),
-        budgets={0: 400, 1: 6},
+        budgets={0: 4000, 1: 6},
         teacher_ranks=2,
         nan_at=(0, 2),
         slow={0: 0.02},
     )
     entries = run_toy(toy)
     assert (entries[0].status, entries[1].status) == ("diverged", "finished")
-    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] < 100
+    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] < 1000
 
 
 def test_ranks_that_share_every_block_come_close_to_one_rank(tmp_path: Path, alone: dict[int, str]) -> None:
