@@ -185,7 +185,6 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "slowness": costs.slowness,
         "memory": asdict(costs.memory) if costs.memory else None,
         "peak_memory_bytes": memory_of(plan, costs.memory) if costs.memory else [],
-        "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
         "network": {
             "within": costs.network.within.facts(),
             "between": costs.network.between.facts(),
