@@ -108,7 +108,7 @@ class TestMisspelling:
     )
     def test_misspelt_setting_is_refused_and_the_nearest_named(self, typed: str, named: str, nearest: str) -> None:
         message = refusal(f"{typed}=1")
-        assert message.startswith(f"{named}: got 'a setting that does not exist'; expected {nearest!r} (the nearest)")
+        assert message.startswith(f"{named}: this setting does not exist; expected {nearest!r} (the nearest)")
 
     def test_settings_of_the_same_section_are_listed(self) -> None:
         message = refusal("student.renk=3")
@@ -116,7 +116,9 @@ class TestMisspelling:
         assert "distill.lr" not in message
 
     def test_unknown_setting_in_a_file_is_refused(self, default: JobConfig) -> None:
-        with pytest.raises(ConfigError, match=r"distill\.lrr: got .*'distill\.lr' \(the nearest\)"):
+        with pytest.raises(
+            ConfigError, match=r"distill\.lrr: this setting does not exist; expected 'distill\.lr' \(the nearest\)"
+        ):
             from_yaml(to_yaml(default).replace("  lr: 0.003", "  lrr: 0.003"))
 
     @pytest.mark.parametrize(
