@@ -285,10 +285,27 @@ class TestImpossibleValues:
             (["distill.views=0"], "distill.views: got 0; expected a number >= 1"),
             (["cache.max_gib=-1"], "cache.max_gib: got -1.0; expected a number >= 0"),
             (["teacher.cache=memory"], "teacher.cache: got 'memory'; expected one of off, ram, disk"),
+            (
+                ["teacher.cache=off", "cache.dtype=bf16"],
+                "cache.dtype: got 'bf16'; expected fp32 with teacher.cache=off",
+            ),
         ],
     )
     def test_a_cache_that_cannot_be_had_is_refused(self, overrides: list[str], words: str) -> None:
         assert refusal("teacher.cache=ram", *overrides).startswith(words)
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (
+                ["plan.strategy=ddp"],
+                "plan.strategy: got 'ddp'; expected no sharing of batches with distill.stop=plateau",
+            ),
+            (["plan.strategy=auto", "plan.groups=true"], "plan.groups: got True; expected no sharing of batches with"),
+        ],
+    )
+    def test_ranks_that_share_a_batch_cannot_judge_a_plateau(self, overrides: list[str], words: str) -> None:
+        assert refusal("distill.stop=plateau", *overrides).startswith(words)
 
     def test_the_smallest_possible_values_are_allowed(self) -> None:
         config = compose(["distill.steps=1", "distill.lr=0", "data.batch_size=1", "plan.window=2", "student.rank=1"])
