@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from distill.checkpoint import Checkpoint, block_name, contiguous
 from distill.graphs import Captured, Lane, Work, cuda_capture
 from distill.losses import BLOCK_LOSSES, relative_error
 from distill.stopwatch import Stopwatch
+
+# Begins to replace tensors by their means over several ranks; what it returns waits until they are.
+Average: TypeAlias = Callable[[list[Tensor]], Callable[[], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +127,24 @@ class BlockTrainer:
         self._losses: list[Tensor] = []
         self._errors: list[Tensor] = []
         self._held_out: list[Tensor] = []
-        self._average: Callable[[list[Tensor]], None] | None = None
+        self._average: Average | None = None
+        self._averaged: Callable[[], None] | None = None  # waits for the means of the last step's gradients
         self._finite = self._snapshot()
 
     @property
     def finished(self) -> bool:
         return self.step >= self.budget or self.stopped_early or self.diverged_at is not None
 
-    def share(self, average: Callable[[list[Tensor]], None]) -> None:
+    def share(self, average: Average) -> None:
         """Train this block together with other ranks: `average` replaces gradients, and losses, by which they judge the
-        block, by their mean over all of them."""
+        block, by their mean over all of them, in the background: the weights change when they are needed next."""
         self._average = average
         self._update = self._compute
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
         """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
         with self._watch.running():
+            self._settle()
             rate = learning_rate(self.step, budget=self.budget, options=self._options)
             for group in self._optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -154,19 +160,32 @@ class BlockTrainer:
         return None
 
     def _compute(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Update the weights; return the loss and the relative error before that."""
+        """Update the weights, or begin to; return the loss and the relative error before that."""
         self._optimizer.zero_grad(set_to_none=True)
         outputs = self._forward(inputs)
         error = relative_error(outputs, targets)
         loss = error if self._loss is relative_error else self._loss(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        if self._average is not None:
+        found = [loss.detach(), error.detach()]
+        if self._average is None:
+            self._apply()
+        else:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._average([*gradients, loss.detach(), error.detach()])
+            self._averaged = self._average([*gradients, *found])
+        return found
+
+    def _settle(self) -> None:
+        """Do what is left of the last step where its gradients were still being averaged."""
+        if self._averaged is not None:
+            averaged, self._averaged = self._averaged, None
+            averaged()
+            self._apply()
+
+    def _apply(self) -> None:
+        """Update the weights by the gradients that they have."""
         if self._options.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
         self._optimizer.step()
-        return [loss.detach(), error.detach()]
 
     def _captured_update(self) -> Work:
         # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
@@ -187,6 +206,7 @@ class BlockTrainer:
 
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
+        self._settle()
         self.lane.join()
         losses = torch.stack(self._losses).tolist()
         errors = torch.stack(self._errors).tolist()
@@ -208,6 +228,7 @@ class BlockTrainer:
 
     def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
         """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
+        self._settle()
         self.module.eval()
         with torch.no_grad():
             self._held_out.append(relative_error(self._forward(inputs), targets))
@@ -274,6 +295,7 @@ class BlockTrainer:
         return value.to(self.device) if self._options.optimizer == "adam" else value
 
     def _snapshot(self) -> Checkpoint:
+        self._settle()
         self.lane.join()
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         optimizer = {

@@ -11,6 +11,7 @@ from distill.plan import Costs, Plan, Span, memory_of
 from distill.planning.placement import Placement, Problem, largest_first, place
 from distill.planning.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
 from distill.planning.relay_plans import plan_groups, plan_relay
+from distill.planning.sharing import price_of_student
 from distill.planning.traffic import busiest_line_s, over_links
 
 
@@ -92,18 +93,19 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
     anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
-    share = 1 / world_size
-    slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
-    wire_s = (
-        sum(costs.student_bytes[span.block] * span.steps for span in spans)
-        * 2
-        * (1 - share)
-        * (hop.sender_s_per_byte + 1 / hop.bytes_per_s)
-    ) + 2 * (world_size - 1) * hop.latency_s * sum(span.steps for span in spans)
-    seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
+    slowest = max(costs.slowness_of(rank) for rank in range(world_size))
+    seconds = slowest * sum(_shared_step_s(costs, span.block, world_size) * span.steps for span in spans)
     owners = alone.owners + ((),) * (world_size - 1)
     everybody = (tuple(range(world_size)),)
     return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size, groups=everybody)
+
+
+def _shared_step_s(costs: Costs, block: int, ranks: int) -> float:
+    """Return the seconds of a block's step, with the teacher's prefix anew, on its share of the rows: gradients are
+    averaged while the prefix of the next batch computes."""
+    teacher_s, price = sum(costs.teacher_s[: block + 1]) / ranks, price_of_student(costs, block, ranks)
+    step_s = costs.student_s[block] / ranks + price.computing_s(ranks)
+    return step_s + max(teacher_s, price.averaging_s(ranks))
 
 
 def _placed(strategy: str, problem: Problem) -> Plan:
