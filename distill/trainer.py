@@ -122,13 +122,13 @@ class BlockTrainer:
         self._loss = BLOCK_LOSSES[options.loss]
         self._optimizer = make_optimizer(module, options, device)
         self.lane = lane or Lane()
-        self._update = self._captured_update()
         self._watch = Stopwatch(device)
         self._losses: list[Tensor] = []
         self._errors: list[Tensor] = []
         self._held_out: list[Tensor] = []
         self._average: Average | None = None
         self._averaged: Callable[[], None] | None = None  # waits for the means of the last step's gradients
+        self._prepare()
         self._finite = self._snapshot()
 
     @property
@@ -139,7 +139,7 @@ class BlockTrainer:
         """Train this block together with other ranks: `average` replaces gradients, and losses, by which they judge the
         block, by their mean over all of them, in the background: the weights change when they are needed next."""
         self._average = average
-        self._update = self._compute
+        self._prepare()
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
         """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
@@ -152,6 +152,9 @@ class BlockTrainer:
                 else:
                     group["lr"] = rate
             loss, error = self._update(inputs, targets)
+            if self._average is not None:
+                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                self._averaged = self._average([*gradients, loss, error])
         self._losses.append(loss)
         self._errors.append(error)
         self.step += 1
@@ -159,38 +162,47 @@ class BlockTrainer:
             return self.read(rate)
         return None
 
-    def _compute(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Update the weights, or begin to; return the loss and the relative error before that."""
+    def _prepare(self) -> None:
+        """Make what an update consists of: one piece of work, or two where gradients are averaged in between."""
+        if self._average is None:
+            self._update = self._captured(self._learn)
+        else:
+            self._update, self._apply = self._captured(self._differentiate), self._captured(self._descend)
+
+    def _learn(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Update the weights; return the loss and the relative error before that."""
+        found = self._differentiate(inputs, targets)
+        self._descend()
+        return found
+
+    def _differentiate(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Find the gradients; return the loss and the relative error."""
         self._optimizer.zero_grad(set_to_none=True)
         outputs = self._forward(inputs)
         error = relative_error(outputs, targets)
         loss = error if self._loss is relative_error else self._loss(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        found = [loss.detach(), error.detach()]
-        if self._average is None:
-            self._apply()
-        else:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._averaged = self._average([*gradients, *found])
-        return found
+        return [loss.detach(), error.detach()]
+
+    def _descend(self) -> list[Tensor]:
+        """Change the weights by the gradients that they have."""
+        if self._options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
+        self._optimizer.step()
+        return []
 
     def _settle(self) -> None:
-        """Do what is left of the last step where its gradients were still being averaged."""
+        """Do what is left of the last update where its gradients were still being averaged."""
         if self._averaged is not None:
             averaged, self._averaged = self._averaged, None
             averaged()
             self._apply()
 
-    def _apply(self) -> None:
-        """Update the weights by the gradients that they have."""
-        if self._options.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
-        self._optimizer.step()
-
-    def _captured_update(self) -> Work:
+    def _captured(self, work: Work) -> Work:
+        """Return the work as a CUDA graph, where this block's lane captures."""
         # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
         if not self.lane.captures or self._options.optimizer == "rmsprop":
-            return self._compute
+            return work
         capture = cuda_capture(self.lane.pool)
 
         def capture_update(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
@@ -202,12 +214,12 @@ class BlockTrainer:
                 for group in self._optimizer.param_groups:
                     group["capturable"] = False
 
-        return Captured(self._compute, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
+        return Captured(work, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
 
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
-        self._settle()
         self.lane.join()
+        self._settle()
         losses = torch.stack(self._losses).tolist()
         errors = torch.stack(self._errors).tolist()
         first = self.step - len(losses)
@@ -277,8 +289,7 @@ class BlockTrainer:
             keys = {key.removeprefix(f"{name}/"): value for key, value in saved.items() if key.startswith(f"{name}/")}
             self._optimizer.state[parameter] = {key: self._restored(value, parameter) for key, value in keys.items()}
         self._finite = checkpoint
-        if self._average is None:
-            self._update = self._captured_update()  # a graph made before works on other tensors
+        self._prepare()  # a graph made before works on other tensors
 
     def take_over(self, state: Checkpoint) -> None:
         """Go on from the state that another rank has reached; where this block diverges, the last checkpoint still
@@ -295,8 +306,8 @@ class BlockTrainer:
         return value.to(self.device) if self._options.optimizer == "adam" else value
 
     def _snapshot(self) -> Checkpoint:
-        self._settle()
         self.lane.join()
+        self._settle()
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         optimizer = {
             f"{names[parameter]}/{key}": value
