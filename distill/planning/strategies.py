@@ -11,8 +11,8 @@ from distill.plan import Costs, Plan, Span, memory_of
 from distill.planning.placement import Placement, Problem, largest_first, place
 from distill.planning.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
 from distill.planning.relay_plans import plan_groups, plan_relay
-from distill.planning.sharing import price_of_student
-from distill.planning.traffic import busiest_line_s, over_links
+from distill.planning.sharing import gradient_bytes, price_of_student
+from distill.planning.traffic import busiest_line_s, flows, over_links
 
 
 class DoesNotFitError(Exception):
@@ -25,6 +25,7 @@ class DoesNotFitError(Exception):
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
 DEARER = (0.25, 0.5, 1.0)  # shares of a byte's time on a slow line by which placements are guided
+CLOSE = 0.02  # makespans that differ by less are predicted equal: then what is sent, which disturbs, decides
 WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
 
 
@@ -133,8 +134,8 @@ PLANNERS: Mapping[str, Planner] = {
 def rank_plans(
     names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
 ) -> list[Plan]:
-    """Return the plans of these planners that fit in memory, the one with the smallest predicted makespan first, among
-    equals in the order of the names. A broadcast has `teacher_ranks`, or as many as pay.
+    """Return the plans of these planners that fit in memory by predicted makespan, but first of all, among those within
+    CLOSE of the fastest, the one that sends least. A broadcast has `teacher_ranks`, or as many as pay.
 
     Raises DoesNotFitError where none of them fits.
     """
@@ -149,4 +150,8 @@ def rank_plans(
         plans = [p for p, most, is_known in zip(plans, needed, known, strict=True) if is_known and most <= memory.limit]
         if not plans:
             raise DoesNotFitError(min(needed))
-    return sorted(plans, key=lambda p: p.predicted_makespan_s)
+    ranked = sorted(plans, key=lambda plan: plan.predicted_makespan_s)
+    close_s = (1 + CLOSE) * ranked[0].predicted_makespan_s
+    close = [plan for plan in ranked if plan.predicted_makespan_s <= close_s]
+    chosen = min(close, key=lambda plan: gradient_bytes(plan, costs) + sum(flow.size for flow in flows(plan, costs)))
+    return [chosen, *(plan for plan in ranked if plan is not chosen)]
