@@ -20,7 +20,6 @@ from distill.ledger import Entry, Ledger
 from distill.trace import Trace
 from distill.transport import Edge, receive_blob, send_blob
 
-
 WATCH_S = 0.1  # between two looks at what has finished elsewhere: each takes a moment from this rank's training
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from distill.network import RING_SLOTS
 
@@ -16,7 +17,8 @@ class Memory:
 
     `resident` is what every rank has before training: teacher, data and, on the CPU, the program itself. By block:
     `student` is the weights and all that is kept for them (gradients, optimizer, the last finite state), `step` what is
-    alive during one step. `boundary` is by boundary, as they travel. `limit` is what a rank may have.
+    alive during one step. `boundary` is by boundary, as they travel. `held` is what the allocator does not give back
+    while blocks train, `limit` what a rank may have.
     """
 
     resident: int
@@ -24,6 +26,7 @@ class Memory:
     step: tuple[int, ...]
     boundary: tuple[int, ...]
     window: int
+    held: int = 0
     limit: int | None = None
 
     def activations(self, blocks: Iterable[int]) -> int:
@@ -34,13 +37,22 @@ class Memory:
         return sum(self.boundary[boundary] for boundary in boundaries)
 
     def students(self, blocks: Collection[int]) -> int:
-        """Return the bytes of the students of these blocks and of the largest of their steps."""
-        return sum(self.student[block] for block in blocks) + max((self.step[block] for block in blocks), default=0)
+        """Return the bytes of the students of these blocks, of the largest of their steps and of what is held."""
+        if not blocks:
+            return 0
+        return sum(self.student[block] for block in blocks) + max(self.step[block] for block in blocks) + self.held
 
     @property
     def teaching(self) -> int:
         """Bytes that running the teacher takes besides the boundaries that are kept."""
         return TEACHER_TENSORS * max(self.boundary)
+
+    @property
+    def measuring(self) -> int:
+        """Bytes that measuring costs takes besides what is resident: all students are there, and each takes a step."""
+        everything = range(len(self.student))
+        boundaries = self.boundary[0] + max(map(sum, pairwise(self.boundary)))
+        return self.students(everything) + self.teaching + boundaries
 
     def receiving(self, boundaries: int) -> int:
         """Return the bytes of a receiver's buffers for batches of so many bytes."""
@@ -59,7 +71,7 @@ class Memory:
         boundaries for others. None where there is no limit."""
         if self.limit is None:
             return None
-        shared = max(self.step) + (self.teaching + self.sending(sum(self.boundary)) if sends else 0)
+        shared = max(self.step) + self.held + (self.teaching + self.sending(sum(self.boundary)) if sends else 0)
         return self.limit - self.resident - shared
 
     def block(self, block: int) -> int:

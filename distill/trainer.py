@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from distill.checkpoint import Checkpoint, block_name, contiguous
 from distill.graphs import Captured, Lane, Work, cuda_capture
 from distill.losses import BLOCK_LOSSES, relative_error
 from distill.stopwatch import Stopwatch
+
+# Begins to replace tensors by their means over several ranks; what it returns waits until they are.
+Average: TypeAlias = Callable[[list[Tensor]], Callable[[], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,27 +122,29 @@ class BlockTrainer:
         self._loss = BLOCK_LOSSES[options.loss]
         self._optimizer = make_optimizer(module, options, device)
         self.lane = lane or Lane()
-        self._update = self._captured_update()
         self._watch = Stopwatch(device)
         self._losses: list[Tensor] = []
         self._errors: list[Tensor] = []
         self._held_out: list[Tensor] = []
-        self._average: Callable[[list[Tensor]], None] | None = None
+        self._average: Average | None = None
+        self._averaged: Callable[[], None] | None = None  # waits for the means of the last step's gradients
+        self._prepare()
         self._finite = self._snapshot()
 
     @property
     def finished(self) -> bool:
         return self.step >= self.budget or self.stopped_early or self.diverged_at is not None
 
-    def share(self, average: Callable[[list[Tensor]], None]) -> None:
+    def share(self, average: Average) -> None:
         """Train this block together with other ranks: `average` replaces gradients, and losses, by which they judge the
-        block, by their mean over all of them."""
+        block, by their mean over all of them, in the background: the weights change when they are needed next."""
         self._average = average
-        self._update = self._compute
+        self._prepare()
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
         """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
         with self._watch.running():
+            self._settle()
             rate = learning_rate(self.step, budget=self.budget, options=self._options)
             for group in self._optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -146,6 +152,9 @@ class BlockTrainer:
                 else:
                     group["lr"] = rate
             loss, error = self._update(inputs, targets)
+            if self._average is not None:
+                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                self._averaged = self._average([*gradients, loss, error])
         self._losses.append(loss)
         self._errors.append(error)
         self.step += 1
@@ -153,25 +162,47 @@ class BlockTrainer:
             return self.read(rate)
         return None
 
-    def _compute(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    def _prepare(self) -> None:
+        """Make what an update consists of: one piece of work, or two where gradients are averaged in between."""
+        if self._average is None:
+            self._update = self._captured(self._learn)
+        else:
+            self._update, self._apply = self._captured(self._differentiate), self._captured(self._descend)
+
+    def _learn(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         """Update the weights; return the loss and the relative error before that."""
+        found = self._differentiate(inputs, targets)
+        self._descend()
+        return found
+
+    def _differentiate(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Find the gradients; return the loss and the relative error."""
         self._optimizer.zero_grad(set_to_none=True)
         outputs = self._forward(inputs)
         error = relative_error(outputs, targets)
         loss = error if self._loss is relative_error else self._loss(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        if self._average is not None:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._average([*gradients, loss.detach(), error.detach()])
+        return [loss.detach(), error.detach()]
+
+    def _descend(self) -> list[Tensor]:
+        """Change the weights by the gradients that they have."""
         if self._options.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self._options.clip_norm)
         self._optimizer.step()
-        return [loss.detach(), error.detach()]
+        return []
 
-    def _captured_update(self) -> Work:
+    def _settle(self) -> None:
+        """Do what is left of the last update where its gradients were still being averaged."""
+        if self._averaged is not None:
+            averaged, self._averaged = self._averaged, None
+            averaged()
+            self._apply()
+
+    def _captured(self, work: Work) -> Work:
+        """Return the work as a CUDA graph, where this block's lane captures."""
         # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
         if not self.lane.captures or self._options.optimizer == "rmsprop":
-            return self._compute
+            return work
         capture = cuda_capture(self.lane.pool)
 
         def capture_update(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
@@ -183,11 +214,12 @@ class BlockTrainer:
                 for group in self._optimizer.param_groups:
                     group["capturable"] = False
 
-        return Captured(self._compute, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
+        return Captured(work, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
 
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
         self.lane.join()
+        self._settle()
         losses = torch.stack(self._losses).tolist()
         errors = torch.stack(self._errors).tolist()
         first = self.step - len(losses)
@@ -208,6 +240,7 @@ class BlockTrainer:
 
     def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
         """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
+        self._settle()
         self.module.eval()
         with torch.no_grad():
             self._held_out.append(relative_error(self._forward(inputs), targets))
@@ -256,8 +289,7 @@ class BlockTrainer:
             keys = {key.removeprefix(f"{name}/"): value for key, value in saved.items() if key.startswith(f"{name}/")}
             self._optimizer.state[parameter] = {key: self._restored(value, parameter) for key, value in keys.items()}
         self._finite = checkpoint
-        if self._average is None:
-            self._update = self._captured_update()  # a graph made before works on other tensors
+        self._prepare()  # a graph made before works on other tensors
 
     def take_over(self, state: Checkpoint) -> None:
         """Go on from the state that another rank has reached; where this block diverges, the last checkpoint still
@@ -275,6 +307,7 @@ class BlockTrainer:
 
     def _snapshot(self) -> Checkpoint:
         self.lane.join()
+        self._settle()
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         optimizer = {
             f"{names[parameter]}/{key}": value

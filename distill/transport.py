@@ -7,7 +7,8 @@ that dies in the middle of a large message only when the group's timeout passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -87,7 +88,8 @@ def receive_tensor(group: PairGroup, tensor: Tensor) -> list[dist.Work]:
 
 
 class Averager:
-    """Means over a group of ranks, by one all-reduce of everything flattened; a rank counts by its share of rows."""
+    """Means over a group of ranks, by one all-reduce of everything flattened, which goes on in the background; a rank
+    counts by its share of rows."""
 
     def __init__(
         self, store: Store, *, rank: int, group: Sequence[int], share: float, timeout_s: float, backend: str
@@ -99,18 +101,30 @@ class Averager:
         self._others = [peer for peer in group if peer != rank]
         self._group: Any = make(prefix, group.index(rank), len(group), timeout)  # type: ignore[arg-type]
 
-    def __call__(self, tensors: list[Tensor]) -> None:
-        """Replace every tensor by its mean; all ranks must call with tensors of the same sizes."""
+    def __call__(self, tensors: list[Tensor]) -> Callable[[], None]:
+        """Begin to average; what is returned waits for the means and puts them in the tensors' places. All ranks must
+        call in the same order, with tensors of the same sizes."""
         joined = torch.cat([flat(tensor) for tensor in tensors]) * self._share
+        with self._failures_explained():
+            work = self._group.allreduce([joined])
+
+        def finish() -> None:
+            with self._failures_explained():
+                work.wait()
+            for tensor, mean in zip(tensors, torch.split(joined, [one.numel() for one in tensors]), strict=True):
+                flat(tensor).copy_(mean)
+
+        return finish
+
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
         try:
-            self._group.allreduce([joined]).wait()
+            yield
         except RuntimeError as error:
             raise TransportError(
                 f"rank {self._rank}: averaging gradients with ranks {self._others} failed ({_reason(error)}); read "
                 f"their logs (logs/rank{self._others[0]}.log), or raise plan.timeout_s ({self._timeout_s:g} s)"
             ) from error
-        for tensor, mean in zip(tensors, torch.split(joined, [tensor.numel() for tensor in tensors]), strict=True):
-            flat(tensor).copy_(mean)
 
 
 def send_blob(group: PairGroup, blob: bytes) -> None:

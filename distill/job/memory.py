@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,10 +28,17 @@ COPIES = {OptimizerName.adam: 3 + 2 * 2, OptimizerName.sgd: 3 + 2 * 1, Optimizer
 
 
 def find_memory(
-    context: Context, chain: Chain, make_trainer: MakeTrainer, sample: Tensor, student_bytes: Sequence[int]
+    context: Context,
+    chain: Chain,
+    make_trainer: MakeTrainer,
+    sample: Tensor,
+    student_bytes: Sequence[int],
+    *,
+    peak_bytes: int | None,
 ) -> Memory:
-    """Return what plans are to reckon with; every rank is taken to have what this one has now and may have."""
-    return Memory(
+    """Return what plans are to reckon with; every rank is taken to have what this one has now and may have. What of the
+    peak while costs were measured (None: they were not) is more than expected, the allocator holds on to."""
+    memory = Memory(
         resident=used_memory(context.device),
         student=tuple(COPIES[context.config.distill.optimizer] * size for size in student_bytes),
         step=step_bytes(chain, make_trainer, sample),
@@ -38,6 +46,8 @@ def find_memory(
         window=context.config.plan.window,
         limit=memory_limit(context),
     )
+    held = 0 if peak_bytes is None else max(0, peak_bytes - memory.resident - memory.measuring)
+    return replace(memory, held=held)
 
 
 def memory_limit(context: Context) -> int:

@@ -32,6 +32,7 @@ from distill.job.links import find_network
 from distill.job.materials import Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.ledger import Ledger
+from distill.peak_memory import PeakMemory
 from distill.plan import Costs, Plan, Span, memory_of
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
@@ -102,7 +103,11 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
     """
     sample = dataset.train_batch(0).images
     flops = flop_costs(blocks.chain, trainers.fresh, sample) if context.leads else None
-    measured = _measure(context, blocks, trainers, sample) if context.config.plan.cost is Cost.measured else None
+    peak, peak_bytes = PeakMemory(context.device), None
+    measured = None
+    if context.config.plan.cost is Cost.measured:
+        measured = _measure(context, blocks, trainers, sample)
+        peak_bytes = peak.read()
     network = find_network(context)
     if context.leads:
         assert flops is not None
@@ -112,7 +117,8 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        costs = replace(costs, memory=find_memory(context, blocks.chain, trainers.fresh, sample, sizes))
+        memory = find_memory(context, blocks.chain, trainers.fresh, sample, sizes, peak_bytes=peak_bytes)
+        costs = replace(costs, memory=memory)
         plans = fitting_plans(context, names, costs, spans)
         _show_ranking(context, plans)
         plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])

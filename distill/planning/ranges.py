@@ -30,33 +30,46 @@ class Range(NamedTuple):
 class RangeCosts:
     """Seconds of every range, as matrices [start, end].
 
-    A group of g ranks takes `divided` / g + (1 - 1 / g) * `shared` + (g - 1) * `hops`: what it divides among its rows,
-    what a ring all-reduce moves of the gradients (Patarasuk, Yuan 2009), and the latency of that. A range that is not
-    allowed has infinite `divided`.
+    A group of g ranks computes for `divided` / g + (1 - 1 / g) * `shared`: what it divides among its rows, and what
+    every share costs alike. Its gradients are on their way for (1 - 1 / g) * `moved` + (g - 1) * `hops`: what a ring
+    all-reduce moves (Patarasuk, Yuan 2009), and the latency of that. Meanwhile everything else is computed: the range
+    takes the computing, or its `heaviest` student's share of it and all averaging, whichever is longer, and no more
+    than that. A range that is not allowed has infinite `divided`.
     """
 
     divided: Matrix
     shared: Matrix
+    heaviest: Matrix
+    moved: Matrix
     hops: Matrix
 
     def seconds(self, ranks: int) -> Matrix:
         """Return the seconds of every range on a group of so many ranks."""
-        return self.divided / ranks + (1 - 1 / ranks) * self.shared + (ranks - 1) * self.hops
+        computing = self.divided / ranks + (1 - 1 / ranks) * self.shared
+        averaging = self.heaviest / ranks + (1 - 1 / ranks) * self.moved + (ranks - 1) * self.hops
+        return np.maximum(computing, averaging if ranks > 1 else 0.0)
 
     def fewest_ranks(self, limit_s: float, most: int) -> Matrix:
         """Return for every range the smallest group that does it within `limit_s`; infinite where none of up to `most`
         ranks does.
 
-        Times g, the condition is hops g^2 - (limit - shared + hops) g + (divided - shared) <= 0.
+        Times g, the conditions are (limit - shared) g >= divided - shared for the computing, and for the averaging
+        hops g^2 - (limit - moved + hops) g + (heaviest - moved) <= 0.
         """
         limit_s *= 1 + ROUNDING
         with np.errstate(invalid="ignore", divide="ignore"):
-            slope, surplus = limit_s - self.shared + self.hops, self.divided - self.shared
+            computing = (self.divided - self.shared) / (limit_s - self.shared)
+            computing = np.where(self.shared < limit_s, computing, np.inf)
+            slope, surplus = limit_s - self.moved + self.hops, self.heaviest - self.moved
             root = np.sqrt(slope**2 - 4 * self.hops * surplus)
-            found = np.ceil(2 * surplus / (slope + root) - 1e-9)
-            found = np.where(self.divided <= limit_s, 1.0, found)
-            seconds = self.divided / found + (1 - 1 / found) * self.shared + (found - 1) * self.hops
-            return np.where((found >= 1) & (found <= most) & (seconds <= limit_s * (1 + 1e-9)), found, np.inf)
+            averaging = 2 * surplus / (slope + root)
+            found = np.maximum(2.0, np.ceil(np.maximum(computing, averaging) - 1e-9))
+            seconds = np.maximum(
+                self.divided / found + (1 - 1 / found) * self.shared,
+                self.heaviest / found + (1 - 1 / found) * self.moved + (found - 1) * self.hops,
+            )
+            found = np.where((found <= most) & (seconds <= limit_s * (1 + 1e-9)), found, np.inf)
+            return np.where(self.divided <= limit_s, 1.0, found)
 
 
 def best_ranges(costs: RangeCosts, slowness: list[float], *, most: int) -> list[Range]:

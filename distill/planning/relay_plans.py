@@ -44,15 +44,21 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     average their gradients. A share of a batch is taken to cost that share."""
     ordered = tuple(sorted(spans, key=lambda span: span.block))
     depth = max((span.block for span in ordered), default=-1) + 1
-    moved, calls = np.zeros(depth + 1), np.zeros(depth + 1)
+    shared, moved, hops, students = np.zeros((4, depth + 1))
     for block in range(depth):
-        moved[block + 1] = price_of_teacher(costs, block).shared * _steps_from(ordered, block)
+        shared[block + 1] = price_of_teacher(costs, block).shared * _steps_from(ordered, block)
     for span in ordered:
         price = price_of_student(costs, span.block, world_size)
-        moved[span.block + 1] += price.shared * span.steps
-        calls[span.block + 1] = price.hop * span.steps
+        shared[span.block + 1] += price.shared * span.steps
+        moved[span.block + 1] = price.moved * span.steps
+        hops[span.block + 1] = price.hop * span.steps
+        students[span.block + 1] = costs.student_s[span.block] * span.steps
     range_costs = RangeCosts(
-        divided=_range_seconds(costs, ordered, depth), shared=_between(moved), hops=_between(calls)
+        divided=_range_seconds(costs, ordered, depth),
+        shared=_between(shared),
+        heaviest=_greatest_between(students),
+        moved=_between(moved),
+        hops=_between(hops),
     )
     slowness = [costs.slowness_of(rank) for rank in range(world_size)]
     ranges = best_ranges(range_costs, slowness, most=costs.batch_size or world_size)
@@ -77,6 +83,14 @@ def _between(by_block: np.ndarray) -> np.ndarray:
     total = np.cumsum(by_block)
     sums: np.ndarray = total[None, :] - total[:, None]
     return sums
+
+
+def _greatest_between(by_block: np.ndarray) -> np.ndarray:
+    """Return an array [start, end] of the greatest value of any block; 0 where there is none."""
+    greatest = np.zeros((len(by_block), len(by_block)))
+    for start in range(len(by_block) - 1):
+        greatest[start, start + 1 :] = np.maximum.accumulate(by_block[start + 1 :])
+    return greatest
 
 
 def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarray:

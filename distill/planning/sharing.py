@@ -1,7 +1,8 @@
 """What it costs a group of ranks to share out the rows of every batch, and a relay of groups as one of single ranks.
 
 A group of g ranks takes (divided - fixed) / g + fixed for what one rank takes `divided` for, and averages its
-gradients over a ring: every rank sends 2 (1 - 1/g) of their bytes in 2 (g - 1) hops (Patarasuk, Yuan 2009).
+gradients over a ring: every rank sends 2 (1 - 1/g) of their bytes in 2 (g - 1) hops (Patarasuk, Yuan 2009). That goes
+on while the other blocks of the range and the teacher compute, and has to be done when the block's next batch comes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from distill.plan import Costs, Plan
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds of a step of g ranks beyond the g-th part of one rank's: (1 - 1/g) * `shared` + (g - 1) * `hop`."""
+    """What a step of g ranks costs beyond the g-th part of one rank's: (1 - 1/g) * `shared` seconds of computing, and
+    (1 - 1/g) * `moved` + (g - 1) * `hop` seconds during which gradients are on their way."""
 
     shared: float
-    hop: float
+    moved: float = 0.0
+    hop: float = 0.0
 
-    def seconds(self, ranks: int) -> float:
-        return (1 - 1 / ranks) * self.shared + (ranks - 1) * self.hop
+    def computing_s(self, ranks: int) -> float:
+        return (1 - 1 / ranks) * self.shared
+
+    def averaging_s(self, ranks: int) -> float:
+        return (1 - 1 / ranks) * self.moved + (ranks - 1) * self.hop
 
 
 def price_of_student(costs: Costs, block: int, world_size: int) -> Price:
@@ -30,13 +36,13 @@ def price_of_student(costs: Costs, block: int, world_size: int) -> Price:
     size = costs.student_bytes[block] if costs.student_bytes else 0
     fixed = costs.student_fixed_s[block] if costs.student_fixed_s else 0.0
     link = costs.network.hop
-    moved = 2 * size * (link.sender_s_per_byte + 1 / link.bytes_per_s)
-    return Price(moved + fixed, 2 * costs.network.hop_latency_s(world_size))
+    copied = 2 * size * link.sender_s_per_byte
+    return Price(fixed + copied, 2 * size / link.bytes_per_s, 2 * costs.network.hop_latency_s(world_size))
 
 
 def price_of_teacher(costs: Costs, block: int) -> Price:
     """Return what sharing the teacher's forward of a block costs."""
-    return Price(costs.teacher_fixed_s[block] if costs.teacher_fixed_s else 0.0, 0.0)
+    return Price(costs.teacher_fixed_s[block] if costs.teacher_fixed_s else 0.0)
 
 
 def as_single_ranks(plan: Plan, costs: Costs) -> tuple[Plan, Costs]:
@@ -47,10 +53,17 @@ def as_single_ranks(plan: Plan, costs: Costs) -> tuple[Plan, Costs]:
     ends = [*(plan.starts[rank] for rank in firsts[1:]), len(costs.teacher_s)]
     teacher, student, boundaries = list(costs.teacher_s), list(costs.student_s), list(costs.boundary_bytes)
     for rank, ranks, end in zip(firsts, sizes, ends, strict=True):
+        computing, averaging, heaviest = 0.0, 0.0, 0.0
         for block in range(plan.starts[rank], end):
-            teacher[block] = teacher[block] / ranks + price_of_teacher(costs, block).seconds(ranks)
+            teacher[block] = teacher[block] / ranks + price_of_teacher(costs, block).computing_s(ranks)
+            computing += teacher[block]
             if block in plan.owners[rank]:
-                student[block] = student[block] / ranks + price_of_student(costs, block, plan.world_size).seconds(ranks)
+                price = price_of_student(costs, block, plan.world_size)
+                student[block] = student[block] / ranks + price.computing_s(ranks)
+                computing += student[block]
+                averaging += price.averaging_s(ranks)
+                heaviest = max(heaviest, student[block])
+        student[plan.owners[rank][-1]] += max(0.0, heaviest + averaging - computing)  # what nothing hides
     for (_, before), (rank, after) in pairwise(zip(firsts, sizes, strict=True)):
         boundaries[plan.starts[rank]] //= min(before, after)
     single = replace(

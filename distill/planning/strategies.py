@@ -11,7 +11,8 @@ from distill.plan import Costs, Plan, Span, memory_of
 from distill.planning.placement import Placement, Problem, largest_first, place
 from distill.planning.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
 from distill.planning.relay_plans import plan_groups, plan_relay
-from distill.planning.traffic import busiest_line_s, over_links
+from distill.planning.sharing import gradient_bytes, price_of_student
+from distill.planning.traffic import busiest_line_s, flows, over_links
 
 
 class DoesNotFitError(Exception):
@@ -24,6 +25,7 @@ class DoesNotFitError(Exception):
 
 Planner = Callable[[Costs, Sequence[Span], int], Plan]
 DEARER = (0.25, 0.5, 1.0)  # shares of a byte's time on a slow line by which placements are guided
+CLOSE = 0.02  # makespans that differ by less are predicted equal: then what is sent, which disturbs, decides
 WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
 
 
@@ -92,18 +94,19 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """All ranks train the same block, one block after another, each on its rows of the batch with the teacher's prefix
     anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
-    share = 1 / world_size
-    slowest, hop = max(costs.slowness_of(rank) for rank in range(world_size)), costs.network.hop
-    wire_s = (
-        sum(costs.student_bytes[span.block] * span.steps for span in spans)
-        * 2
-        * (1 - share)
-        * (hop.sender_s_per_byte + 1 / hop.bytes_per_s)
-    ) + 2 * (world_size - 1) * hop.latency_s * sum(span.steps for span in spans)
-    seconds = alone.predicted_rank_s[0] / costs.slowness_of(0) * share * slowest + wire_s
+    slowest = max(costs.slowness_of(rank) for rank in range(world_size))
+    seconds = slowest * sum(_shared_step_s(costs, span.block, world_size) * span.steps for span in spans)
     owners = alone.owners + ((),) * (world_size - 1)
     everybody = (tuple(range(world_size)),)
     return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size, groups=everybody)
+
+
+def _shared_step_s(costs: Costs, block: int, ranks: int) -> float:
+    """Return the seconds of a block's step, with the teacher's prefix anew, on its share of the rows: gradients are
+    averaged while the prefix of the next batch computes."""
+    teacher_s, price = sum(costs.teacher_s[: block + 1]) / ranks, price_of_student(costs, block, ranks)
+    step_s = costs.student_s[block] / ranks + price.computing_s(ranks)
+    return step_s + max(teacher_s, price.averaging_s(ranks))
 
 
 def _placed(strategy: str, problem: Problem) -> Plan:
@@ -131,8 +134,8 @@ PLANNERS: Mapping[str, Planner] = {
 def rank_plans(
     names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
 ) -> list[Plan]:
-    """Return the plans of these planners that fit in memory, the one with the smallest predicted makespan first, among
-    equals in the order of the names. A broadcast has `teacher_ranks`, or as many as pay.
+    """Return the plans of these planners that fit in memory by predicted makespan, but first of all, among those within
+    CLOSE of the fastest, the one that sends least. A broadcast has `teacher_ranks`, or as many as pay.
 
     Raises DoesNotFitError where none of them fits.
     """
@@ -147,4 +150,8 @@ def rank_plans(
         plans = [p for p, most, is_known in zip(plans, needed, known, strict=True) if is_known and most <= memory.limit]
         if not plans:
             raise DoesNotFitError(min(needed))
-    return sorted(plans, key=lambda p: p.predicted_makespan_s)
+    ranked = sorted(plans, key=lambda plan: plan.predicted_makespan_s)
+    close_s = (1 + CLOSE) * ranked[0].predicted_makespan_s
+    close = [plan for plan in ranked if plan.predicted_makespan_s <= close_s]
+    chosen = min(close, key=lambda plan: gradient_bytes(plan, costs) + sum(flow.size for flow in flows(plan, costs)))
+    return [chosen, *(plan for plan in ranked if plan is not chosen)]

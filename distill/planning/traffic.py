@@ -24,7 +24,7 @@ class Flow:
 
 
 def flows(plan: Plan, costs: Costs) -> list[Flow]:
-    """Return what a plan sends, activations only: gradients are waited for and counted as computing."""
+    """Return the activations that a plan sends; gradients travel within groups and are part of their prices."""
     owning = [rank for rank, owned in enumerate(plan.owners) if owned]
     found = []
     if plan.strategy == "broadcast":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -44,8 +44,21 @@ def images(step: int) -> Tensor:
     return batch.cuda().to(memory_format=torch.channels_last)
 
 
-def train(lanes_of: list[Lane], optimizer: str, amp: str) -> tuple[dict[str, Tensor], list[BlockTrainer]]:
-    """Train three blocks as the engine does; return all weights and losses."""
+def averaged_with_nobody(tensors: list[Tensor]) -> Callable[[], None]:
+    """Take the gradients away as an all-reduce does, and bring them back later."""
+    means = [tensor.clone() for tensor in tensors]
+
+    def finish() -> None:
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean)
+
+    return finish
+
+
+def train(
+    lanes_of: list[Lane], optimizer: str, amp: str, *, shared: bool = False
+) -> tuple[dict[str, Tensor], list[BlockTrainer]]:
+    """Train three blocks as the engine does, or as in a group of this rank alone; return all weights and losses."""
     teacher = chain()
     trainers = [
         BlockTrainer(
@@ -63,6 +76,8 @@ def train(lanes_of: list[Lane], optimizer: str, amp: str) -> tuple[dict[str, Ten
         torch.manual_seed(trainer.block)
         for parameter in trainer.module.parameters():
             nn.init.normal_(parameter, std=0.1)
+        if shared:
+            trainer.share(averaged_with_nobody)
     for step in range(STEPS):
         boundaries = teacher.run(images(step), last=10, keep=range(11))
         for trainer in trainers:
@@ -86,6 +101,14 @@ def test_captured_updates_on_lanes_give_what_plain_ones_give(optimizer: str, amp
         torch.testing.assert_close(
             captured[name], expected, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def test_captured_updates_whose_gradients_are_averaged_give_what_plain_ones_give() -> None:
+    plain, _ = train([Lane()], "adam", "off")
+    captured, trainers = train(lanes(torch.device("cuda")), "adam", "off", shared=True)
+    assert all(trainer._apply._replay is not None for trainer in trainers), "nothing was captured"
+    for name, expected in plain.items():
+        torch.testing.assert_close(captured[name], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])

@@ -47,6 +47,21 @@ def test_a_relay_keeps_only_what_it_passes_on() -> None:
     assert second == 1000 + 50 + 7 + 300 + 13 + 2 * 10
 
 
+def test_what_the_allocator_holds_back_is_reckoned_with_where_blocks_train() -> None:
+    held = replace(MEMORY, held=500)
+    for one in (plan("broadcast", (0,), (1, 2), ()), plan("relay", (0,), (1, 2), (), starts=(0, 1, 3))):
+        more = [
+            with_it - without for with_it, without in zip(memory_of(one, held), memory_of(one, MEMORY), strict=True)
+        ]
+        assert more == [500, 500, 0]
+    limited = replace(MEMORY, limit=5000)
+    assert limited.room(sends=True) == replace(limited, held=500, limit=5500).room(sends=True)
+
+
+def test_measuring_takes_all_students_one_step_and_the_teacher() -> None:
+    assert MEMORY.measuring == 10 + 20 + 30 + 7 + 3 * 100 + 100 + 110
+
+
 def test_a_rank_without_blocks_has_what_every_rank_has() -> None:
     assert memory_of(plan("replicate", (0, 1, 2), ()), MEMORY)[1] == 1000
 

@@ -50,10 +50,13 @@ def sums(by_block: list[float]) -> np.ndarray:
 def test_no_other_ranges_are_faster(data: st.DataObject) -> None:
     blocks, ranks = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
     draw = lambda kind: data.draw(st.lists(kind, min_size=blocks, max_size=blocks))  # noqa: E731
-    divided = sums(draw(positive))
+    one = draw(positive)
+    divided = sums(one)
     if blocks > 1 and data.draw(st.booleans()):
         divided[0, 1] = np.inf  # a range that is not allowed
-    costs = RangeCosts(divided, sums(draw(seconds)), sums(draw(st.sampled_from([0.0, 0.1, 1.0]))))
+    heaviest = np.array([[max(one[a:b], default=0.0) for b in range(blocks + 1)] for a in range(blocks + 1)])
+    moved, hops = sums(draw(seconds)), sums(draw(st.sampled_from([0.0, 0.1, 1.0])))
+    costs = RangeCosts(divided, sums(draw(seconds)), heaviest, moved, hops)
     most = data.draw(st.integers(1, 5))
     slowness = data.draw(
         st.one_of(st.just([1.0] * ranks), st.lists(st.sampled_from([1.0, 1.5, 3.0]), min_size=ranks, max_size=ranks))

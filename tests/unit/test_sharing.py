@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.network import Link, Network
-from distill.plan import Costs, Span
+from distill.plan import Costs, Plan, Span
 from distill.planning.relay_plans import plan_groups, plan_relay
 from distill.planning.sharing import as_single_ranks, gradient_bytes, price_of_student, price_of_teacher
 from distill.planning.strategies import plan_broadcast
@@ -24,12 +24,21 @@ IN_PAIRS = Network(
 def test_what_is_fixed_is_not_divided_and_gradients_go_round_the_ring() -> None:
     costs = replace(FIXED, network=IN_PAIRS)
     price = price_of_student(costs, 1, 4)  # neighbours of four ranks: two within a host, one between
-    assert price.shared == pytest.approx(1.0 + 2 * 20 / 10)
+    assert (price.shared, price.moved) == pytest.approx((1.0, 2 * 20 / 10))
     assert price.hop == pytest.approx(2 * (0.001 + 0.009 + 0.001) / 3)
-    assert price.seconds(1) == 0.0
-    assert price.seconds(4) == pytest.approx(0.75 * 5.0 + 3 * price.hop)
-    assert price_of_teacher(costs, 1).seconds(2) == pytest.approx(0.25)
-    assert price_of_student(COSTS, 1, 4).seconds(4) == 0.0  # links without limit, and nothing fixed
+    assert (price.computing_s(1), price.averaging_s(1)) == (0.0, 0.0)
+    assert (price.computing_s(4), price.averaging_s(4)) == pytest.approx((0.75 * 1.0, 0.75 * 4.0 + 3 * price.hop))
+    assert price_of_teacher(costs, 1).computing_s(2) == pytest.approx(0.25)
+    free = price_of_student(COSTS, 1, 4)  # links without limit, and nothing fixed
+    assert (free.computing_s(4), free.averaging_s(4)) == (0.0, 0.0)
+
+
+def test_gradients_travel_behind_what_else_a_group_computes() -> None:
+    pair = replace(Plan("relay", ((0, 1), ()), tuple(SPANS[:2]), 0.0, (0.0, 0.0), (0, 0)), groups=((0, 1),))
+    costs = Costs((6.0, 2.0), (4.0, 8.0), (0, 0, 0), student_bytes=(10, 10))
+    for bytes_per_s, step_s in ((10.0, 10.0), (2.0, 4.0 + 2 * 5.0)):  # half of 20 s; the heaviest alone and all bytes
+        network = Network(within=Link(bytes_per_s))
+        assert simulate(pair, replace(costs, network=network)).makespan_s == pytest.approx(100 * step_s)
 
 
 def test_a_relay_of_groups_is_simulated_as_one_of_faster_ranks() -> None:

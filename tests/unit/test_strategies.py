@@ -147,6 +147,14 @@ def test_the_ranking_begins_with_the_fastest() -> None:
     assert len(ranking) == 3
 
 
+def test_of_plans_predicted_as_good_as_equal_the_one_that_sends_least_comes_first() -> None:
+    costs = Costs((0.01, 0.01), (10.0, 10.0), (100, 1, 1))
+    plans = rank_plans(("broadcast", "relay", "replicate"), costs, [Span(block, 0, 10) for block in range(2)], 2)
+    assert [plan.strategy for plan in plans] == ["replicate", "relay", "broadcast"]
+    seconds = [plan.predicted_makespan_s for plan in plans]
+    assert seconds[1] < seconds[0] < 1.02 * seconds[1]
+
+
 def test_two_hundred_blocks_on_a_thousand_ranks_are_relayed_in_two_seconds() -> None:
     generator = np.random.default_rng(0)
     costs = Costs(

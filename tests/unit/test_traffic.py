@@ -83,10 +83,12 @@ def test_a_relay_is_cut_where_its_boundary_comes_through() -> None:
     assert plan_relay(between(0.9), SPANS, 2).starts == (0, 3), "the boundary in the middle would take twice as long"
 
 
-def test_gradients_go_over_the_slowest_link_and_are_waited_for() -> None:
+def test_gradients_go_over_the_slowest_link_while_the_next_teacher_prefix_computes() -> None:
     here = PLANNERS["ddp"](COSTS, SPANS, 2).predicted_makespan_s
     there = PLANNERS["ddp"](between(4.0, latency_s=0.1), SPANS, 2).predicted_makespan_s
-    assert there - here == pytest.approx(4 * STEPS * (8 / 4.0 + 2 * 0.1))
+    averaging_s, prefixes_s = 8 / 4.0 + 2 * 0.1, [0.5, 1.0, 1.5, 2.0]
+    assert there - here == pytest.approx(STEPS * sum(averaging_s - prefix for prefix in prefixes_s))
+    assert PLANNERS["ddp"](between(400.0), SPANS, 2).predicted_makespan_s == here
 
 
 def test_the_slower_the_link_the_less_the_best_strategy_sends() -> None:

@@ -1,7 +1,7 @@
 """One block's training: rate, updates, readings, looks, divergence, and going on from a checkpoint."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -374,6 +374,41 @@ class TestPlateau:
         two.resume(state)
         look(two, 0.48)
         assert two.stopped_early
+
+
+@pytest.mark.parametrize("after", ["update", "read", "look", "checkpoint", "final"])
+def test_shared_gradients_are_applied_when_the_weights_are_needed_next_with_the_same_bits(after: str) -> None:
+    under_way: list[list[Tensor]] = []
+
+    def average(tensors: list[Tensor]) -> Callable[[], None]:
+        means = [tensor.clone() for tensor in tensors]
+        for tensor in tensors:
+            tensor.fill_(math.nan)  # whoever uses it before it has its mean shows it
+        under_way.append(tensors)
+
+        def finish() -> None:
+            for tensor, mean in zip(under_way.pop(), means, strict=True):
+                tensor.copy_(mean)
+
+        return finish
+
+    one, alone = (trainer(clip_norm=0.1, log_every=5) for _ in range(2))
+    one.share(average)
+    for each in (one, alone):
+        train(each, 3)
+    before = weights(one)
+    assert len(under_way) == 1
+    assert not torch.equal(before["0.weight"], weights(alone)["0.weight"])
+    for each in (one, alone):
+        if after == "update":
+            each.update(*batch(3))
+        elif after == "look":
+            look(each, 0.5)
+        else:
+            getattr(each, after)()
+    assert len(under_way) == (after == "update")
+    assert same_bits(one.final().weights, alone.final().weights)
+    assert one.progress.rel_error_last == alone.progress.rel_error_last
 
 
 def test_a_checkpoint_names_its_block_and_step() -> None:
