@@ -22,7 +22,6 @@ import numpy as np
 from measure import finish, process_tree, random_weights, read, start, summary, write
 
 from distill.forecast import measured
-from distill.network import Link
 from distill.plan import Costs
 from distill.planning.placement import Problem
 from distill.planning.problems import broadcast_problem
@@ -67,7 +66,7 @@ def _round(job: tuple[str, ...], folder: Path) -> dict[str, Any]:
             "plan": read(run_dir / "plan.json"),
             "costs": read(run_dir / "costs.json"),
         }
-    costs, spans = measured(folder / "measured", link=Link(), speed=1.0, steps=None)
+    costs, spans = measured(folder / "measured", speed=1.0, steps=None)
     problem = broadcast_problem(_at_true_speeds(costs), spans, 2)
     blocks = [span.block for span in spans]
     best = min(_makespan(problem, owner) for owner in itertools.product(range(2), repeat=len(blocks)))

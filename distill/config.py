@@ -333,8 +333,14 @@ class JobConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.distill.stop is Stop.plateau and (self.plan.groups or self.plan.strategy is Strategy.ddp):
+            setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", "ddp")
+            raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
         if self.teacher.cache is not Cache.off:
             self._check_cached()
+        elif self.cache.dtype is not WireDtype.fp32:
+            allowed = "fp32 with teacher.cache=off: nothing is recorded; plan.wire_dtype=bf16 rounds activations"
+            raise ConfigError("cache.dtype", self.cache.dtype.name, allowed)
 
     def _check_cached(self) -> None:
         cache = self.teacher.cache.name

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf.errors import MissingMandatoryValue
 
-from distill.errors import ConfigError, one_of
+from distill.errors import ConfigError, UnknownSettingError, one_of
 
 _WORDS = {
     "int": "an integer", "int | None": "an integer, or null", "float": "a number", "float | None": "a number, or null",
@@ -60,7 +60,7 @@ def _refused(key: str, given: str, kinds: Mapping[str, str]) -> ConfigError:
     within = [path for path in kinds if path.startswith(f"{key}.")]
     if within:
         return ConfigError(key, given, f"its settings one by one: {', '.join(within)}")
-    return ConfigError(key, "a setting that does not exist", one_of(_neighbours(key, list(kinds)), key))
+    return UnknownSettingError(key, one_of(_neighbours(key, list(kinds)), key))
 
 
 def _neighbours(key: str, paths: list[str]) -> list[str]:

@@ -21,6 +21,14 @@ class ConfigError(DistillError):
         self.setting = setting
 
 
+class UnknownSettingError(ConfigError):
+    """A setting that does not exist: names those that do."""
+
+    def __init__(self, setting: str, allowed: str) -> None:
+        DistillError.__init__(self, f"{setting}: this setting does not exist; expected {allowed}")
+        self.setting = setting
+
+
 def one_of(choices: Iterable[str], given: object = "") -> str:
     """Return "one of a, b, c", led by the nearest choice when `given` looks like a typing error."""
     names = [str(choice) for choice in choices]

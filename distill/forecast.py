@@ -4,6 +4,7 @@ torch."""
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,6 @@ from distill.planning.strategies import PLANNERS
 from distill.report import write_scaling
 from distill.simulate import Simulation, simulate
 
-FREE = Link()
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
 SHARED_OUT = ("groups", "ddp")  # all ranks have a part, however few the blocks
 ENOUGH = 2  # ranks a block: one that trains it, and one that runs the teacher
@@ -52,16 +52,19 @@ Imagine = Callable[[Sequence[str], Device, int | None], tuple[Costs, list[Span]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is simulated: costs and spans, the cluster that they are put on, and whether the costs are its devices'."""
+    """What is simulated: costs and spans, the cluster that they are put on, whether the costs are its devices', and
+    what else joins the ranks, in words."""
 
     costs: Costs
     spans: Sequence[Span]
     cluster: Cluster | None = None
     imagined: bool = False
+    links: str = ""
 
     def on(self, ranks: int) -> Costs:
         """Return the costs with the links of that many ranks."""
-        return replace(self.costs, network=self.cluster.network(ranks)) if self.cluster else self.costs
+        network = self.cluster.network(ranks) if self.cluster else self.costs.network.resized(ranks)
+        return replace(self.costs, network=network)
 
     def joules(self, found: Simulation) -> float | None:
         """Return the energy of all devices, None where they are not described."""
@@ -132,8 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         "--strategies", nargs="+", choices=PLANNERS, metavar="NAME",
         help=f"of {', '.join(PLANNERS)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
     )  # fmt: skip
-    parser.add_argument("--gbit", type=_positive, help="bandwidth of a rank's link in Gbit/s (default: no limit)")
-    parser.add_argument("--latency-us", type=float, default=0.0, help="latency of a link in microseconds")
+    parser.add_argument(
+        "--gbit", type=_positive, help="bandwidth of every rank's link in Gbit/s (default: as in the run)"
+    )
+    parser.add_argument(
+        "--latency-us", type=_at_least_zero, help="latency of every link in microseconds (default: as in the run)"
+    )
     parser.add_argument("--speed", type=_positive, default=1.0, help="speed of a rank, that of the run's ranks being 1")
     parser.add_argument("--steps", type=_at_least_one, help="steps of every block (default: as the run or job has it)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw efficiency against ranks")
@@ -145,7 +152,8 @@ def _subject(options: argparse.Namespace, imagine: Imagine) -> Subject:
     words = [word for word in options.subject if not word.startswith(CLUSTER)]
     runs = [word for word in words if "=" not in word]
     cluster = load_cluster(named[-1]) if named else None
-    if cluster and (options.gbit or options.latency_us):
+    given = options.gbit is not None or options.latency_us is not None
+    if cluster and given:
         raise ConfigError("--gbit, --latency-us", "given", f"neither with cluster={named[-1]}: it has links of its own")
     if not runs:
         if cluster is None:
@@ -158,21 +166,48 @@ def _subject(options: argparse.Namespace, imagine: Imagine) -> Subject:
     if words != runs[:1]:
         other = next(word for word in words if word != runs[0])
         raise ConfigError("simulate", other, "one run directory alone, or settings of a job alone")
-    link = Link(options.gbit * 1e9 / 8 if options.gbit else float("inf"), options.latency_us * 1e-6)
-    return Subject(*measured(Path(runs[0]), link=link, speed=options.speed, steps=options.steps), cluster)
+    costs, spans = measured(Path(runs[0]), speed=options.speed, steps=options.steps)
+    if not given:
+        return Subject(costs, spans, cluster, links=_in_words(costs.network))
+    link = _given(costs.network.hop, options.gbit, options.latency_us)
+    links = f"links as given, and else as in the run: {link} between any two ranks"
+    return Subject(replace(costs, network=Network(within=link)), spans, links=links)
 
 
-def measured(run_dir: Path, *, link: Link = FREE, speed: float, steps: int | None) -> tuple[Costs, list[Span]]:
-    """Return the costs that a run has measured, for ranks `speed` times as fast on such links, and all of its blocks
-    from step 0.
+def _given(link: Link, gbit: float | None, latency_us: float | None) -> Link:
+    """Return the link with what is given in place of what the run has."""
+    return replace(
+        link,
+        bytes_per_s=link.bytes_per_s if gbit is None else gbit * 1e9 / 8,
+        latency_s=link.latency_s if latency_us is None else latency_us * 1e-6,
+    )
+
+
+def _in_words(network: Network) -> str:
+    """Say what joins the ranks of a run, and so those of all simulated sizes."""
+    if len(set(network.hosts)) < 2:
+        return f"links as in the run: {network.within} between the ranks of one host, on which all are taken to be"
+    fullest = max(map(network.hosts.count, network.hosts))
+    inside = f"{network.within} within a host of {fullest} ranks, " if fullest > 1 else ""
+    return f"links as in the run: {inside}{network.between} between hosts"
+
+
+def measured(run_dir: Path, *, speed: float, steps: int | None) -> tuple[Costs, list[Span]]:
+    """Return the costs that a run has measured, for ranks `speed` times as fast on the run's links, and all of its
+    blocks from step 0.
 
     Raises DistillError where the directory holds no plan, or one of an older version.
     """
-    costs: Any = read_json(run_dir / "costs.json")
-    plan: Any = read_json(run_dir / "plan.json")
+    try:
+        costs: Any = read_json(run_dir / "costs.json")
+        plan: Any = read_json(run_dir / "plan.json")
+    except ValueError as error:
+        raise DistillError(
+            f"{run_dir}: its plan cannot be read ({error}); plan again (stage=plan run.dir=NEW ...)"
+        ) from error
     if costs is None or plan is None:
         raise DistillError(f"{run_dir}: no plan is there; expected a run directory (python -m distill stage=plan ...)")
-    if "boundary_bytes" not in costs:
+    if "network" not in costs:
         raise DistillError(
             f"{run_dir}/costs.json: written by an older version; plan again (stage=plan run.dir=NEW ...)"
         )
@@ -184,10 +219,19 @@ def measured(run_dir: Path, *, link: Link = FREE, speed: float, steps: int | Non
             tuple(seconds / speed for seconds in costs["seconds"]["student"]),
             tuple(costs["boundary_bytes"]),
             student_bytes=tuple(costs["student_bytes"]),
-            network=Network(within=replace(link, sender_s_per_byte=costs["sender_s_per_byte"] / speed)),
+            network=_network_of(costs["network"], speed=speed),
         ),
         [Span(block, 0, budget) for block in students],
     )
+
+
+def _network_of(facts: Any, *, speed: float) -> Network:
+    """Return the network that a run has recorded, on which ranks spend `speed` times less time on sending."""
+    within, between = (
+        replace(link, sender_s_per_byte=link.sender_s_per_byte / speed)
+        for link in (Link.of_facts(facts["within"]), Link.of_facts(facts["between"]))
+    )
+    return Network(within, between, tuple(facts["hosts"]))
 
 
 def forecast_table(found: Sequence[Named], alone: Simulation, joules: Sequence[float | None]) -> Table:
@@ -233,7 +277,7 @@ def _preamble(subject: Subject) -> str:
     teacher, students = (1000 * sum(seconds) for seconds in (subject.costs.teacher_s, subject.costs.student_s))
     costs = f"one rank: teacher {teacher:.1f} ms, {len(subject.spans)} students {students:.1f} ms a batch"
     if subject.cluster is None:
-        return f"{costs}, measured by the run"
+        return f"{costs}, measured by the run\n{subject.links}"
     if not subject.imagined:
         return f"{costs}, measured by the run; links of {subject.cluster.title}, described and not measured"
     device = subject.cluster.device
@@ -259,10 +303,18 @@ def _at_least_one(text: str) -> int:
 
 
 def _positive(text: str) -> float:
+    return _number(text, "a number > 0", lambda value: value > 0)
+
+
+def _at_least_zero(text: str) -> float:
+    return _number(text, "a number >= 0", lambda value: value >= 0)
+
+
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number > 0")
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
     return value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 RING_SLOTS = 2  # receive buffers at the end of an edge: one being trained on, one being filled
@@ -18,11 +20,17 @@ class Link:
     sender_s_per_byte: float = 0.0
 
     def __str__(self) -> str:
-        return f"{8e-9 * self.bytes_per_s:.3g} Gbit/s, {1e3 * self.latency_s:.2g} ms"
+        bandwidth = f"{8e-9 * self.bytes_per_s:.3g} Gbit/s" if math.isfinite(self.bytes_per_s) else "no limit"
+        return f"{bandwidth}, {1e3 * self.latency_s:.2g} ms"
 
     def facts(self) -> dict[str, float | None]:
         """Return the link as JSON can say it: null for a bandwidth without limit."""
         return asdict(self) | {"bytes_per_s": self.bytes_per_s if math.isfinite(self.bytes_per_s) else None}
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, float | None]) -> Link:
+        """Return the link that facts() told of."""
+        return cls(**{name: math.inf if value is None else value for name, value in facts.items()})
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,12 @@ class Network:
         """Return what tells apart the links to other hosts: ranks with the same way out share one."""
         return rank if self.own_adapters else self.host_of(rank)
 
+    def line(self, source: int, target: int) -> tuple[str, int]:
+        """Return what tells apart the lines on which ranks send: what goes over the same one leaves in turn."""
+        if self.host_of(source) == self.host_of(target):
+            return "inside", source
+        return "out", self.way_out(source)
+
     @property
     def hop(self) -> Link:
         """The link that a hop from rank to rank takes at worst."""
@@ -54,6 +68,15 @@ class Network:
             for link in (self.within, self.between)
         )
         return replace(self, within=within, between=between)
+
+    def resized(self, ranks: int) -> Network:
+        """Return what would join that many ranks: the first of these, and more on further hosts that are as full as the
+        fullest of these; on the same host where there is only one."""
+        fullest = max(Counter(self.hosts).values(), default=1)
+        known, first_new = self.hosts[:ranks], max(self.hosts, default=0) + 1
+        more = range(ranks - len(known))
+        several = first_new > 1
+        return replace(self, hosts=known + tuple(first_new + n // fullest if several else 0 for n in more))
 
     def link(self, source: int, target: int) -> Link:
         return self.within if self.host_of(source) == self.host_of(target) else self.between

@@ -76,7 +76,7 @@ def _simulate(plan: Plan, costs: Costs, window: int) -> Simulation:
 
 @dataclass
 class _Line:
-    """A rank's way out: its sends leave one after another."""
+    """What ranks with the same way out send on: one batch leaves after another."""
 
     link: Link
     free_at: float = 0.0
@@ -144,14 +144,15 @@ def _teacher_s(costs: Costs, rank: int, first: int, last: int) -> float:
 
 
 def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
-    teachers = [_Teacher(rank, plan, costs, window) for rank in range(plan.teacher_ranks)]
+    lines: dict[tuple[str, int], _Line] = {}
+    teachers = [_Teacher(rank, plan, costs, window, lines) for rank in range(plan.teacher_ranks)]
     receivers = [_Receiver(rank, plan, costs, teachers) for rank in range(plan.world_size)]
     while unfinished := [teacher for teacher in teachers if not teacher.finished(receivers)]:
         min(unfinished, key=lambda teacher: teacher.now).act(receivers)
     busy = [receiver.busy for receiver in receivers]
     for teacher in teachers:
         busy[teacher.rank] += teacher.busy
-    sent = sum(line.bytes_sent for teacher in teachers for line in teacher.lines.values())
+    sent = sum(line.bytes_sent for line in lines.values())
     ends = [teacher.now for teacher in teachers] + [receiver.done for receiver in receivers]
     return Simulation(plan, max(ends), tuple(busy), sent, sum(teacher.passes for teacher in teachers))
 
@@ -159,14 +160,17 @@ def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
 class _Teacher:
     """A teacher rank of a broadcast: its schedule, and what it has on its way to every other rank."""
 
-    def __init__(self, rank: int, plan: Plan, costs: Costs, window: int) -> None:
+    def __init__(self, rank: int, plan: Plan, costs: Costs, window: int, lines: dict[tuple[str, int], _Line]) -> None:
         self.rank, self.costs, self.window = rank, costs, window
         self.now, self.busy, self.passes = 0.0, 0.0, 0
         turns = Turns(plan.teacher_ranks)
         ranks = [peer for peer in range(plan.world_size) if peer == rank or plan.spans_of(peer)]
         network = costs.network
-        self.lines = {link: _Line(link) for link in (network.within, network.between)}
-        self.edges = {peer: _Edge(self.lines[network.link(rank, peer)], window) for peer in ranks if peer != rank}
+        self.edges: dict[int, _Edge] = {}
+        for peer in ranks:
+            if peer != rank:
+                line = lines.setdefault(network.line(rank, peer), _Line(network.link(rank, peer)))
+                self.edges[peer] = _Edge(line, window)
         self.ahead: list[float] = []  # batches for its own students, that wait for them since
         feeds = [Feed(peer, plan.spans_of(peer), Checks(), of=lambda a: turns.teacher_of(a) == rank) for peer in ranks]
         self.schedule = Schedule(feeds, home=rank)

@@ -20,7 +20,7 @@ from torch import nn
 from distill.cache import Cache as CacheMemory
 from distill.cache import Layout, Prices, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
-from distill.choices import Amp, Cache, WireDtype
+from distill.choices import Amp, Cache, Stop, WireDtype
 from distill.config import JobConfig
 from distill.control import Control
 from distill.data import Dataset
@@ -31,7 +31,6 @@ from distill.job.context import Context
 from distill.job.materials import Blocks
 from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.planning.strategies import plan_cached
-from distill.protocol import Checks
 from distill.streams.recording import Contents, Recorded, record
 
 
@@ -56,18 +55,14 @@ class Host:
 
 
 class Caching:
-    """What a job records and where. Every rank makes one; raises ConfigError where there would be too much of it."""
+    """What a job records and where. Every rank makes one, of the data in its fixed views."""
 
-    def __init__(
-        self, context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, *, checks: Checks
-    ) -> None:
+    def __init__(self, context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
         self._context, self._teacher, self._blocks = context, teacher, blocks
-        held_out = min(checks.batches, dataset.num_validation_batches) if checks.every else 0
-        self._contents = Contents(dataset, held_out)
+        self._contents = _contents(context.config, dataset)
         self._hosts = _hosts(context.control)
         self._host = next(host for host in self._hosts if context.rank in host.ranks)
         self._seconds = 0.0  # that recording has taken
-        self._refuse_too_large(self._layout(blocks.replaced))
 
     def plan(self, costs: Costs, spans: Sequence[Span], *, without: Plan) -> Plan:
         """Return the plan of this run, with the time that recording takes; `without` is the plan without a cache. Tells
@@ -136,25 +131,9 @@ class Caching:
 
     def _layout(self, blocks: Iterable[int]) -> Layout:
         """Return what is recorded for these blocks; in a file, which may serve other attempts, for all."""
-        chain, on_disk = self._blocks.chain, self._context.config.teacher.cache is Cache.disk
-        kept = boundaries_of(self._blocks.replaced if on_disk else blocks)
-        forms = {k: chain.boundaries[k] for k in sorted(kept)}
-        return Layout(forms, students_dtype(self._context.config), self._contents.num_rows)
-
-    def _refuse_too_large(self, layout: Layout) -> None:
-        settings, dataset = self._context.config.cache, self._contents.dataset
-        if layout.nbytes <= settings.max_gib * GIB:
-            return
-        less = ["larger blocks"]
-        less += ["fewer distill.views"] if dataset.num_views > 1 else []
-        less += ["cache.dtype=bf16"] if settings.dtype is WireDtype.fp32 else []
-        raise ConfigError(
-            "cache.max_gib",
-            settings.max_gib,
-            f"at least {math.ceil(100 * layout.nbytes / GIB) / 100:.2f}, which {dataset.num_views} x "
-            f"{dataset.num_train} images with {len(layout.forms)} boundaries of {layout.row_bytes / 1000:.0f} kB in "
-            f"all take; or {', '.join(less)}",
-        )
+        config = self._context.config
+        wanted = self._blocks.replaced if config.teacher.cache is Cache.disk else blocks
+        return _layout(config, self._blocks, wanted, self._contents)
 
     def _place(self, layout: Layout) -> Place:
         if self._context.config.teacher.cache is Cache.ram:
@@ -202,6 +181,35 @@ class Caching:
             f"cache: recording {plan.recording_s:.1f} s and the stage {plan.predicted_makespan_s:.1f} s are predicted; "
             f"without a cache {without.label} {without.predicted_makespan_s:.1f} s"
         )
+
+
+def refuse_too_large(config: JobConfig, dataset: Dataset, blocks: Blocks) -> None:
+    """Raise ConfigError where the teacher's activations for all blocks would take more than cache.max_gib."""
+    dataset = dataset.with_views(config.distill.views)
+    layout = _layout(config, blocks, blocks.replaced, _contents(config, dataset))
+    if layout.nbytes <= config.cache.max_gib * GIB:
+        return
+    less = ["larger blocks"]
+    less += ["fewer distill.views"] if dataset.num_views > 1 else []
+    less += ["cache.dtype=bf16"] if config.cache.dtype is WireDtype.fp32 else []
+    raise ConfigError(
+        "cache.max_gib",
+        config.cache.max_gib,
+        f"at least {math.ceil(100 * layout.nbytes / GIB) / 100:.2f}, which {dataset.num_views} x "
+        f"{dataset.num_train} images with {len(layout.forms)} boundaries of {layout.row_bytes / 1000:.0f} kB in "
+        f"all take; or {', '.join(less)}",
+    )
+
+
+def _contents(config: JobConfig, dataset: Dataset) -> Contents:
+    looks = config.distill.check_batches if config.distill.stop is Stop.plateau else 0
+    return Contents(dataset, min(looks, dataset.num_validation_batches))
+
+
+def _layout(config: JobConfig, blocks: Blocks, wanted: Iterable[int], contents: Contents) -> Layout:
+    """Return what is recorded for the wanted blocks."""
+    forms = {k: blocks.chain.boundaries[k] for k in sorted(boundaries_of(wanted))}
+    return Layout(forms, students_dtype(config), contents.num_rows)
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ def find_network(context: Context) -> Network:
         network = replace(network, between=replace(network.between, bytes_per_s=gbit * 1e9 / 8))
     if len(set(network.hosts)) > 1:
         context.say(f"plan: between hosts: {network.between}")
+    elif gbit is not None:
+        context.say(f"plan: plan.link_gbit={gbit:g} changes nothing here: all ranks are on one host")
     return network
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,9 +71,9 @@ def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: S
         raise ConfigError(
             "plan.memory_gib",
             context.config.plan.memory_gib,
-            f"memory for the blocks: a rank may have {costs.memory.limit / 2**30:.3g} GiB, and the plan that needs the "
-            f"least needs {error.bytes_needed / 2**30:.3g} GiB on one of them; take more ranks, smaller blocks or a "
-            "smaller data.batch_size, or raise it",
+            f"at least {math.ceil(100 * error.bytes_needed / 2**30) / 100:.2f}, which the plan that needs the least "
+            f"needs on one of its ranks (it may have {costs.memory.limit / 2**30:.3g} GiB); or take more ranks, "
+            "smaller blocks or a smaller data.batch_size",
         ) from error
 
 

@@ -130,21 +130,21 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan"))
 
 
-def _candidates(context: Context, blocks: Blocks) -> list[str]:
-    """Return the planners to choose from. Those that exist to be measured against are never chosen."""
-    asked = context.config.plan
-    wanted, teacher_ranks, groups = asked.strategy, asked.teacher_ranks, asked.groups
-    divisible = blocks.chain.divisible
-    if teacher_ranks is not None and teacher_ranks > context.world_size:
-        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {context.world_size}")
-    if wanted is Strategy.relay and not divisible:
+def refuse_impossible(config: JobConfig, blocks: Blocks, *, world_size: int) -> None:
+    """Raise ConfigError where that many ranks cannot run the asked plan on this network."""
+    wanted, teacher_ranks = config.plan.strategy, config.plan.teacher_ranks
+    if teacher_ranks is not None and teacher_ranks > world_size:
+        raise ConfigError("plan.teacher_ranks", teacher_ranks, f"at most the number of ranks, {world_size}")
+    if wanted is Strategy.relay and not blocks.chain.divisible:
         raise ConfigError(
             "plan.strategy", "relay", "another strategy: this network is run through hooks, not block by block"
         )
-    if context.config.distill.stop is Stop.plateau and (groups or wanted is Strategy.ddp):
-        setting, value = ("plan.groups", "true") if groups else ("plan.strategy", "ddp")
-        raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
-    relays = ["relay", "groups"] if groups else ["relay"]
+
+
+def _candidates(context: Context, blocks: Blocks) -> list[str]:
+    """Return the planners to choose from. Those that exist to be measured against are never chosen."""
+    wanted, divisible = context.config.plan.strategy, blocks.chain.divisible
+    relays = ["relay", "groups"] if context.config.plan.groups else ["relay"]
     if wanted is Strategy.auto:
         return ["broadcast", "replicate", *(relays if divisible else [])]
     return relays if wanted is Strategy.relay else [wanted.name]
@@ -191,7 +191,6 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
         "slowness": costs.slowness,
         "memory": asdict(costs.memory) if costs.memory else None,
         "peak_memory_bytes": memory_of(plan, costs.memory) if costs.memory else [],
-        "sender_s_per_byte": costs.network.link(0, len(costs.network.hosts) - 1).sender_s_per_byte,
         "network": {
             "within": costs.network.within.facts(),
             "between": costs.network.between.facts(),

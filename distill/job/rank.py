@@ -27,10 +27,12 @@ from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, write_json
 from distill.fingerprint import identity, run_directory
 from distill.job.assembly import assemble_student
+from distill.job.caching import is_cached, refuse_too_large
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.metering import metering
+from distill.job.planning import refuse_impossible
 from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
 from distill.rundir import RunDirectory
@@ -131,6 +133,10 @@ def _run(config: JobConfig, control: Control) -> None:
     with open_data(config, device) as dataset:
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
+        if blocks is not None and RunDirectory(run_directory(config)).result("distill") is None:
+            refuse_impossible(config, blocks, world_size=control.world_size)
+            if is_cached(config):
+                refuse_too_large(config, dataset, blocks)
         context = _claim(config, control, device)  # only now is anything written: the job can run
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))

@@ -31,12 +31,13 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     """Run the distill stage to its end (or up to the printed plan); blocks in the ledger are not trained again."""
     config = context.config
     if context.completed("distill") is not None:
+        context.say("distill stage: complete since an earlier attempt; no block is trained again")
         return
     dataset = dataset.with_views(config.distill.views)
     budget = step_budget(config, dataset)
     plateau = config.distill.stop is Stop.plateau
     checks = Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks()
-    caching = Caching(context, dataset, teacher, blocks, checks=checks) if is_cached(config) else None
+    caching = Caching(context, dataset, teacher, blocks) if is_cached(config) else None
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     makers = Trainers(context, blocks, checkpoints, budget=budget)
     with context.during("plan"):

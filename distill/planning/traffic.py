@@ -49,11 +49,9 @@ def busiest_line_s(plan: Plan, costs: Costs) -> float:
     network = costs.network
     for flow in flows(plan, costs):
         seconds = flow.size / network.link(flow.source, flow.target).bytes_per_s
-        source, target = network.host_of(flow.source), network.host_of(flow.target)
-        if source == target:
-            lines["inside", flow.source] += seconds
-        else:
-            lines["out", network.way_out(flow.source)] += seconds
+        kind, number = network.line(flow.source, flow.target)
+        lines[kind, number] += seconds
+        if kind == "out":
             lines["in", network.way_out(flow.target)] += seconds
     return max(lines.values(), default=0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import signal
 import subprocess
@@ -115,23 +116,37 @@ def test_a_teacher_whose_input_size_does_not_fit(capsys: pytest.CaptureFixture[s
     assert "data.image_size" in error
 
 
-def test_plans_that_cannot_be_carried_out_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ("stage=plan", "plan.cost=flops")
-    assert run_rank([*SMALL, "run.dir=teacher", "stage=teacher"]) == 0
-    capsys.readouterr()
-    quick += ("teacher.weights=teacher/teacher.safetensors",)
-    hooked = ("blocks.granularity=modules", "blocks.modules=[layer1.0.conv1]")
-    error = told(capsys, *quick, *hooked, "plan.strategy=relay")
+def test_what_cannot_be_carried_out_is_refused_before_anything_is_computed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    error = told(capsys, "blocks.granularity=modules", "blocks.modules=[layer1.0.conv1]", "plan.strategy=relay")
     assert "plan.strategy: got 'relay'" in error
     assert "this network is run through hooks" in error
-    error = told(capsys, *quick, "plan.strategy=ddp", "distill.stop=plateau", "run.dir=shared")
-    assert "plan.strategy: got 'ddp'" in error
-    assert "distill.stop=plateau" in error
-    error = told(capsys, *quick, "plan.strategy=auto", "plan.groups=true", "distill.stop=plateau", "run.dir=groups")
-    assert "plan.groups: got 'true'" in error
-    assert "distill.stop=plateau" in error
-    error = told(capsys, *quick, "plan.teacher_ranks=2", "run.dir=more")
+    error = told(capsys, "plan.teacher_ranks=2")
     assert "plan.teacher_ranks: got 2; expected at most the number of ranks, 1" in error
+    error = told(capsys, "teacher.cache=disk", "distill.views=2", "cache.max_gib=1e-6")
+    assert "cache.max_gib: got 1e-06; expected at least 0.07, which 2 x 1294 images with 10 boundaries" in error
+    assert list(tmp_path.iterdir()) == [], "told before the teacher is trained"
+
+
+def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    error = told(capsys, "stage=plan", "plan.cost=flops", "plan.memory_gib=0.01")
+    found = re.fullmatch(
+        r"distill: plan.memory_gib: got 0.01; expected at least ([\d.]+), which .* \(it may have 0.01 GiB\); or take "
+        r"more ranks, smaller blocks or a smaller data.batch_size\n",
+        error,
+    )
+    assert found, error
+    close_logs()
+    enough = str(1.1 * float(found[1]))
+    assert run_rank([*SMALL, "run.dir=run", "stage=plan", "plan.cost=flops", f"plan.memory_gib={enough}"]) == 0
+
+
+def test_a_link_between_hosts_where_there_is_one_host_is_said_to_change_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_rank([*SMALL, "run.dir=run", "stage=plan", "plan.cost=flops", "plan.link_gbit=0.1"]) == 0
+    assert "plan: plan.link_gbit=0.1 changes nothing here: all ranks are on one host\n" in capsys.readouterr().out
 
 
 def test_a_run_directory_of_another_configuration_is_left_alone(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import distill as package
 from distill.energy import describe, summarize
 from distill.evaluate import count_hits
@@ -97,11 +99,15 @@ def test_the_student_loads_in_two_lines_and_scores_as_reported(finished: tuple[P
     assert abs(hits.percent()["top1"] - metrics(run_dir)["student"]["top1"]) < 100 / hits.images
 
 
-def test_the_same_command_again_trains_nothing_and_prints_the_result_again(finished: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("plan", [(), ("plan.strategy=relay",)])
+def test_the_same_command_again_trains_nothing_and_prints_the_result_again(
+    finished: tuple[Path, str], plan: tuple[str, ...]
+) -> None:
     run_dir, _ = finished
     before = {name: (run_dir / name).stat().st_mtime_ns for name in ("student.safetensors", "ledger.jsonl")}
-    again = distill(cwd=run_dir.parents[2], ranks=1)
+    again = distill(*plan, cwd=run_dir.parents[2], ranks=1)
     assert again.returncode == 0, again.stderr
+    assert "distill stage: complete since an earlier attempt; no block is trained again\n" in again.stdout
     assert "teacher against student" in again.stdout
     assert "epoch" not in again.stdout
     assert {name: (run_dir / name).stat().st_mtime_ns for name in before} == before

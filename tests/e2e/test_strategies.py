@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,17 @@ STRATEGIES = {
 }
 
 
+def trained_by(run_dir: Path, cwd: Path, *plan: str) -> subprocess.CompletedProcess[str]:
+    """Train the students of a finished run's teacher again in cwd/run, on two ranks by another plan."""
+    teacher = (f"teacher.weights={run_dir / 'teacher.safetensors'}", "teacher.fit.epochs=0")
+    result = distill(*teacher, "plan.cost=flops", "run.dir=run", *plan, cwd=cwd, ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_students_are_bitwise_those_of_a_broadcast(finished: tuple[Path, str], tmp_path: Path, name: str) -> None:
-    result = distill(
-        f"teacher.weights={finished[0] / 'teacher.safetensors'}",
-        "teacher.fit.epochs=0",
-        "stage=distill",
-        "plan.cost=flops",
-        "run.dir=run",
-        *STRATEGIES[name],
-        cwd=tmp_path,
-        ranks=2,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = trained_by(finished[0], tmp_path, "stage=distill", *STRATEGIES[name])
     assert bits(tmp_path / "run") == bits(finished[0])
     assert json.loads((tmp_path / "run" / "stages" / "distill.json").read_text())["teaching_ranks"] == [0, 1]
     if name == "two teacher ranks":
@@ -37,19 +36,8 @@ def test_the_students_are_bitwise_those_of_a_broadcast(finished: tuple[Path, str
 
 
 def test_two_ranks_share_the_batches_of_one_block_where_they_may(finished: tuple[Path, str], tmp_path: Path) -> None:
-    result = distill(
-        f"teacher.weights={finished[0] / 'teacher.safetensors'}",
-        "teacher.fit.epochs=0",
-        "blocks.include=[layer3.2]",
-        "plan.strategy=relay",
-        "plan.groups=true",
-        "plan.cost=flops",
-        "finetune.epochs=0",
-        "run.dir=run",
-        cwd=tmp_path,
-        ranks=2,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    shared = ("blocks.include=[layer3.2]", "plan.strategy=relay", "plan.groups=true", "finetune.epochs=0")
+    result = trained_by(finished[0], tmp_path, *shared)
     assert "plan: relay in groups on 2 ranks" in result.stdout
     assert "rank 1: teacher and students with rank 0, predicted" in result.stdout
     facts = json.loads((tmp_path / "run" / "stages" / "distill.json").read_text())

@@ -162,7 +162,7 @@ def test_a_signal_while_ranks_are_being_started_ends_the_sweep(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("studen.rank=1,2",), "studen: got 'a setting that does not exist'; expected 'student'"),
+        (("studen.rank=1,2",), "studen: this setting does not exist; expected 'student'"),
         (("student=foo,bar",), "student: got 'foo'; expected one of separable"),
         (("seed=1,1",), "run.dir:"),
         (("seed=1,2", "--resolve"), "--resolve: got '--multirun'"),

@@ -91,7 +91,7 @@ def test_a_job_with_a_mistake_ends_its_log_with_what_it_is(slurm: Cluster, tmp_p
     wrong = submit(slurm, *SMALL, "distill.stepz=4", cwd=tmp_path)
     missing = submit(slurm, *SMALL, "data=imagefolder", "data.root=/nowhere", cwd=tmp_path)
     assert failed(slurm, wrong).startswith(
-        f"distill: job {wrong} failed: distill.stepz: got 'a setting that does not exist'; expected 'distill.steps'"
+        f"distill: job {wrong} failed: distill.stepz: this setting does not exist; expected 'distill.steps'"
     )
     assert failed(slurm, missing) == (
         f"distill: job {missing} failed: data.root: got '/nowhere'; expected an existing folder (looked for /nowhere)"

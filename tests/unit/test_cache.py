@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill import host
 from distill.blocks import Boundary
 from distill.cache import Cache, Layout, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
@@ -97,12 +97,8 @@ def test_memory_leaves_nothing_behind() -> None:
     assert (set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))) == before
 
 
-def test_more_than_the_free_memory_is_refused_before_it_is_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    facts = tmp_path / "meminfo"
-    facts.write_text("MemTotal: 16000000 kB\nMemAvailable:  1048576 kB\n")
-    monkeypatch.setattr(host, "MEMORY", facts)
+def test_more_than_the_free_memory_is_refused_before_it_is_used(available: Callable[[int], None]) -> None:
+    available(GIB)
     Memory().reserve(GIB)
     with pytest.raises(ConfigError, match=r"^teacher.cache: got 'ram'; expected disk, or .* 1.50 GiB of the 1.00 GiB"):
         Memory().reserve(GIB * 3 // 2)

@@ -108,7 +108,7 @@ class TestMisspelling:
     )
     def test_misspelt_setting_is_refused_and_the_nearest_named(self, typed: str, named: str, nearest: str) -> None:
         message = refusal(f"{typed}=1")
-        assert message.startswith(f"{named}: got 'a setting that does not exist'; expected {nearest!r} (the nearest)")
+        assert message.startswith(f"{named}: this setting does not exist; expected {nearest!r} (the nearest)")
 
     def test_settings_of_the_same_section_are_listed(self) -> None:
         message = refusal("student.renk=3")
@@ -116,7 +116,9 @@ class TestMisspelling:
         assert "distill.lr" not in message
 
     def test_unknown_setting_in_a_file_is_refused(self, default: JobConfig) -> None:
-        with pytest.raises(ConfigError, match=r"distill\.lrr: got .*'distill\.lr' \(the nearest\)"):
+        with pytest.raises(
+            ConfigError, match=r"distill\.lrr: this setting does not exist; expected 'distill\.lr' \(the nearest\)"
+        ):
             from_yaml(to_yaml(default).replace("  lr: 0.003", "  lrr: 0.003"))
 
     @pytest.mark.parametrize(
@@ -283,10 +285,27 @@ class TestImpossibleValues:
             (["distill.views=0"], "distill.views: got 0; expected a number >= 1"),
             (["cache.max_gib=-1"], "cache.max_gib: got -1.0; expected a number >= 0"),
             (["teacher.cache=memory"], "teacher.cache: got 'memory'; expected one of off, ram, disk"),
+            (
+                ["teacher.cache=off", "cache.dtype=bf16"],
+                "cache.dtype: got 'bf16'; expected fp32 with teacher.cache=off",
+            ),
         ],
     )
     def test_a_cache_that_cannot_be_had_is_refused(self, overrides: list[str], words: str) -> None:
         assert refusal("teacher.cache=ram", *overrides).startswith(words)
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (
+                ["plan.strategy=ddp"],
+                "plan.strategy: got 'ddp'; expected no sharing of batches with distill.stop=plateau",
+            ),
+            (["plan.strategy=auto", "plan.groups=true"], "plan.groups: got True; expected no sharing of batches with"),
+        ],
+    )
+    def test_ranks_that_share_a_batch_cannot_judge_a_plateau(self, overrides: list[str], words: str) -> None:
+        assert refusal("distill.stop=plateau", *overrides).startswith(words)
 
     def test_the_smallest_possible_values_are_allowed(self) -> None:
         config = compose(["distill.steps=1", "distill.lr=0", "data.batch_size=1", "plan.window=2", "student.rank=1"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import host
 from distill.job.memory import memory_limit
 from distill.memory import Memory
 from distill.peak_memory import PeakMemory, used_memory
@@ -116,11 +115,9 @@ def test_the_peak_counts_from_its_making_on() -> None:
 
 
 def test_files_that_linux_keeps_in_memory_leave_room_for_a_plan(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, available: Callable[[int], None]
 ) -> None:
-    facts = tmp_path / "meminfo"
-    facts.write_text("MemTotal: 16000000 kB\nMemFree: 10 kB\nMemAvailable:  8388608 kB\n")
-    monkeypatch.setattr(host, "MEMORY", facts)
+    available(8 * 2**30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     job: Any = SimpleNamespace(
         config=SimpleNamespace(plan=SimpleNamespace(memory_gib=None)), device=torch.device("cpu")

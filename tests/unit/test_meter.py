@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pynvml
@@ -13,6 +15,18 @@ from distill.energy import summarize
 from distill.meter import Meter, Place, by_host
 from tests.metered import A, B, killed, metered, places, zone
 from tests.nvml import Board, FakeNvml
+
+
+@contextmanager
+def three_joules_read(nvml: FakeNvml, run_dir: Path, powercap: Path) -> Iterator[tuple[Board, Meter]]:
+    """The distill stage on one board, of which 3 J have been read."""
+    board = Board(A)
+    nvml.boards = [board]
+    with metered(run_dir, powercap, places(A)) as meter:
+        meter.switch("distill")
+        board.millijoules += 3_000
+        meter.sample()
+        yield board, meter
 
 
 class TestMeter:
@@ -139,14 +153,10 @@ class TestMeter:
     def test_a_reset_counter_leaves_its_increment_out_and_says_so(
         self, nvml: FakeNvml, run_dir: Path, powercap: Path
     ) -> None:
-        nvml.boards = [Board(A)]
-        with metered(run_dir, powercap, places(A)) as meter:
-            meter.switch("distill")
-            nvml.boards[0].millijoules += 3_000
+        with three_joules_read(nvml, run_dir, powercap) as (board, meter):
+            board.millijoules = 100
             meter.sample()
-            nvml.boards[0].millijoules = 100
-            meter.sample()
-            nvml.boards[0].millijoules += 4_000
+            board.millijoules += 4_000
         found = summarize(run_dir)
         assert found["stages"]["distill"]["joules"] == 7.0
         assert any("GPU 0 (NVIDIA Fake): its counter went backwards" in reason for reason in found["not_measured"])
@@ -154,17 +164,13 @@ class TestMeter:
     def test_a_gpu_lost_in_the_middle_keeps_its_first_part_and_is_read_on_when_it_returns(
         self, nvml: FakeNvml, run_dir: Path, powercap: Path
     ) -> None:
-        nvml.boards = [Board(A)]
-        with metered(run_dir, powercap, places(A)) as meter:
-            meter.switch("distill")
-            nvml.boards[0].millijoules += 3_000
+        with three_joules_read(nvml, run_dir, powercap) as (board, meter):
+            board.error = pynvml.NVML_ERROR_GPU_IS_LOST
             meter.sample()
-            nvml.boards[0].error = pynvml.NVML_ERROR_GPU_IS_LOST
+            board.error = None
+            board.millijoules += 1_000_000  # unknown how much of it was before
             meter.sample()
-            nvml.boards[0].error = None
-            nvml.boards[0].millijoules += 1_000_000  # unknown how much of it was before
-            meter.sample()
-            nvml.boards[0].millijoules += 2_000
+            board.millijoules += 2_000
         found = summarize(run_dir)
         assert found["stages"]["distill"]["joules"] == 5.0
         reason = "gpu on a: GPU 0 (NVIDIA Fake): NVML: GPU is lost (in stage distill)"

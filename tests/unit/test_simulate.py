@@ -135,13 +135,17 @@ def test_long_plans_are_continued_at_the_pace_of_a_sample() -> None:
     assert found.teacher_passes == long
 
 
-def run_directory(folder: Path) -> Path:
+ONE_HOST = Network(hosts=(0, 0))
+
+
+def run_directory(folder: Path, network: Network = ONE_HOST) -> Path:
     folder.mkdir()
     plan = plan_broadcast(COSTS, whole(80), 1)
     (folder / "plan.json").write_text(plan.to_json())
     facts = {
         "seconds": {"teacher": COSTS.teacher_s, "student": COSTS.student_s},
-        "boundary_bytes": COSTS.boundary_bytes, "student_bytes": [8, 8, 8, 8], "sender_s_per_byte": 0.0,
+        "boundary_bytes": COSTS.boundary_bytes, "student_bytes": [8, 8, 8, 8],
+        "network": {"within": network.within.facts(), "between": network.between.facts(), "hosts": network.hosts},
     }  # fmt: skip
     (folder / "costs.json").write_text(json.dumps(facts))
     return folder
@@ -172,6 +176,7 @@ def test_the_command_tells_of_every_number_of_ranks(tmp_path: Path, capsys: pyte
     assert command(str(run), "--ranks", "1", "4", "--strategies", "broadcast", "relay", "--gbit", "1") == 0
     shown = capsys.readouterr().out
     assert shown.startswith("one rank: teacher 7000.0 ms, 4 students 14000.0 ms a batch, measured by the run\n")
+    assert "links as given, and else as in the run: 1 Gbit/s, 0 ms between any two ranks\n" in shown
     rows = rows_of(shown)
     assert [row[:2] for row in rows] == [["1", "broadcast"], ["1", "relay"], ["4", "broadcast"], ["4", "relay"]]
     assert rows[0][3] == "1.00x"
@@ -210,6 +215,58 @@ def test_a_runs_costs_may_be_put_on_a_clusters_links(tmp_path: Path, capsys: pyt
     free = rows_of(capsys.readouterr().out)
     (row,) = rows_of(shown)
     assert float(row[2].replace(",", "")) > 1.5 * float(free[0][2].replace(",", ""))
+
+
+RUNS_LINKS = Network(Link(1e3, 1e-3, 2e-3), Link(1e2, 5e-3, 1e-3), hosts=(0, 0, 1))
+
+
+def test_without_a_given_link_the_runs_own_are_reckoned_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_directory(tmp_path / "run", RUNS_LINKS)
+    costs, spans = measured(run, speed=2.0, steps=None)
+    within, between = (
+        replace(x, sender_s_per_byte=x.sender_s_per_byte / 2) for x in (RUNS_LINKS.within, RUNS_LINKS.between)
+    )
+    assert costs.network == Network(within, between, RUNS_LINKS.hosts)
+    assert command(str(run), "--ranks", "2", "4", "--strategies", "broadcast") == 0
+    shown = capsys.readouterr().out
+    words = "links as in the run: 8e-06 Gbit/s, 1 ms within a host of 2 ranks, 8e-07 Gbit/s, 5 ms between hosts"
+    assert shown.splitlines()[1] == words
+    costs, spans = measured(run, speed=1.0, steps=None)
+    for row, ranks in zip(rows_of(shown), (2, 4), strict=True):
+        joined = replace(costs, network=RUNS_LINKS.resized(ranks))
+        expected = simulate(PLANNERS["broadcast"](joined, spans, ranks), joined).makespan_s
+        assert float(row[2].replace(",", "")) == pytest.approx(expected, abs=0.06)
+
+
+def test_what_is_not_given_of_a_link_is_that_of_the_runs_worst_hop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(run_directory(tmp_path / "run", RUNS_LINKS))
+    for option, link in (("--gbit", "1 Gbit/s, 5 ms"), ("--latency-us", "8e-07 Gbit/s, 0.001 ms")):
+        assert command(run, "--ranks", "1", option, "1") == 0
+        assert f"as in the run: {link} between any two ranks\n" in capsys.readouterr().out
+
+
+def test_a_run_of_one_host_says_that_all_ranks_are_taken_to_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(str(run_directory(tmp_path / "run")), "--ranks", "1") == 0
+    words = "links as in the run: no limit, 0 ms between the ranks of one host, on which all are taken to be\n"
+    assert words in capsys.readouterr().out
+
+
+def test_teacher_ranks_of_one_host_share_its_way_out() -> None:
+    plan = plan_broadcast(COSTS, whole(60), 4, 2)
+    assert plan.spans_of(2)
+    slow, free = Link(20.0), Link()
+    shared, own = (
+        simulate(plan, replace(COSTS, network=Network(free, slow, (0, 0, 1, 1), own_adapters=own)))
+        for own in (False, True)
+    )
+    assert shared.bytes_sent == own.bytes_sent
+    assert shared.makespan_s > 1.5 * own.makespan_s
 
 
 def test_the_plot_draws_every_strategy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +318,24 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     (run / "costs.json").write_text('{"seconds": {"teacher": [], "student": []}}')
     assert command(str(run)) == 2
     assert "written by an older version" in capsys.readouterr().err
+    (run / "costs.json").write_text('{"seconds": ')
+    assert command(str(run)) == 2
+    error = capsys.readouterr().err
+    assert "its plan cannot be read" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("--latency-us", "-5", ">= 0"), ("--latency-us", "nan", ">= 0"), ("--gbit", "0", "> 0"), ("--gbit", "inf", "> 0")],
+)
+def test_a_link_that_cannot_be_is_refused(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command("RUN", option, value)
+    assert ended.value.code == 2
+    assert f"{value}: expected a number {expected}" in capsys.readouterr().err
 
 
 def test_ranks_that_a_plan_cannot_use_are_left_idle() -> None:
