@@ -1,4 +1,5 @@
-"""How far a placement can be from the best there is: a lower bound of the makespan by column generation. No torch.
+"""How far a placement can be from the best there is: a lower bound of the makespan by column generation, and placements
+that are near it. No torch.
 
 A rank's part of a placement is one of very many sets of blocks. With a worth for every block, a knapsack finds the set
 of greatest worth that a rank can do within a makespan; where all ranks' greatest worths together are less than the
@@ -9,7 +10,6 @@ Lagrange multiplier `toll` on their seconds together). The programme's bound is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from distill.planning.packing import Floats, Packing
 
 SEARCH_CELLS = 2**13  # cells of a knapsack while worths are looked for, about half a millisecond for 64 blocks
-PROOF_CELLS = 2**16  # and where they are to prove something: rounding weakens the bound by cells times blocks of a rank
-EFFORT = 14_000  # columns of all programmes solved, about half a second; not a time limit: plans are repeatable
+PROOF_CELLS = 2**17  # and where they are to prove something: rounding weakens the bound by cells times blocks of a rank
+CERTAIN = 0.8  # parts with this share of the solution are decided at once
+EFFORT = 45_000  # columns of all programmes solved, up to a second; not a time limit: plans are repeatable
 RESTS = 4  # sets that are added at a time
 
 
@@ -72,7 +73,7 @@ class _Knapsack:
                 more = best[: len(best) - size] + gain[block]
                 np.greater(more, best[size:], out=taken[block, size:])
                 np.maximum(best[size:], more, out=best[size:])
-        return _FilledFreely(best, taken, self._work)
+        return _FilledFreely(best, taken, self._work, int((gain > 0).sum()))
 
     def _fill_in_order(self, gain: Floats, saved: Floats) -> _FilledInOrder:
         """The same where it matters which block was taken last: `having` are the worths with it."""
@@ -95,9 +96,11 @@ class _Knapsack:
 
 
 class Filled(Protocol):
-    """A knapsack's answers: the greatest worth at every capacity (cells + 1), and which blocks have it."""
+    """A knapsack's answers: the greatest worth at every capacity, and which blocks have it."""
 
-    best: Floats
+    @property
+    def best(self) -> Floats:
+        """The greatest worth at every capacity (cells + 1), never falling."""
 
     @property
     def effort(self) -> int:
@@ -108,14 +111,11 @@ class Filled(Protocol):
 
 
 @dataclass(frozen=True)
-class _FilledFreely(Filled):
-    best: Floats  # (cells + 1), never falling
+class _FilledFreely:
+    best: Floats
     taken: NDArray[np.bool_]  # (blocks, cells + 1)
     work: NDArray[np.intp]
-
-    @property
-    def effort(self) -> int:
-        return len(self.work)
+    effort: int  # blocks of any worth
 
     def blocks(self, capacity: int) -> list[int]:
         found = []
@@ -127,8 +127,8 @@ class _FilledFreely(Filled):
 
 
 @dataclass(frozen=True)
-class _FilledInOrder(Filled):
-    best: Floats  # (cells + 1), never falling
+class _FilledInOrder:
+    best: Floats
     last: NDArray[np.intp]  # the last block of the best set
     goes_on: NDArray[np.bool_]  # where a block is taken: whether the one before it is, too
     came_from: NDArray[np.bool_]  # where a block is left out: whether the one before it is taken
@@ -155,12 +155,19 @@ class _FilledInOrder(Filled):
         return found[::-1]
 
 
-class LowerBound:
-    """The bound of one problem, raised step by step; `reached_s` is a makespan that no placement beats.
+@dataclass
+class _Open:
+    """What a dive has not decided yet: blocks (N), the ranks of every kind, and the seconds of teacher ranks."""
 
-    `likely` are the parts of ranks in the programme's last solution, the
-    likeliest first, where it could not exclude a makespan:
-    (ranks, one of which may have them; blocks).
+    blocks: NDArray[np.bool_]
+    ranks: dict[Kind, list[int]]
+    charged_s: float = 0.0  # what the decided parts take of the teacher ranks' seconds
+
+
+class LowerBound:
+    """The bound of one problem, raised step by step, and placements that the same programme leads to.
+
+    `reached_s` is a makespan that no placement beats.
     """
 
     def __init__(self, packing: Packing, owner: NDArray[np.intp], *, reached_s: float, tolerance: float) -> None:
@@ -168,7 +175,7 @@ class LowerBound:
         upper_s = float(packing.seconds(owner).max())
         self._packing, self._upper_s, self._tolerance = packing, upper_s, tolerance
         self.reached_s = reached_s
-        self.likely: list[tuple[list[int], list[int]]] = []
+        self._shares = np.zeros(0)  # of the columns in the programme's last solution
         kinds: dict[Kind, list[int]] = {}
         for rank in range(packing.num_ranks):
             teaches = packing.sends and rank < packing.teacher_ranks
@@ -179,39 +186,91 @@ class LowerBound:
         longest_s = upper_s / float(packing.slowness.min())
         self._search = _Knapsack(packing, longest_s=longest_s, cells=SEARCH_CELLS, rounding=0.5)
         self._proof = _Knapsack(packing, longest_s=longest_s, cells=PROOF_CELLS, rounding=0.0)
-        self._columns: dict[tuple[Kind, tuple[int, ...]], Floats] = {}
+        self._known: dict[tuple[Kind, tuple[int, ...]], Floats] = {}
+        self._columns = self._known  # those that fit in the makespan looked at
         self._effort = 0
         for kind, ranks in kinds.items():
             for rank in ranks:
                 self._add_column(kind, np.flatnonzero(owner == rank).tolist())
 
+    @property
+    def exhausted(self) -> bool:
+        return self._effort >= EFFORT
+
     def close_in(self) -> None:
         """Raise the bound until it is within the tolerance of the known placement, or as far as it goes."""
-        possible_s = math.inf  # the least makespan that the programme does not exclude
-        target_s = self._upper_s / (1 + self._tolerance / 2)
-        while min(self._upper_s, possible_s) > self.reached_s * (1 + self._tolerance) and self._effort < EFFORT:
-            if not self._excludes(target_s):
-                possible_s = target_s
-            target_s = (self.reached_s + possible_s) / 2
+        possible_s = self._upper_s  # the least makespan that is known, or that the programme does not exclude
+        nearly = 1 + self._tolerance / 2
+        first = [self._upper_s / nearly, self.reached_s * nearly]  # nearly always one of the two is the optimum
+        while possible_s > self.reached_s * (1 + self._tolerance) and not self.exhausted:
+            target_s = first.pop(0) if first else (self.reached_s + possible_s) / 2
+            if not self._excludes(target_s, self._all_open()) or self.reached_s < target_s:
+                possible_s = min(possible_s, target_s)
 
-    def _excludes(self, target_s: float) -> bool:
+    def dive(self, target_s: float) -> NDArray[np.intp] | None:
+        """Return the rank of every block (N), -1 for those that found none, in a placement of about `target_s`; None,
+        and the bound is raised, where that is impossible.
+
+        The likeliest parts of the programme's solution are given to ranks, then the programme is solved for the rest.
+        """
+        left = self._all_open()
+        if self._excludes(target_s, left):
+            return None
+        owner = np.full(self._packing.num_blocks, -1)
+        while not self.exhausted:
+            self._decide(owner, left, certain=CERTAIN)
+            if not left.blocks.any() or self._generate(target_s, left) is not None:
+                break
+        return owner
+
+    def likely(self) -> NDArray[np.intp]:
+        """Return the rank of every block (N), -1 for those that found none, by the programme's last solution."""
+        owner = np.full(self._packing.num_blocks, -1)
+        if len(self._shares):
+            self._decide(owner, self._all_open(), certain=1e-6)
+        return owner
+
+    def _excludes(self, target_s: float, everything: _Open) -> bool:
         """Return whether `target_s` is impossible as far as the programme can tell; raises the bound where it is."""
-        packing = self._packing
-        self._columns = {key: row for key, row in self._columns.items() if self._fits(*key, target_s)}
-        worth, toll = packing.work_s / max(packing.work_s.sum(), 1e-300), 0.0
-        gains: dict[Kind, float] = {}
-        while self._effort < EFFORT:
-            fills = self._fills(self._search, worth, toll)
-            if self._all_worths(self._search, fills, toll, target_s) < worth.sum() * (1 - 1e-9):
-                self.reached_s = max(self.reached_s, self._proven(worth, toll))
-                return self.reached_s >= target_s
+        self._add_rests(self._packing.work_s, 0.0, target_s)
+        worths = self._generate(target_s, everything)
+        if worths is None:
+            return False
+        self.reached_s = max(self.reached_s, self._proven(*worths, everything))
+        return True
+
+    def _all_open(self) -> _Open:
+        return _Open(
+            np.ones(self._packing.num_blocks, bool), {kind: list(ranks) for kind, ranks in self._kinds.items()}
+        )
+
+    def _decide(self, owner: NDArray[np.intp], left: _Open, *, certain: float) -> None:
+        """Give the likeliest parts that go together to ranks: one, and any others that are as `certain`."""
+        keys = list(self._columns)
+        for count, index in enumerate(np.argsort(-self._shares, kind="stable")):
+            kind, blocks = keys[index]
+            if count and self._shares[index] < certain:
+                break
+            part = [block for block in blocks if left.blocks[block]]
+            if left.ranks[kind] and (len(part) == len(blocks) or not count):
+                owner[part] = left.ranks[kind].pop(0)
+                left.blocks[part] = False
+                left.charged_s += self._charge(kind, part)
+
+    def _generate(self, target_s: float, left: _Open) -> tuple[Floats, float] | None:
+        """Return worths and a toll that show `target_s` to be impossible for what is open; None if there are none."""
+        self._columns = {key: row for key, row in self._known.items() if self._fits(*key, target_s)}
+        value, worth, toll, gains = self._solve(target_s, left)
+        while value > 1e-9 and not self.exhausted:
+            wanted = np.where(left.blocks, worth, -np.inf)
+            fills = self._fills(self._search, wanted, toll)
+            if self._all_worths(self._search, fills, toll, target_s, left) < worth.sum() * (1 - 1e-9):
+                return worth, toll
             if not self._add_columns(fills, worth, toll, target_s, gains):
-                return False
-            self._add_rests(worth, toll, target_s)
-            value, worth, toll, gains = self._solve(target_s)
-            if value <= 1e-9:
-                return False
-        return False
+                return None
+            self._add_rests(wanted, toll, target_s)
+            value, worth, toll, gains = self._solve(target_s, left)
+        return None
 
     def _fits(self, kind: Kind, blocks: tuple[int, ...], target_s: float) -> bool:
         return self._search.size(blocks) <= self._search.capacity(kind, target_s)
@@ -225,10 +284,12 @@ class LowerBound:
                 self._effort += made[kind.teaches, kind.wire].effort
         return {kind: made[kind.teaches, kind.wire] for kind in self._kinds}
 
-    def _all_worths(self, knapsack: _Knapsack, fills: Mapping[Kind, Filled], toll: float, makespan_s: float) -> float:
-        """Return the greatest worth that all ranks can do within a makespan."""
-        total = toll * self._time_of_teachers(makespan_s)
-        for kind, ranks in self._kinds.items():
+    def _all_worths(
+        self, knapsack: _Knapsack, fills: Mapping[Kind, Filled], toll: float, makespan_s: float, left: _Open
+    ) -> float:
+        """Return the greatest worth that all open ranks can do within a makespan."""
+        total = toll * (self._time_of_teachers(makespan_s) - left.charged_s)
+        for kind, ranks in left.ranks.items():
             total += len(ranks) * float(fills[kind].best[knapsack.capacity(kind, makespan_s)])
         return total
 
@@ -237,13 +298,13 @@ class LowerBound:
         packing, teachers = self._packing, slice(self._packing.teacher_ranks)
         return float(((makespan_s - packing.base_s[teachers]) / packing.slowness[teachers]).sum())
 
-    def _proven(self, worth: Floats, toll: float) -> float:
+    def _proven(self, worth: Floats, toll: float, everything: _Open) -> float:
         """Return the longest makespan that these worths show to be impossible."""
         fills = self._fills(self._proof, worth, toll)
         low, high = self.reached_s, self._upper_s
         for _ in range(30):
             middle = (low + high) / 2
-            if self._all_worths(self._proof, fills, toll, middle) < worth.sum() * (1 - 1e-9):
+            if self._all_worths(self._proof, fills, toll, middle, everything) < worth.sum() * (1 - 1e-9):
                 low = middle
             else:
                 high = middle
@@ -256,7 +317,7 @@ class LowerBound:
         before = len(self._columns)
         for kind in self._kinds:
             blocks = fills[kind].blocks(self._search.capacity(kind, target_s))
-            if self._gain(kind, blocks, worth, toll) > gains.get(kind, -1.0) + 1e-9:
+            if self._gain(kind, blocks, worth, toll) > gains[kind] + 1e-9:
                 self._add_column(kind, blocks)
         return len(self._columns) > before
 
@@ -292,32 +353,27 @@ class LowerBound:
         row[list(blocks)] = 1
         row[number + list(self._kinds).index(kind)] = -1
         row[-1] = -self._charge(kind, blocks)
-        self._columns[kind, tuple(blocks)] = row
+        self._known[kind, tuple(blocks)] = self._columns[kind, tuple(blocks)] = row
 
-    def _solve(self, target_s: float) -> tuple[float, Floats, float, dict[Kind, float]]:
+    def _solve(self, target_s: float, left: _Open) -> tuple[float, Floats, float, dict[Kind, float]]:
         """Return by how much the worth of all blocks, which is 1, exceeds what the known sets can gain, and the worths,
         the toll and the kinds' gains that make the most of it."""
         from scipy.optimize import linprog  # here: importing it takes half a second, and few plans need it
 
-        number, counts = self._packing.num_blocks, [len(ranks) for ranks in self._kinds.values()]
+        number, counts = self._packing.num_blocks, [len(ranks) for ranks in left.ranks.values()]
         self._effort += len(self._columns)
-        objective = np.concatenate([-np.ones(number), counts, [self._time_of_teachers(target_s)]])
+        time_s = self._time_of_teachers(target_s) - left.charged_s
+        objective = np.concatenate([-left.blocks.astype(float), counts, [time_s]])
         rows = np.stack([np.concatenate([np.ones(number), np.zeros(len(counts) + 1)]), *self._columns.values()])
         limits = np.zeros(len(rows))
         limits[0] = 1
-        bounds = [(0, None)] * (number + len(counts)) + [(0, None if self._packing.sends else 0)]
+        bounds = [(0, None if is_open else 0) for is_open in left.blocks] + [(0, None)] * len(counts)
+        bounds += [(0, None if self._packing.sends else 0)]
         solved = linprog(objective, A_ub=rows, b_ub=limits, bounds=bounds, method="highs")
-        shares = -solved.ineqlin.marginals[1:]
-        self.likely = self._ordered(shares)
+        self._shares = -solved.ineqlin.marginals[1:]
         return (
             -solved.fun,
             solved.x[:number],
             float(solved.x[-1]),
             dict(zip(self._kinds, solved.x[number:-1], strict=True)),
         )
-
-    def _ordered(self, shares: Floats) -> list[tuple[list[int], list[int]]]:
-        """Return the columns by their shares in the solution, each with a rank of its kind."""
-        keys = list(self._columns)
-        order = [keys[index] for index in np.argsort(-shares, kind="stable") if shares[index] > 1e-6]
-        return [(self._kinds[kind], list(blocks)) for kind, blocks in order]

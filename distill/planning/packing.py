@@ -93,4 +93,31 @@ class Packing:
         order = np.argsort(self.base_s, kind="stable")
         base, speed = self.base_s[order], 1 / self.slowness[order]
         level = (self.work_s.sum() + np.cumsum(base * speed)) / np.cumsum(speed)  # with the k least loaded ranks
-        return max(float(level.min()), largest, float(self.base_s.max()))
+        bound_s = max(float(level.min()), largest, float(self.base_s.max()))
+        return max(bound_s, self._reach_bound(bound_s)) if self.reaches else bound_s
+
+    def _reach_bound(self, low_s: float) -> float:
+        """Return a makespan that no placement can beat, `low_s` or longer, where every rank pays its longest reach.
+
+        Were blocks divisible, the fastest rank would best do the blocks of the longest reach, as many as it can, the
+        next one those that follow, and so on: any other order leaves more reach to be paid.
+        """
+        order = np.argsort(-self.reach_s, kind="stable")
+        done_s, reach_s = np.cumsum(self.work_s[order]), self.reach_s[order]
+
+        def possible(makespan_s: float) -> bool:
+            total = 0.0
+            for room_s in np.sort((makespan_s - self.base_s) / self.slowness)[::-1]:
+                first = int(np.searchsorted(done_s, total * (1 + 1e-12), side="right"))
+                if first == len(order):
+                    break
+                total += max(0.0, room_s - reach_s[first])
+            return total >= float(done_s[-1]) * (1 - 1e-12)
+
+        high_s = low_s
+        while not possible(high_s):
+            high_s *= 2
+        for _ in range(40 if high_s > low_s else 0):
+            middle_s = (low_s + high_s) / 2
+            low_s, high_s = (low_s, middle_s) if possible(middle_s) else (middle_s, high_s)
+        return low_s

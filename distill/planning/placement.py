@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from distill.plan import Span
 from distill.planning.lower_bound import LowerBound
 from distill.planning.packing import Packing
-from distill.planning.rebalance import improve
+from distill.planning.rebalance import EFFORT, improve
 from distill.planning.served_bound import served_bound
 
 TOLERANCE = 1e-4  # a makespan this near to a bound, relatively, counts as optimal; costs are never known better
@@ -20,6 +20,9 @@ SEARCHED_BLOCKS = 9  # up to this many all placements are searched,
 SEARCHED_PLACEMENTS = 50_000  # and where there are no more than this many
 SEARCH_NODES = 20_000  # unless that takes more than this many nodes, a third of a second
 BOUNDED_BLOCKS = 128  # up to this many the bound is raised by column generation
+
+EXCESSES = (0.5, 0.75, 1, 2, 0.9, 0.6, 4, 8, 16, 32)  # makespans that are dived for: TOLERANCEs above the bound
+POLISH = 3e6  # effort that goes into what a dive has found, about 40 ms
 
 Share = tuple[float, float]  # seconds of a rank's own work, and seconds that serving it costs rank 0
 
@@ -75,8 +78,9 @@ class Placement:
 def place(problem: Problem) -> Placement:
     """Return the best placement found, and a bound: the optimum itself for nearly all problems of up to 64 blocks.
 
-    Largest-first placement is improved by dividing pairs of ranks anew; small problems are then searched, of others the
-    bound is raised by column generation, whose solution is one more placement to begin from.
+    Small problems are searched whole. Of others the largest-first placement is improved by dividing pairs of ranks
+    anew, the bound is raised by column generation, and where the two do not meet, dives into its programme look for
+    placements just above the bound.
     Source: Graham 1969 for the largest-first rule (LPT).
     """
     packing = problem.packing
@@ -105,13 +109,19 @@ def _bounded(packing: Packing, owner: NDArray[np.intp]) -> tuple[NDArray[np.intp
     if packing.sends and packing.teacher_ranks == 1:
         served_s, leaves = served_bound(packing, upper_s=_makespan(packing, owner), tolerance=TOLERANCE)
         bound_s = max(bound_s, served_s)
-        owner = _better(packing, owner, _in_runs(packing, leaves), bound_s)
+        owner = _better(packing, owner, _in_runs(packing, leaves), bound_s, effort=EFFORT)
         if _makespan(packing, owner) <= bound_s * (1 + TOLERANCE):
             return owner, bound_s
     bound = LowerBound(packing, owner, reached_s=bound_s, tolerance=TOLERANCE)
     bound.close_in()
-    if bound.likely:
-        owner = _better(packing, owner, _combined(packing, bound.likely), bound.reached_s)
+    owner = _better(packing, owner, largest_first(packing, bound.likely()), bound.reached_s, effort=EFFORT)
+    for excess in EXCESSES:
+        best_s = _makespan(packing, owner)
+        if bound.exhausted or best_s <= bound.reached_s * (1 + TOLERANCE):
+            break
+        found = bound.dive(min(bound.reached_s * (1 + excess * TOLERANCE), best_s / (1 + TOLERANCE / 4)))
+        if found is not None:
+            owner = _better(packing, owner, largest_first(packing, found), bound.reached_s, effort=POLISH)
     return owner, bound.reached_s
 
 
@@ -119,12 +129,14 @@ def _makespan(packing: Packing, owner: NDArray[np.intp]) -> float:
     return float(packing.seconds(owner).max())
 
 
-def _better(packing: Packing, owner: NDArray[np.intp], start: NDArray[np.intp], bound_s: float) -> NDArray[np.intp]:
+def _better(
+    packing: Packing, owner: NDArray[np.intp], start: NDArray[np.intp], bound_s: float, *, effort: float
+) -> NDArray[np.intp]:
     """Return `owner`, or what can be made of another start if that is better."""
     good_enough_s = bound_s * (1 + TOLERANCE)
     if _makespan(packing, owner) <= good_enough_s:
         return owner
-    other = improve(packing, start, good_enough_s=good_enough_s)
+    other = improve(packing, start, good_enough_s=good_enough_s, effort=effort)
     return min(owner, other, key=lambda one: _makespan(packing, one))
 
 
@@ -159,18 +171,6 @@ def largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> ND
             owner[block] = int(after.argmin())
             loads[owner[block]] = after[owner[block]]
     return owner
-
-
-def _combined(packing: Packing, likely: Sequence[tuple[Sequence[int], Sequence[int]]]) -> NDArray[np.intp]:
-    """Return a placement with the likeliest parts that go together; other blocks are placed largest first."""
-    owner = np.full(packing.num_blocks, -1)
-    used: set[int] = set()
-    for ranks, blocks in likely:
-        free = [rank for rank in ranks if rank not in used]
-        if free and (owner[list(blocks)] < 0).all():
-            owner[list(blocks)] = free[0]
-            used.add(free[0])
-    return largest_first(packing, owner)
 
 
 def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict[int, int], bool]:

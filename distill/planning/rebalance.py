@@ -12,19 +12,21 @@ from numpy.typing import NDArray
 from distill.planning.packing import Floats, Packing
 
 FREE = 11  # blocks of two ranks that are divided anew at a time: 2048 ways
-EFFORT = 3e7  # numbers looked at, about 0.1 s; not a time limit, so that the same problem gives the same plan
+EFFORT = 3e7  # numbers looked at, up to 0.4 s; not a time limit, so that the same problem gives the same plan
 SHUFFLED = 8  # blocks that lose their place at once where no pair of ranks can do better
 CALL = 4096  # what one look costs besides, in the same unit
 DOUBLINGS = 5  # loads are summed to the 32nd power: nearly their maximum, but every rank counts
 
 
-def improve(packing: Packing, owner: NDArray[np.intp], *, good_enough_s: float) -> NDArray[np.intp]:
-    """Return the best placement found from `owner` (N: the rank of every block), at most EFFORT away.
+def improve(
+    packing: Packing, owner: NDArray[np.intp], *, good_enough_s: float, effort: float = EFFORT
+) -> NDArray[np.intp]:
+    """Return the best placement found from `owner` (N: the rank of every block), at most `effort` away.
 
     Pairs of ranks are divided anew until none gets better; then the slowest and some others are shuffled, again and
     again, until the makespan is `good_enough_s`.
     """
-    search = _Search(packing, owner.copy())
+    search = _Search(packing, owner.copy(), effort)
     while not search.exhausted:
         search.descend()
         if search.best_s <= good_enough_s or packing.num_ranks == 1:
@@ -36,17 +38,17 @@ def improve(packing: Packing, owner: NDArray[np.intp], *, good_enough_s: float) 
 
 
 class _Search:
-    def __init__(self, packing: Packing, owner: NDArray[np.intp]) -> None:
+    def __init__(self, packing: Packing, owner: NDArray[np.intp], effort: float) -> None:
         self._packing, self._owner = packing, owner
         self._random = np.random.default_rng(0)
         self._loads = packing.seconds(owner)
         self.best, self.best_s = owner.copy(), float(self._loads.max())
         self._scale = self.best_s or 1.0
-        self._effort = 0.0
+        self._effort = effort
 
     @property
     def exhausted(self) -> bool:
-        return self._effort >= EFFORT
+        return self._effort <= 0
 
     def descend(self) -> None:
         """Divide pairs of ranks anew until no pair that has changed gets better."""
@@ -86,7 +88,7 @@ class _Search:
         before = (self._owner[blocks] == a).astype(float)[None, :]
         ways = np.repeat(before, 2 ** len(free), axis=0)
         ways[:, np.isin(blocks, free)] = _subsets(len(free))
-        self._effort += CALL + ways.size * (3 if packing.sends else 1)
+        self._effort -= CALL + ways.size * (3 if packing.sends else 1)
         seconds = {
             a: loads[a] + self._added(a, blocks, ways, before),
             b: loads[b] + self._added(b, blocks, 1 - ways, 1 - before),

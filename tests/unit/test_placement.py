@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,16 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
-from distill.planning.problems import broadcast_problem, layerwise_problem
+from distill.planning.packing import Packing
+from distill.planning.placement import Problem, place
+from distill.planning.problems import broadcast_problem, layerwise_problem, replicate_problem
 from distill.planning.strategies import plan_broadcast, plan_layerwise, plan_replicate
 
 LAYER_TIMES = Path(__file__).parents[3] / "shared" / "data" / "vgg_layer_seconds.csv"
+PROBLEMS = {"broadcast": broadcast_problem, "layerwise": layerwise_problem, "replicate": replicate_problem}
+needs_layer_times = pytest.mark.skipif(
+    not LAYER_TIMES.exists(), reason="the first paper's layer times are not beside the repository"
+)
 MANY = 1 + 1.5e-4  # what rounding may add to the tolerance within which a placement counts as optimal
 
 
@@ -31,8 +38,8 @@ def whole(blocks: int) -> list[Span]:
 
 
 @st.composite
-def instances(draw: st.DrawFn, most: int = 7) -> tuple[Costs, list[Span], int]:
-    blocks, ranks = draw(st.integers(2, most)), draw(st.integers(1, 3))
+def instances(draw: st.DrawFn, least: int = 2, most: int = 7) -> tuple[Costs, list[Span], int]:
+    blocks, ranks = draw(st.integers(least, most)), draw(st.integers(1, 3))
     seconds = st.floats(0.1, 10.0).map(lambda value: round(value, 3))
     costs = Costs(
         tuple(draw(st.lists(seconds.map(lambda value: value / 5), min_size=blocks, max_size=blocks))),
@@ -94,6 +101,66 @@ def test_a_gap_that_is_told_holds(instance: tuple[Costs, list[Span], int], strat
     optimum = assigned(costs, strategy, len(spans), ranks)
     assert plan.predicted_makespan_s <= optimum * (1 + plan.gap) * MANY
     assert plan.predicted_makespan_s >= optimum * (1 - 1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(instances(least=10, most=10), st.sampled_from(["broadcast", "layerwise", "replicate"]))
+def test_beyond_what_is_searched_the_bound_is_below_the_optimum(
+    instance: tuple[Costs, list[Span], int], strategy: str
+) -> None:
+    costs, spans, ranks = instance
+    problem = PROBLEMS[strategy](costs, spans, ranks)
+    optimum = least_of_all(problem.packing)
+    found = place(problem)
+    assert found.bound_s <= optimum * (1 + 1e-9)
+    assert optimum * (1 - 1e-9) <= max(found.rank_s) <= optimum * (1 + found.gap) * MANY
+
+
+def least_of_all(packing: Packing) -> float:
+    """The makespan of the best of all placements with one teacher rank."""
+    owners = np.array(list(itertools.product(range(packing.num_ranks), repeat=packing.num_blocks)))
+    chosen = [(owners == rank).astype(float) for rank in range(packing.num_ranks)]
+    loads = [packing.base_s[r] + packing.slowness[r] * packing.own_s(one) for r, one in enumerate(chosen)]
+    for rank in range(1, packing.num_ranks):
+        loads[0] = loads[0] + packing.slowness[0] * packing.price[rank] * packing.sent_s(chosen[rank])
+    return float(np.max(loads, axis=0).min())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "blocks_a_rank", "proven", "largest_gap"),
+    [("layerwise", (12, 24), (2, 3), 0.75, 0.01), ("replicate", (6, 16), (1, 3), 0.9, 0.03)],
+)
+def test_most_hard_problems_are_proven_optimal_and_none_is_far_from_it(
+    strategy: str, ranks: tuple[int, int], blocks_a_rank: tuple[int, int], proven: float, largest_gap: float
+) -> None:
+    """Few blocks a rank, where neither work spread evenly nor the largest block decides."""
+    gaps = []
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        number = int(generator.integers(*ranks))
+        blocks = int(number * generator.uniform(*blocks_a_rank))
+        student = random_costs(["uniform", "stages"][seed % 2], blocks, seed)
+        teacher = student / 4 if strategy == "replicate" else 0 * student
+        costs = Costs(tuple(teacher), tuple(student), (0,) * (blocks + 1))
+        gaps.append(place(PROBLEMS[strategy](costs, whole(blocks), number)).gap)
+    assert np.mean([gap == 0 for gap in gaps]) >= proven
+    assert max(gaps) < largest_gap
+
+
+def test_one_block_more_than_ranks_pairs_the_two_smallest() -> None:
+    student = (30.0, 31.0, 33.0, 35.0, 36.0, 37.0, 38.0, 38.5, 39.0, 39.5, 40.0)
+    problem = layerwise_problem(Costs((0.0,) * 11, student, (0,) * 12), whole(11), 10)
+    found = place(problem)
+    assert max(found.rank_s) == pytest.approx(610.0)
+    assert found.gap == 0
+
+
+def test_replicas_of_a_dear_teacher_are_bounded_by_the_teachers_that_must_run() -> None:
+    student = random_costs("lognormal", 60, 29)
+    costs = Costs(tuple(student / 4), tuple(student), (0,) * 61)
+    problem = replicate_problem(costs, whole(60), 5)
+    assert problem.packing.simple_bound() > 1.2 * problem.packing.work_s.sum() / 5
+    assert place(problem).gap < 0.02
 
 
 def assigned(costs: Costs, strategy: str, blocks: int, ranks: int) -> float:
@@ -179,17 +246,44 @@ def measured_layers() -> dict[str, dict[int, dict[str, float]]]:
     return found
 
 
-@pytest.mark.skipif(not LAYER_TIMES.exists(), reason="the first paper's layer times are not beside the repository")
+@needs_layer_times
 @pytest.mark.parametrize("gpus", [2, 3, 4])
 def test_the_first_papers_layers_are_never_placed_above_the_optimum(gpus: int) -> None:
     alone = [list(by_gpus[1].values()) for by_gpus in measured_layers().values() if 1 in by_gpus]
     assert len(alone) >= 4
     for layers, optimum in zip(np.array(alone), subset_optimum(np.array(alone), gpus), strict=True):
-        costs = Costs((0.0,) * len(layers), tuple(layers), (0,) * (len(layers) + 1))
-        spans = [Span(block, 0, 1) for block in range(len(layers))]
-        assert plan_layerwise(costs, spans, gpus).predicted_makespan_s == pytest.approx(optimum, rel=1e-9)
+        problem = layers_problem(layers, gpus)
+        assert max(place(problem).rank_s) == pytest.approx(optimum, rel=1e-9)
         assert optimum <= max(layers[first::gpus].sum() for first in range(gpus))  # round robin
-        assert layerwise_problem(costs, spans, gpus).packing.simple_bound() <= optimum
+        assert problem.packing.simple_bound() <= optimum
+
+
+@needs_layer_times
+@pytest.mark.parametrize("gpus", [2, 3, 4])
+def test_the_first_papers_schedules_are_never_better(gpus: int) -> None:
+    """With the layer times of one GPU, and with those of runs on as many GPUs as there are."""
+    found = list(measured_layers().values())
+    assert sum(gpus in by_gpus for by_gpus in found) >= 3
+    for layers in [list(by_gpus[number].values()) for by_gpus in found for number in {1, gpus} & set(by_gpus)]:
+        ours = place(layers_problem(layers, gpus))
+        assert ours.gap == 0
+        assert max(ours.rank_s) <= next_available(layers, gpus) * (1 + 1e-9)
+        assert max(ours.rank_s) <= next_available(sorted(layers, reverse=True), gpus) * (
+            1 + 1e-9
+        )  # bins, largest first
+
+
+def layers_problem(layers: Sequence[float], gpus: int) -> Problem:
+    costs = Costs((0.0,) * len(layers), tuple(layers), (0,) * (len(layers) + 1))
+    return layerwise_problem(costs, [Span(block, 0, 1) for block in range(len(layers))], gpus)
+
+
+def next_available(layers: Sequence[float], gpus: int) -> float:
+    """The makespan where every layer in turn goes to the GPU that is done first."""
+    busy = np.zeros(gpus)
+    for seconds in layers:
+        busy[busy.argmin()] += seconds
+    return float(busy.max())
 
 
 def subset_optimum(layers: np.ndarray, gpus: int) -> np.ndarray:
