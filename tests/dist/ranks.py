@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from distill.blocks import Chain
 from distill.cache import Layout
-from distill.cache_places import File, Memory
+from distill.cache_places import File
+from distill.cache_places import Memory as CacheMemory
 from distill.chain import Granularity, cut
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.control import Control, StoreAddress
 from distill.data import Augment, Dataset
 from distill.ledger import Entry, Ledger
+from distill.memory import Memory
 from distill.plan import Plan, Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks
@@ -113,6 +115,7 @@ class Toy:
     teacher_amp: str = "off"
     shared_memory: bool = True
     take_over: bool = True
+    memory: Memory | None = None
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
     patience: int = 0
@@ -176,6 +179,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             report=readings.append,
             make=make,
             trace=trace,
+            memory=toy.memory,
             recorded=_recorded(toy, plan, chain, dataset, control, trace) if toy.strategy == "cached" else None,
         )
         if rank == 0:
@@ -234,7 +238,7 @@ def _recorded(
     contents = Contents(dataset, toy.checks.batches)
     forms = {boundary: chain.boundaries[boundary] for boundary in range(5)}
     recorded = record(
-        lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else Memory(),
+        lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else CacheMemory(),
         layout=Layout(forms, toy.wire_dtype, contents.num_rows),
         contents=contents,
         chain=_Recorder(chain, toy, control.rank),
