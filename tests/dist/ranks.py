@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -91,6 +92,23 @@ def connect(rank: int, world_size: int, environment: Mapping[str, str], *, gener
     control = Control(address, rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
     control.generation = generation
     return control
+
+
+@contextmanager
+def two_controls(timeout_s: float = 20.0) -> Iterator[tuple[Control, Control]]:
+    """The control planes of two ranks over one store in this process, for as long as they are looked at."""
+    address = StoreAddress(rank=0, world_size=1, environment={}, timeout_s=timeout_s)
+    here, there = (Control(address, rank=rank, world_size=2, timeout_s=timeout_s) for rank in range(2))
+    try:
+        yield here, there
+    finally:
+        stop_heart(here)
+        stop_heart(there)
+
+
+def stop_heart(control: Control) -> None:
+    """Let a rank fall silent."""
+    control._stop.set()
 
 
 @dataclass(frozen=True, kw_only=True)
