@@ -20,7 +20,7 @@ from distill.handover import HandOver, taken
 from distill.pace import paces_of
 from distill.plan import Plan, Span
 from distill.protocol import Address, Schedule
-from distill.takeover import Load, Move, Work, chosen_moves
+from distill.takeover import Load, Move, Room, Work, chosen_moves
 
 log = logging.getLogger(__name__)
 
@@ -183,17 +183,19 @@ class Balancer:
         schedule: Schedule,
         plan: Plan,
         moves_blocks: bool,
+        room: Room | None,
         plateau: bool,
         teacher_s: Callable[[], float],
     ) -> None:
-        """Without `moves_blocks` blocks stay where they are; `plateau` says that they may stop before their budget,
-        `teacher_s` what a teacher pass takes."""
+        """Without `moves_blocks` blocks stay where they are, and where there is no `room`; `plateau` says that they may
+        stop before their budget, `teacher_s` what a teacher pass takes."""
         self._control, self._schedule, self._plan = control, schedule, plan
         self._moves_blocks, self._plateau, self._teacher_s = moves_blocks, plateau, teacher_s
+        self._room = room
 
     def moves(self, dry: Collection[int]) -> list[tuple[int, int, int]]:
-        """Return (block, source, target) of the moves to ranks that have run `dry` that should happen now: none where
-        somebody's pace is not known yet, or where the busiest rank is in the middle of a look."""
+        """Return (block, source, target) of the moves to ranks that have run `dry` that must happen now, and take their
+        room: none where somebody's pace is not known yet, or where the busiest rank is in the middle of a look."""
         feeds = self._schedule.feeds
         if not any(self.could_take(rank) for rank in dry):
             return []
@@ -206,20 +208,26 @@ class Balancer:
         for rank, spans in left.items():
             works = tuple(Work(span.block, self._steps(span), *paces[rank][span.block]) for span in spans)
             loads[rank] = Load(works, 0.0 if rank else passes * self._teacher_s(), self._plan.slowness_of(rank))
-        moves = chosen_moves(loads, dry)
+        moves = chosen_moves(loads, dry, self._room)
         givers = [feeds[source].cursor for _, source, _ in moves]
-        return moves if all(address is not None and address.is_training for address in givers) else []
+        if not all(address is not None and address.is_training for address in givers):
+            return []
+        for block, _, target in moves:
+            self._room = self._room and self._room.after(block, target)
+        return moves
 
     def could_take(self, rank: int) -> bool:
         """Whether a block could ever be better off on `rank`: where another has several, or one beside the teacher or
-        on a slower machine."""
+        on a slower machine, and there is room for it."""
         if not self._moves_blocks:
             return False
         slowness = self._plan.slowness_of
-        others = {other: len(feed.remaining) for other, feed in self._schedule.feeds.items() if other != rank}
+        others = {other: feed.remaining for other, feed in self._schedule.feeds.items() if other != rank}
         return any(
-            count > 1 or (count == 1 and (other == 0 or slowness(other) > slowness(rank)))
-            for other, count in others.items()
+            self._room is None or self._room.fits(span.block, rank)
+            for other, spans in others.items()
+            for span in spans
+            if len(spans) > 1 or other == 0 or slowness(other) > slowness(rank)
         )
 
     def _steps(self, span: Span) -> int:

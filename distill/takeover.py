@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from distill.memory import Memory
 
 SET_UP_S = 0.1  # of a hand-over: two edges anew, one for the state, and a trainer to be made
 STATE_BYTES_PER_S = 1e8  # at which a state travels; a little less than gigabit Ethernet carries
@@ -50,29 +52,69 @@ class Move:
     step: int
 
 
-def chosen_moves(loads: Mapping[int, Load], targets: Collection[int]) -> list[tuple[int, int, int]]:
-    """Return (block, source, target) of the moves to `targets` that are worth their price, one after another.
+@dataclass(frozen=True)
+class Room:
+    """Memory for moves, in bytes: what every rank has `left`, and what a block takes, by the bounds that placements
+    keep to. It only gets less: a rank keeps its finished blocks, and those that it has given away, to the end."""
+
+    left: tuple[int, ...]
+    on_target: tuple[int, ...]  # by block: where it is trained
+    on_rank_0: tuple[int, ...]  # by block: its batches that wait while its state is on the way
+
+    @staticmethod
+    def of(memory: Memory | None, owners: Sequence[Collection[int]], *, backlog: int) -> Room | None:
+        """Return the room beside the blocks that the ranks have by the plan, where up to `backlog` batches wait for a
+        state; None where memory has no limit."""
+        if memory is None or memory.limit is None:
+            return None
+        blocks = range(len(memory.student))
+        rooms = [memory.room(sends=rank == 0) or 0 for rank in range(len(owners))]
+        return Room(
+            tuple(room - sum(map(memory.block, owned)) for room, owned in zip(rooms, owners, strict=True)),
+            tuple(map(memory.block, blocks)),
+            tuple(backlog * memory.activations([block]) for block in blocks),
+        )
+
+    def after(self, block: int, target: int) -> Room:
+        """Return the room that a move leaves."""
+        left = list(self.left)
+        left[target] -= self.on_target[block]
+        left[0] -= self.on_rank_0[block]
+        return replace(self, left=tuple(left))
+
+    def fits(self, block: int, target: int) -> bool:
+        """Whether rank `target` and rank 0 have the room for a move of `block`."""
+        left = self.after(block, target).left
+        return left[target] >= 0 and left[0] >= 0
+
+
+def chosen_moves(
+    loads: Mapping[int, Load], dry: Collection[int], room: Room | None = None
+) -> list[tuple[int, int, int]]:
+    """Return (block, source, target) of the moves to `dry` ranks, which have no blocks left, that are worth their price
+    and fit in `room`, one after another.
 
     Each takes a block from the rank that is busiest by then and shortens what it and the target have left by at least
     LEAST_GAIN; no block is moved twice.
     """
     after, moves = dict(loads), list[tuple[int, int, int]]()
-    while (move := _best_move(after, targets, moved={block for block, _, _ in moves})) is not None:
+    while (move := _best_move(after, dry, room, moved={block for block, _, _ in moves})) is not None:
         moves.append(move)
         after |= _carried_out(after, *move)
+        room = room and room.after(move[0], move[2])
     return moves
 
 
 def _best_move(
-    loads: Mapping[int, Load], targets: Collection[int], moved: Collection[int]
+    loads: Mapping[int, Load], dry: Collection[int], room: Room | None, moved: Collection[int]
 ) -> tuple[int, int, int] | None:
     source = max(loads, key=lambda rank: loads[rank].seconds)
     before = loads[source].seconds
     choices = [
         (max(load.seconds for load in _carried_out(loads, work.block, source, target).values()), work.block, target)
         for work in loads[source].works
-        for target in targets
-        if target != source and work.block not in moved
+        for target in dry
+        if work.block not in moved and (room is None or room.fits(work.block, target))
     ]
     left_s, block, target = min(choices, default=(before, -1, -1))
     return (block, source, target) if left_s < (1 - LEAST_GAIN) * before else None

@@ -32,6 +32,7 @@ from distill.job.links import find_network
 from distill.job.materials import Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.ledger import Ledger
+from distill.memory import Memory
 from distill.peak_memory import PeakMemory
 from distill.plan import Costs, Plan, Span, memory_of
 from distill.recipes import replace_convolutions
@@ -96,8 +97,11 @@ class Trainers:
         return Span(block, checkpoint.step if checkpoint else 0, self._budget)
 
 
-def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers, caching: Caching | None) -> Plan:
-    """Return the plan, the same on every rank: rank 0 makes it for the blocks that its ledger lacks.
+def make_plan(
+    context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers, caching: Caching | None
+) -> tuple[Plan, Memory | None]:
+    """Return the plan, the same on every rank: rank 0 makes it for the blocks that its ledger lacks; and on rank 0 the
+    memory that the plan keeps to.
 
     With plan.cost=measured all ranks measure at the same time, as they will train.
     """
@@ -109,6 +113,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         measured = _measure(context, blocks, trainers, sample)
         peak_bytes = peak.read()
     network = find_network(context)
+    memory = None
     if context.leads:
         assert flops is not None
         seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
@@ -127,7 +132,7 @@ def make_plan(context: Context, dataset: Dataset, blocks: Blocks, trainers: Trai
         _show(context, blocks, plan, seconds, flops)
         show_memory(context, plan, costs)
         context.control.set("plan", plan.to_json())
-    return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan"))
+    return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan")), memory
 
 
 def refuse_impossible(config: JobConfig, blocks: Blocks, *, world_size: int) -> None:

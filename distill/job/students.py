@@ -41,7 +41,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
     makers = Trainers(context, blocks, checkpoints, budget=budget)
     with context.during("plan"):
-        plan = make_plan(context, dataset, blocks, makers, caching)
+        plan, memory = make_plan(context, dataset, blocks, makers, caching)
     if config.stage is Stage.plan:
         return
     recorded = caching.record(plan) if caching is not None else None
@@ -68,6 +68,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
             report=readings.add,
             make=makers.resumed,
             trace=context.trace,
+            memory=memory,
             recorded=recorded,
         )
         trainers = [makers.resumed(span.block) for span in plan.trained_by(context.rank)]

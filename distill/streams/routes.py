@@ -19,6 +19,7 @@ from distill.edges.receiver import BoundaryReceiver
 from distill.edges.sender import BoundarySender
 from distill.edges.wire import Wire
 from distill.handover import HandOver
+from distill.memory import Memory
 from distill.network import RING_SLOTS
 from distill.plan import Plan, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
@@ -27,7 +28,7 @@ from distill.streams.relay import Next, OwnBatches, Part, PassedOn, RelayStream
 from distill.streams.rows import overlaps, rows_of
 from distill.streams.stream import RemoteStream, Stream, TeacherStream
 from distill.streams.turns import MergedStream, Merger, OwnTurns, TeacherInTurn
-from distill.takeover import Move
+from distill.takeover import Move, Room
 from distill.trace import Trace
 from distill.transport import Averager, Edge
 
@@ -73,6 +74,7 @@ class Setting:
     window: int
     timeout_s: float
     trace: Trace
+    memory: Memory | None = None  # on rank 0: what take-overs have to keep to
     recorded: Recorded | None = None  # under a plan of the strategy `cached`
 
     @property
@@ -187,11 +189,13 @@ class Streams:
             for peer in sorted({rank, *trained})
         ]
         schedule = Schedule(feeds, home=rank)
+        backlog = setting.window + RING_SLOTS
         balancer = Balancer(
             control=setting.control,
             schedule=schedule,
             plan=plan,
             moves_blocks=setting.moves_blocks,
+            room=Room.of(setting.memory, plan.owners, backlog=backlog),
             plateau=setting.checks.every > 0,
             teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
         )
@@ -206,7 +210,7 @@ class Streams:
                 balancer=balancer,
                 hand_over=self._hand_over,
                 open_edge=lambda peer, number, more: self._sender(peer, setting.wire_dtype, number, more),
-                backlog=setting.window + RING_SLOTS,
+                backlog=backlog,
                 moved=self._moved,
             ),
             "wire_dtype": setting.wire_dtype,

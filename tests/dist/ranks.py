@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from distill.blocks import Chain
 from distill.cache import Layout
-from distill.cache_places import File, Memory
+from distill.cache_places import File
+from distill.cache_places import Memory as CacheMemory
 from distill.chain import Granularity, cut
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.control import Control, StoreAddress
 from distill.data import Augment, Dataset
 from distill.ledger import Entry, Ledger
+from distill.memory import Memory
 from distill.plan import Plan, Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks
@@ -91,6 +94,23 @@ def connect(rank: int, world_size: int, environment: Mapping[str, str], *, gener
     return control
 
 
+@contextmanager
+def two_controls(timeout_s: float = 20.0) -> Iterator[tuple[Control, Control]]:
+    """The control planes of two ranks over one store in this process, for as long as they are looked at."""
+    address = StoreAddress(rank=0, world_size=1, environment={}, timeout_s=timeout_s)
+    here, there = (Control(address, rank=rank, world_size=2, timeout_s=timeout_s) for rank in range(2))
+    try:
+        yield here, there
+    finally:
+        stop_heart(here)
+        stop_heart(there)
+
+
+def stop_heart(control: Control) -> None:
+    """Let a rank fall silent."""
+    control._stop.set()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Toy:
     """A toy distill stage: four small blocks of a random teacher on 8-pixel digits.
@@ -113,6 +133,7 @@ class Toy:
     teacher_amp: str = "off"
     shared_memory: bool = True
     take_over: bool = True
+    memory: Memory | None = None
     optimizer: str = "adam"
     checks: Checks = field(default_factory=Checks)
     patience: int = 0
@@ -176,6 +197,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             report=readings.append,
             make=make,
             trace=trace,
+            memory=toy.memory,
             recorded=_recorded(toy, plan, chain, dataset, control, trace) if toy.strategy == "cached" else None,
         )
         if rank == 0:
@@ -234,7 +256,7 @@ def _recorded(
     contents = Contents(dataset, toy.checks.batches)
     forms = {boundary: chain.boundaries[boundary] for boundary in range(5)}
     recorded = record(
-        lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else Memory(),
+        lambda: File(Path(toy.cache_dir), key="toy", writer="test") if toy.cache_dir else CacheMemory(),
         layout=Layout(forms, toy.wire_dtype, contents.num_rows),
         contents=contents,
         chain=_Recorder(chain, toy, control.rank),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from distill.ledger import Ledger
-from tests.dist.ranks import Toy, run_toy
+from distill.streams import routes
+from distill.transport import Averager
+from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 
 ALONE = ((0, 1, 2, 3),)
 GROUPS = [  # owners, groups: one rank before two, two before one, two before two, two before three (other rows)
@@ -60,6 +64,23 @@ def test_groups_come_close_to_one_rank_and_their_members_are_equal(
     for group in groups:
         assert parameters[group[0]]
         assert all(parameters[rank] == parameters[group[0]] for rank in group)
+
+
+def notes_shares(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    usual = routes.Averager
+
+    def noted(*arguments: Any, share: float, **options: Any) -> Averager:
+        (Path(toy.run_dir) / f"share{rank}").write_text(str(share))
+        return usual(*arguments, share=share, **options)
+
+    routes.Averager = noted  # type: ignore[assignment, misc]
+    toy_rank(rank, world_size, environment, toy)
+
+
+def test_ranks_of_a_group_count_by_their_rows(tmp_path: Path) -> None:
+    run_ranks(notes_shares, 3, relayed(tmp_path, ((0, 1, 2, 3), (), ()), ((0, 1, 2),)))
+    shares = [float((tmp_path / f"share{rank}").read_text()) for rank in range(3)]
+    assert sorted(shares) == [5 / 16, 5 / 16, 6 / 16]
 
 
 def test_groups_give_the_same_bits_after_a_crash(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.dist import ranks
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 
 COLLECTIVES = ("barrier", "all_reduce", "all_gather", "broadcast", "reduce", "gather", "scatter", "monitored_barrier")
@@ -77,6 +78,17 @@ def test_the_distill_stage_uses_no_collective(tmp_path: Path) -> None:
     toy = Toy(run_dir=str(tmp_path), owners=((0,), (1, 2), (3,)))
     run_ranks(without_collectives, 3, toy)
     assert (tmp_path / "report.json").exists()
+
+
+def impatient(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    ranks.TIMEOUT_S = 4.0
+    toy_rank(rank, world_size, environment, toy)
+
+
+def test_a_rank_that_feeds_itself_may_train_on_for_longer_than_a_peer_may_be_silent(tmp_path: Path) -> None:
+    toy = Toy(run_dir=str(tmp_path), owners=((0,), (1,)), budgets={0: 1, 1: 60}, strategy="replicate", slow={1: 0.1})
+    run_ranks(impatient, 2, toy)
+    assert json.loads((tmp_path / "report.json").read_text())["makespan_s"] > 6.0
 
 
 def test_spare_ranks_without_blocks_leave_the_others_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from distill import handover
 from distill.errors import DistillError
 from distill.ledger import Entry, Ledger
+from distill.memory import Memory
 from distill.protocol import Checks
 from distill.transport import PairGroup
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
@@ -63,6 +64,15 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
         assert entries[move["block"]].rank == move["target"]
     stay = {0, 1, 2} - {move["block"] for move in found}
     assert {entries[block].rank for block in stay} == {giver}
+
+
+def test_blocks_stay_where_a_dry_rank_has_no_room_for_them(tmp_path: Path) -> None:
+    enough = Memory(resident=0, student=(5, 5, 5, 10), step=(0,) * 4, boundary=(0,) * 5, window=2, limit=15)
+    less = replace(enough, student=(5, 5, 5, 11))
+    assert run_toy(toy(tmp_path / "enough", LAYOUTS["from rank 0"], memory=enough))[0].rank == 1
+    entries = run_toy(toy(tmp_path / "less", LAYOUTS["from rank 0"], memory=less))
+    assert [entries[block].rank for block in range(4)] == [0, 0, 0, 1]
+    assert moves(tmp_path / "less") == []
 
 
 def test_blocks_that_stop_at_a_plateau_stop_at_the_same_step_wherever_they_are(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "network": set(),
     "memory": {"network"},
     "plan": {"memory", "network"},
-    "takeover": set(),
+    "takeover": {"memory"},
     "planning": {"network", "plan"},
     "simulate": {"network", "plan", "planning", "protocol"},
     "devices": {"errors", "network"},
@@ -93,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     "assignments": {"control", "edges", "handover", "pace", "plan", "protocol", "takeover"},
     "streams": {
         "assignments", "blocks", "cache", "cache_places", "completion", "control", "data", "edges", "errors",
-        "handover", "network", "plan", "protocol", "takeover", "trace", "transport",
+        "handover", "memory", "network", "plan", "protocol", "takeover", "trace", "transport",
     },
     "engine": {"checkpoint", "ledger", "protocol", "streams", "takeover", "trace", "trainer"},
     "peak_memory": set(),

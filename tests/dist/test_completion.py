@@ -1,0 +1,121 @@
+"""Finished blocks on their way to the ledger: the owner's side and rank 0's, here in one process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from distill.completion import Collector, Deliverer
+from distill.control import Control, PeerLostError
+from distill.errors import DistillError
+from distill.ledger import Entry, Ledger
+from distill.trace import Trace
+from distill.transport import TransportError
+from tests.dist.ranks import stop_heart, two_controls
+
+ENTRY = Entry(
+    block=3, name="layer", rank=1, steps=6, status="finished", rel_error_first=1.0, rel_error_last=0.5,
+    seconds=1.0, finished_at_s=1.0, generation=1,
+)  # fmt: skip
+
+
+class SlowLedger(Ledger):
+    """A ledger on a slow disk, or on one that fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.written, self._error = threading.Event(), error
+        self.free = threading.Event()
+
+    def record(self, entry: Entry, blob: bytes) -> Entry:
+        assert self.free.wait(10)
+        if self._error is not None:
+            raise self._error
+        assert blob == b"weights"
+        self.written.set()
+        return entry
+
+
+def collector(control: Control, ledger: Ledger, recorded: Callable[[Entry], None] = lambda _: None) -> Collector:
+    return Collector(
+        control, ledger, own=[], elsewhere={3: 1}, wake=threading.Event(), on_recorded=recorded, trace=Trace()
+    )
+
+
+def test_a_block_is_confirmed_only_once_it_is_in_the_ledger() -> None:
+    ledger, recorded = SlowLedger(), list[Entry]()
+    with two_controls() as (here, there):
+        collecting, owner = collector(here, ledger, recorded.append), Deliverer(there, Trace())
+        owner.deliver(ENTRY, b"weights")
+        time.sleep(0.5)
+        assert there.get("done/3") is not None
+        assert there.get("collected/3") is None
+        assert collecting.finished_elsewhere() == [3], "the teacher stops for it without waiting for the disk"
+        ledger.free.set()
+        owner.close()
+        assert ledger.written.is_set()
+        collecting.wait(all_fed=True)
+    assert recorded == [ENTRY]
+
+
+def test_a_disk_that_fails_is_told_on_rank_0_and_the_owner_is_not_told_that_all_is_well() -> None:
+    ledger = SlowLedger(OSError("no space left on device"))
+    with two_controls(timeout_s=2.0) as (here, there):
+        collecting, owner = collector(here, ledger), Deliverer(there, Trace())
+        owner.deliver(ENTRY, b"weights")
+        ledger.free.set()
+        with pytest.raises(TransportError, match="rank 0: collecting a finished block of rank 1 failed .no space left"):
+            collecting.wait(all_fed=True)
+        with pytest.raises(PeerLostError, match="rank 1: no confirmation of block 3 from rank 0 after 2 s"):
+            owner.close()
+
+
+def test_weights_that_do_not_come_are_waited_for_until_the_deadline() -> None:
+    with two_controls(timeout_s=1.0) as (here, _):
+        collecting = collector(here, SlowLedger())
+        with pytest.raises(DistillError, match=r"rank 0: blocks \[3\] have not come for 1 s"):
+            collecting.wait(all_fed=True)
+
+
+def test_a_rank_that_trains_on_by_itself_is_waited_for_as_long_as_it_lives() -> None:
+    ledger = SlowLedger()
+    ledger.free.set()
+    with two_controls(timeout_s=1.5) as (here, there):
+        collecting, owner = collector(here, ledger), Deliverer(there, Trace())
+        threading.Timer(3.0, lambda: owner.deliver(ENTRY, b"weights")).start()
+        collecting.wait(all_fed=False)
+        owner.close()
+
+
+def test_a_rank_that_trains_on_by_itself_and_dies_is_named() -> None:
+    with two_controls(timeout_s=1.5) as (here, there):
+        stop_heart(there)
+        with pytest.raises(PeerLostError, match="rank 0: no finished blocks from rank 1"):
+            collector(here, SlowLedger()).wait(all_fed=False)
+
+
+def test_a_block_that_has_moved_is_waited_for_at_its_new_rank() -> None:
+    with two_controls(timeout_s=1.0) as (here, there):
+        stop_heart(there)
+        collecting = collector(here, SlowLedger())
+        collecting.moved(3, 0)
+        with pytest.raises(DistillError, match=r"rank 0: blocks \[3\] have not come"):
+            collecting.wait(all_fed=False)
+        collecting.moved(3, 1)
+        with pytest.raises(PeerLostError, match="rank 0: no finished blocks from rank 1"):
+            collecting.wait(all_fed=False)
+
+
+def test_what_rank_0_trains_itself_is_announced_for_whoever_runs_the_teacher_for_it() -> None:
+    ledger = SlowLedger()
+    ledger.free.set()
+    with two_controls() as (here, there):
+        own = Collector(
+            here, ledger, own=[3], elsewhere={}, wake=threading.Event(), on_recorded=lambda _: None, trace=Trace()
+        )
+        own.deliver(replace(ENTRY, rank=0), b"weights")
+        own.wait(all_fed=True)
+        assert there.get("done/3")["entry"]["rank"] == 0
