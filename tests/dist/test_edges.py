@@ -169,7 +169,7 @@ def test_a_rank_counts_in_a_mean_by_its_share_of_the_rows() -> None:
         share = (0.25, 0.75)[rank]
         average = Averager(store, rank=rank, group=(0, 1), share=share, timeout_s=20.0, backend="gloo")
         tensors = [torch.full((2, 3), 4.0 * rank), torch.tensor([8.0 - 4.0 * rank])]
-        average(tensors)
+        average(tensors)()
         return tensors
 
     with ThreadPoolExecutor(2) as ranks:
