@@ -105,6 +105,12 @@ BOUNDARY = {0: Boundary((4, 3), (3, 1), torch.float32)}
 CPU_WIRE = {"dtype": torch.float32, "device": torch.device("cpu"), "backend": "gloo"}
 
 
+def meet(store: dist.Store, rank: int) -> None:
+    """Wait until the other of two ranks has come as far."""
+    store.set(f"met/{rank}", "yes")
+    store.wait([f"met/{1 - rank}"])
+
+
 def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
     """Rank 0 sends as generation 1 over a connection that rank 1 takes for generation 2."""
     store = connect(rank, world_size, environment).address.connect()
@@ -113,11 +119,12 @@ def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -
             OldEdge(0, 1, 1, 10.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
         )
         sender.send(Address(0), {0: torch.zeros(4, 3)})
-        time.sleep(2.0)
+        meet(store, rank)
         return
     receiver = BoundaryReceiver(Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1, trace=Trace())
     with pytest.raises(TransportError, match="generation 1 from rank 0 came to generation 2"):
         receiver.next()
+    meet(store, rank)
 
 
 class OldEdge(Edge):
@@ -185,6 +192,7 @@ def long_pause(rank: int, world_size: int, environment: Mapping[str, str]) -> No
     """Rank 0 has nothing for rank 1 for twice the edge's time limit, as after a resume at uneven steps."""
     store = connect(rank, world_size, environment).address.connect()
     edge = Edge(0, 1, 1, 2.0)
+    meet(store, rank)  # a process may take longer to start than that
     if rank == 0:
         sender = BoundarySender(edge, store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace())
         time.sleep(5.0)
