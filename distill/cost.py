@@ -20,7 +20,9 @@ from distill.trainer import BlockTrainer
 
 REPEAT_S = 0.4  # timing one call stops after this long, but not before three repetitions
 LONG_S = 2.0  # or fewer that took this long together: 64 images of 224 pixels take a ResNet50 10 s on a CPU core
-BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds
+BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds,
+LONGEST_S = 12.0  # or after up to this long where that is
+WORTH = 0.02  # of the seconds of all steps one after another, which a better plan may save
 MIN_ROUNDS = 3
 SAME = 0.1  # ranks whose speeds differ by less are planned as equals
 
@@ -59,9 +61,9 @@ def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> Block
     return BlockCosts(tuple(scale * flops for flops in costs.teacher), tuple(scale * flops for flops in costs.student))
 
 
-def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
+def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor, *, steps: int) -> BlockCosts:
     """Return seconds per block at the sample's batch size: in the proportions of medians, which placement needs, and
-    with the sum of means, which is what many steps take.
+    with the sum of means, which is what many steps take. Takes longer for many `steps` of every block.
 
     Every round goes once through all blocks, as training does: caches are as cold as they will be, and a slow moment of
     the machine falls on all blocks alike. The first round warms up.
@@ -69,8 +71,10 @@ def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> B
     trainers = [make_trainer(index) for index in range(len(chain.blocks))]
     rounds: list[BlockCosts] = []
     started = time.perf_counter()
-    while len(rounds) <= MIN_ROUNDS or time.perf_counter() - started < BUDGET_S:
+    budget_s = BUDGET_S
+    while len(rounds) <= MIN_ROUNDS or time.perf_counter() - started < budget_s:
         rounds.append(_per_block(chain, trainers.__getitem__, sample, partial(_now, sample.device)))
+        budget_s = max(BUDGET_S, min(LONGEST_S, WORTH * steps * sum(rounds[-1].teacher + rounds[-1].student)))
     warm = rounds[1:]
     teacher = [statistics.median(values) for values in zip(*(r.teacher for r in warm), strict=True)]
     student = [statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)]

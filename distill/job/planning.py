@@ -110,7 +110,7 @@ def make_plan(
     peak, peak_bytes = PeakMemory(context.device), None
     measured = None
     if context.config.plan.cost is Cost.measured:
-        measured = _measure(context, blocks, trainers, sample)
+        measured = _measure(context, blocks, trainers, sample, steps=step_budget(context.config, dataset))
         peak_bytes = peak.read()
     network = find_network(context)
     memory = None
@@ -162,14 +162,14 @@ def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
 
 
 def _measure(
-    context: Context, blocks: Blocks, trainers: Trainers, sample: torch.Tensor
+    context: Context, blocks: Blocks, trainers: Trainers, sample: torch.Tensor, *, steps: int
 ) -> tuple[BlockCosts, tuple[float, ...]] | None:
     """Return every block's mean seconds over the ranks and how slow each rank is, on rank 0; None elsewhere."""
     control = context.control
     control.set(f"measuring/{context.rank}", True)
     for peer in range(context.world_size):
         control.wait(f"measuring/{peer}", peer=peer, purpose="start of the measurement")
-    control.set(f"costs/{context.rank}", asdict(measured_costs(blocks.chain, trainers.fresh, sample)))
+    control.set(f"costs/{context.rank}", asdict(measured_costs(blocks.chain, trainers.fresh, sample, steps=steps)))
     if not context.leads:
         return None
     answers = [control.wait(f"costs/{peer}", peer=peer, purpose="costs") for peer in range(context.world_size)]

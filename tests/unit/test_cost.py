@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill import cost
 from distill.blocks import Chain
 from distill.chain import Granularity, cut
 from distill.cost import BlockCosts, average, calibrated, count_flops, flop_costs, measured_costs, slowness
@@ -42,10 +43,27 @@ def test_a_student_step_counts_forward_and_backward() -> None:
 
 def test_measured_seconds_are_positive_where_there_is_work() -> None:
     cut_chain = chain()
-    found = measured_costs(cut_chain, lambda block: trainer(cut_chain, block) if block == 0 else None, SAMPLE)
+    found = measured_costs(cut_chain, lambda block: trainer(cut_chain, block) if block == 0 else None, SAMPLE, steps=1)
     assert all(seconds > 0 for seconds in found.teacher)
     assert found.student[0] > 0
     assert found.student[1] == 0.0
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(0, 4), (50, 4), (500, 10), (10**6, 20)])
+def test_a_long_job_is_measured_longer_up_to_a_limit(monkeypatch: pytest.MonkeyPatch, steps: int, rounds: int) -> None:
+    seconds = 0.0
+
+    def per_block(*_: object) -> BlockCosts:
+        nonlocal seconds
+        seconds += 1.0
+        return BlockCosts((0.75, 0.0), (0.25, 0.0))
+
+    monkeypatch.setattr(cost, "_per_block", per_block)
+    monkeypatch.setattr("distill.cost.time.perf_counter", lambda: seconds)
+    monkeypatch.setattr(cost, "BUDGET_S", 2.0)
+    monkeypatch.setattr(cost, "LONGEST_S", 20.0)
+    measured_costs(chain(), lambda _: None, SAMPLE, steps=steps)
+    assert seconds == rounds
 
 
 def test_calibration_keeps_the_shares_of_the_flops() -> None:
