@@ -90,7 +90,8 @@ class LowerBound:
         owner = np.full(self._packing.num_blocks, -1)
         while not self.exhausted:
             self._decide(owner, left, certain=CERTAIN)
-            if not left.blocks.any() or self._generate(target_s, left) is not None:
+            overdrawn = left.charged_s > self._time_of_teachers(target_s)  # rounded, likely parts may ask for too much
+            if not left.blocks.any() or overdrawn or self._generate(target_s, left) is not None:
                 break
         return owner
 
