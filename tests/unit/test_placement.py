@@ -16,8 +16,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
+from distill.planning.lower_bound import LowerBound
 from distill.planning.packing import Packing
-from distill.planning.placement import Problem, place
+from distill.planning.placement import Problem, largest_first, place
 from distill.planning.problems import broadcast_problem, layerwise_problem, replicate_problem
 from distill.planning.strategies import plan_broadcast, plan_layerwise, plan_replicate
 
@@ -307,3 +308,17 @@ def inside(subset: int) -> np.ndarray:
         if subset >> bit & 1:
             found = np.concatenate([found, found | 1 << bit])
     return found
+
+
+def test_a_dive_that_asks_for_more_of_the_teachers_time_than_there_is_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs((1.0,) * 12, tuple(1.0 + block for block in range(12)), (10,) * 13, network=wire(0.01))
+    packing = broadcast_problem(costs, [Span(block, 0, 10) for block in range(12)], 4, 2).packing
+    bound = LowerBound(packing, largest_first(packing), reached_s=packing.simple_bound(), tolerance=1e-4)
+
+    def decide(*arguments: object, **_: object) -> None:
+        vars(arguments[-1])["charged_s"] = 1e6
+
+    monkeypatch.setattr(bound, "_decide", decide)
+    owner = bound.dive(2 * float(packing.seconds(largest_first(packing)).max()))
+    assert owner is not None
+    assert (owner == -1).all()
