@@ -2,7 +2,7 @@
 rank 0 collects, records and confirms.
 
 An announcement (JSON, control plane) says that a block is done, so that rank 0 stops producing for it at once; the
-weights follow over an edge of their own; the confirmation lets the owner forget the block.
+weights follow over an edge of their own; the owner leaves when every block of its own is confirmed.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Deliverer:
         edge = Edge(self._control.rank, 0, self._control.generation, self._control.timeout_s, "weights")
         try:
             control, group = self._control.second(), None
+            handed_over = []
             while (item := self._queue.get()) is not None:
                 entry, blob = item
                 announce(control, entry, len(blob))
@@ -63,8 +64,10 @@ class Deliverer:
                     group = edge.connect(control.store_for("edges"), control.rank)
                 with self._trace.span("ledger", f"hand over {entry.name}"):
                     send_blob(group, blob)
-                purpose = f"confirmation of block {entry.block}"
-                control.wait(f"collected/{entry.block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
+                handed_over.append(entry.block)
+            for block in handed_over:  # only now, so that no block waits for rank 0's disk to have the one before
+                purpose = f"confirmation of block {block}"
+                control.wait(f"collected/{block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
         except DistillError as error:
             self._error = error
         except Exception as error:  # whatever it is, the main thread must hear of it
