@@ -162,7 +162,7 @@ class Caching:
         decisive = ("seed", "data.", "teacher.", "distill.views", "blocks.granularity", "blocks.modules")
         return {
             "settings": {path: value for path, value in identity(config).items() if path.startswith(decisive)},
-            "root": config.data.root,
+            "root": _whole_path(config.data.root),
             "weights": weights.hexdigest(),
             "layout": asdict(layout),
             "held_out": self._contents.held_out,
@@ -210,6 +210,12 @@ def _layout(config: JobConfig, blocks: Blocks, wanted: Iterable[int], contents: 
     """Return what is recorded for the wanted blocks."""
     forms = {k: blocks.chain.boundaries[k] for k in sorted(boundaries_of(wanted))}
     return Layout(forms, students_dtype(config), contents.num_rows)
+
+
+def _whole_path(root: str | None) -> str | None:
+    """The one path of a folder or file, however it was typed; what is neither, such as a name on the hub, as it is."""
+    path = Path(root or "").expanduser()
+    return str(path.resolve()) if root and path.exists() else root
 
 
 def _digest(facts: dict[str, Any]) -> str:
