@@ -27,7 +27,7 @@ from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, write_json
 from distill.fingerprint import identity, run_directory
 from distill.job.assembly import assemble_student
-from distill.job.caching import is_cached, refuse_too_large
+from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
@@ -140,6 +140,7 @@ def _run(config: JobConfig, control: Control) -> None:
         context = _claim(config, control, device)  # only now is anything written: the job can run
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
+            tell_unused(context)
             train_teacher(context, dataset, teacher)
             if blocks is None:
                 context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")

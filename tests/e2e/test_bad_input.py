@@ -149,6 +149,19 @@ def test_a_link_between_hosts_where_there_is_one_host_is_said_to_change_nothing(
     assert "plan: plan.link_gbit=0.1 changes nothing here: all ranks are on one host\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("place", "said"), [("off", ["cache.dir=files", "cache.max_gib=2"]), ("ram", ["cache.dir=files"]), ("disk", [])]
+)
+def test_settings_of_a_cache_that_is_not_there_are_said_to_change_nothing(
+    capsys: pytest.CaptureFixture[str], place: str, said: list[str]
+) -> None:
+    given = ("cache.dir=files", "cache.max_gib=2", "distill.views=2", f"teacher.cache={place}")
+    assert run_rank([*SMALL, "run.dir=run", "stage=teacher", *given]) == 0
+    printed = capsys.readouterr().out.partition("teacher: training")[0]
+    lines = [line for line in printed.splitlines() if "changes nothing" in line]
+    assert lines == [f"cache: {setting} changes nothing here: teacher.cache={place}" for setting in said]
+
+
 def test_a_run_directory_of_another_configuration_is_left_alone(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
