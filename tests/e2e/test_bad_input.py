@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.job import memory as job_memory
 from distill.job import run_rank
 from tests.e2e.command import SMALL, distill, environment
 
@@ -126,13 +127,18 @@ def test_what_cannot_be_carried_out_is_refused_before_anything_is_computed(
     assert "plan.teacher_ranks: got 2; expected at most the number of ranks, 1" in error
     error = told(capsys, "teacher.cache=disk", "distill.views=2", "cache.max_gib=1e-6")
     assert "cache.max_gib: got 1e-06; expected at least 0.07, which 2 x 1294 images with 10 boundaries" in error
+    error = told(capsys, "plan.memory_gib=0.01")
+    assert re.search(r"plan.memory_gib: got 0.01; expected more than [\d.]+, which a rank has without any stu", error)
     assert list(tmp_path.iterdir()) == [], "told before the teacher is trained"
 
 
-def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    error = told(capsys, "stage=plan", "plan.cost=flops", "plan.memory_gib=0.01")
+def test_a_plan_that_does_not_fit_says_what_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_memory, "used_memory", lambda _: 0)  # what the program has would make up for the students
+    error = told(capsys, "stage=plan", "plan.cost=flops", "plan.memory_gib=0.004")
     found = re.fullmatch(
-        r"distill: plan.memory_gib: got 0.01; expected at least ([\d.]+), which .* \(it may have 0.01 GiB\); or take "
+        r"distill: plan.memory_gib: got 0.004; expected at least ([\d.]+), which .* \(it may have 0.004 GiB\); or take "
         r"more ranks, smaller blocks or a smaller data.batch_size\n",
         error,
     )
