@@ -95,6 +95,13 @@ def connect(rank: int, world_size: int, environment: Mapping[str, str], *, gener
     return control
 
 
+def meet(control: Control) -> None:
+    """Wait until the other of two ranks has come as far; over a connection of its own, which no thread needs meanwhile."""
+    store = control.address.connect()
+    store.set(f"met/{control.rank}", "yes")
+    store.wait([f"met/{1 - control.rank}"])
+
+
 @contextmanager
 def two_controls(timeout_s: float = 20.0) -> Iterator[tuple[Control, Control]]:
     """The control planes of two ranks over one store in this process, for as long as they are looked at."""

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.dist import ranks
-from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
+from tests.dist.ranks import Toy, connect, meet, run_ranks, run_toy, toy_rank
 
 COLLECTIVES = ("barrier", "all_reduce", "all_gather", "broadcast", "reduce", "gather", "scatter", "monitored_barrier")
 
@@ -74,6 +74,7 @@ def test_the_distill_stage_uses_no_collective(tmp_path: Path) -> None:
 
 
 def impatient(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    meet(connect(rank, world_size, environment))  # a process may take longer to start than that
     ranks.TIMEOUT_S = 4.0
     toy_rank(rank, world_size, environment, toy)
 
