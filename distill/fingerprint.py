@@ -32,9 +32,12 @@ def identity(config: JobConfig) -> dict[str, Any]:
     """Return the settings that decide what the job computes, by dotted path.
 
     Recorded activations come from other batches than those that students train on, and kernels may round them
-    otherwise: with a cache, wherever it is, its precision is among them.
+    otherwise: with a cache, wherever it is, its precision is among them. A file of weights is named by its whole path,
+    however it was typed; published weights have no file.
     """
     found = {path: value for path, value in _by_path("", asdict(config)) if _tells_apart(path, value)}
+    if config.teacher.weights and (file := Path(config.teacher.weights).expanduser()).is_file():
+        found["teacher.weights"] = str(file.resolve())
     if config.teacher.cache is Cache.off:
         del found["cache.dtype"]
     return found

@@ -66,6 +66,11 @@ class Memory:
         """Return the bytes of a rank that runs the teacher for its own blocks."""
         return self.resident + self.students(blocks) + (self.teaching + self.activations(blocks) if blocks else 0)
 
+    def least(self, blocks: Iterable[int]) -> int:
+        """Return the bytes that, whatever the plan, some rank takes when it trains one of these blocks or more: where
+        the teacher runs, before there is a student."""
+        return self.resident + self.teaching + min(self.activations([block]) for block in blocks)
+
     def room(self, *, sends: bool) -> int | None:
         """Return the bytes that a rank has for blocks, each of them `block()`; a teacher rank may have to keep all
         boundaries for others. None where there is no limit."""

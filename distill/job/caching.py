@@ -21,7 +21,7 @@ from distill.cache import Cache as CacheMemory
 from distill.cache import Layout, Prices, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
 from distill.choices import Amp, Cache, Stop, WireDtype
-from distill.config import JobConfig
+from distill.config import CacheConfig, JobConfig
 from distill.control import Control
 from distill.data import Dataset
 from distill.errors import ConfigError
@@ -162,7 +162,7 @@ class Caching:
         decisive = ("seed", "data.", "teacher.", "distill.views", "blocks.granularity", "blocks.modules")
         return {
             "settings": {path: value for path, value in identity(config).items() if path.startswith(decisive)},
-            "root": config.data.root,
+            "root": _whole_path(config.data.root),
             "weights": weights.hexdigest(),
             "layout": asdict(layout),
             "held_out": self._contents.held_out,
@@ -181,6 +181,19 @@ class Caching:
             f"cache: recording {plan.recording_s:.1f} s and the stage {plan.predicted_makespan_s:.1f} s are predicted; "
             f"without a cache {without.label} {without.predicted_makespan_s:.1f} s"
         )
+
+
+def tell_unused(context: Context) -> None:
+    """Say which settings of the cache were given and change nothing. They are not refused: a sweep over teacher.cache
+    gives them to all of its jobs."""
+    cache, place = context.config.cache, context.config.teacher.cache
+    given = []
+    if cache.dir is not None and place is not Cache.disk:
+        given.append(f"cache.dir={cache.dir}")
+    if cache.max_gib != CacheConfig().max_gib and place is Cache.off:
+        given.append(f"cache.max_gib={cache.max_gib:g}")
+    for setting in given:
+        context.say(f"cache: {setting} changes nothing here: teacher.cache={place.name}")
 
 
 def refuse_too_large(config: JobConfig, dataset: Dataset, blocks: Blocks) -> None:
@@ -210,6 +223,12 @@ def _layout(config: JobConfig, blocks: Blocks, wanted: Iterable[int], contents: 
     """Return what is recorded for the wanted blocks."""
     forms = {k: blocks.chain.boundaries[k] for k in sorted(boundaries_of(wanted))}
     return Layout(forms, students_dtype(config), contents.num_rows)
+
+
+def _whole_path(root: str | None) -> str | None:
+    """The one path of a folder or file, however it was typed; what is neither, such as a name on the hub, as it is."""
+    path = Path(root or "").expanduser()
+    return str(path.resolve()) if root and path.exists() else root
 
 
 def _digest(facts: dict[str, Any]) -> str:

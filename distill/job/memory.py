@@ -12,11 +12,13 @@ from torch import Tensor
 
 from distill.blocks import Chain
 from distill.choices import OptimizerName
+from distill.config import JobConfig
 from distill.control import ranks_of
 from distill.cost import MakeTrainer, step_bytes
 from distill.errors import ConfigError
 from distill.host import available_memory
 from distill.job.context import Context
+from distill.job.materials import Blocks
 from distill.memory import Memory
 from distill.peak_memory import used_memory
 from distill.plan import Costs, Plan, Span, memory_of
@@ -50,6 +52,29 @@ def find_memory(
     return replace(memory, held=held)
 
 
+def refuse_too_little(config: JobConfig, blocks: Blocks, device: torch.device) -> None:
+    """Raise ConfigError where plan.memory_gib is too little for any plan, whatever its students need: that is known
+    only when costs are, once the teacher is trained. Rank 0 calls this: its memory is taken for all."""
+    wanted = config.plan.memory_gib
+    if wanted is None:
+        return
+    boundary = tuple(boundary.nbytes for boundary in blocks.chain.boundaries)
+    memory = Memory(resident=used_memory(device), student=(), step=(), boundary=boundary, window=config.plan.window)
+    needed = memory.least(blocks.replaced)
+    if int(wanted * 2**30) < needed:
+        raise ConfigError(
+            "plan.memory_gib",
+            wanted,
+            f"more than {_gib(needed)}, which a rank has without any student: program, data, teacher and the "
+            "activations of a batch; or take a smaller data.batch_size",
+        )
+
+
+def _gib(size: int) -> str:
+    """GiB that are enough for so many bytes."""
+    return f"{math.ceil(100 * size / 2**30) / 100:.2f}"
+
+
 def memory_limit(context: Context) -> int:
     """Return the bytes that this rank may have: as asked for, its GPU's, or its share of the host's spare ones."""
     wanted = context.config.plan.memory_gib
@@ -71,7 +96,7 @@ def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: S
         raise ConfigError(
             "plan.memory_gib",
             context.config.plan.memory_gib,
-            f"at least {math.ceil(100 * error.bytes_needed / 2**30) / 100:.2f}, which the plan that needs the least "
+            f"at least {_gib(error.bytes_needed)}, which the plan that needs the least "
             f"needs on one of its ranks (it may have {costs.memory.limit / 2**30:.3g} GiB); or take more ranks, "
             "smaller blocks or a smaller data.batch_size",
         ) from error

@@ -27,10 +27,11 @@ from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, write_json
 from distill.fingerprint import identity, run_directory
 from distill.job.assembly import assemble_student
-from distill.job.caching import is_cached, refuse_too_large
+from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
+from distill.job.memory import refuse_too_little
 from distill.job.metering import metering
 from distill.job.planning import refuse_impossible
 from distill.job.students import train_blocks
@@ -135,11 +136,14 @@ def _run(config: JobConfig, control: Control) -> None:
         blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
         if blocks is not None and RunDirectory(run_directory(config)).result("distill") is None:
             refuse_impossible(config, blocks, world_size=control.world_size)
+            if control.rank == 0:
+                refuse_too_little(config, blocks, device)
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
         context = _claim(config, control, device)  # only now is anything written: the job can run
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
+            tell_unused(context)
             train_teacher(context, dataset, teacher)
             if blocks is None:
                 context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")

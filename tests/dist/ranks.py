@@ -41,6 +41,7 @@ from distill.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.opened import opened
 
 TIMEOUT_S = 30.0
+HOLD_S = 60.0
 CHANNELS = (3, 8, 8, 12, 8)  # four convolution blocks, each with a batch norm and a ReLU
 
 
@@ -94,6 +95,13 @@ def connect(rank: int, world_size: int, environment: Mapping[str, str], *, gener
     return control
 
 
+def meet(control: Control) -> None:
+    """Wait until the other of two ranks has come as far; over a connection of its own, which no thread needs meanwhile."""
+    store = control.address.connect()
+    store.set(f"met/{control.rank}", "yes")
+    store.wait([f"met/{1 - control.rank}"])
+
+
 @contextmanager
 def two_controls(timeout_s: float = 20.0) -> Iterator[tuple[Control, Control]]:
     """The control planes of two ranks over one store in this process, for as long as they are looked at."""
@@ -115,7 +123,8 @@ def stop_heart(control: Control) -> None:
 class Toy:
     """A toy distill stage: four small blocks of a random teacher on 8-pixel digits.
 
-    `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `fail_at` (rank, step) makes
+    `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `hold_at` (block, step) makes
+    that block stand still there until all others are in the ledger, and fail if they wait for it. `fail_at` (rank, step) makes
     that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
     (block, step) poisons that block's input, on `nan_ranks` or all. With the strategy `cached` the teacher's activations are
     recorded first, in memory or in `cache_dir`; with `record_fails` (rank, passes) up to an error after so many of that
@@ -140,6 +149,7 @@ class Toy:
     checkpoint_every: int = 1000
     generation: int = 1
     slow: Mapping[int, float] = field(default_factory=dict)
+    hold_at: tuple[int, int] | None = None
     fail_at: tuple[int, int] | None = None
     kill_at: tuple[int, int] | None = None
     nan_at: tuple[int, int] | None = None
@@ -321,7 +331,7 @@ def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, 
 
 
 class FaultyTrainer(BlockTrainer):
-    """A trainer that is slow, raises, vanishes or sees NaN where the toy says so."""
+    """A trainer that is slow, stands still, raises, vanishes or sees NaN where the toy says so."""
 
     toy: Toy
     rank: int
@@ -334,9 +344,18 @@ class FaultyTrainer(BlockTrainer):
         here = self.toy.nan_ranks is None or self.rank in self.toy.nan_ranks
         if here and self.toy.nan_at == (self.block, self.step):
             inputs = inputs * float("nan")
+        if self.toy.hold_at == (self.block, self.step):
+            self._hold()
         with self._watch.running():
             time.sleep(self.toy.slow.get(self.block, 0.0))
         return super().update(inputs, targets)
+
+    def _hold(self) -> None:
+        recorded, others = Path(self.toy.run_dir) / "blocks", self.toy.budgets.keys() - {self.block}
+        deadline = time.monotonic() + HOLD_S
+        while not all((recorded / f"{block_name(block)}.safetensors").exists() for block in others):
+            assert time.monotonic() < deadline, f"the others wait for block {self.block}"
+            time.sleep(0.02)
 
 
 def _write_report(run_dir: Path, report: SessionReport, recorded: list[int], moves: list[Move]) -> None:

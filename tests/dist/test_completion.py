@@ -72,7 +72,7 @@ def test_a_disk_that_fails_is_told_on_rank_0_and_the_owner_is_not_told_that_all_
         ledger.free.set()
         with pytest.raises(TransportError, match="rank 0: collecting a finished block of rank 1 failed .no space left"):
             collecting.wait(all_fed=True)
-        with pytest.raises(PeerLostError, match="rank 1: no confirmation of block 3 from rank 0 after 2 s"):
+        with pytest.raises(PeerLostError, match="rank 1: no confirmation of block 3 from rank 0 after"):
             owner.close()
 
 
@@ -83,7 +83,8 @@ def test_weights_that_do_not_come_are_waited_for_until_the_deadline() -> None:
             collecting.wait(all_fed=True)
 
 
-def test_a_rank_that_trains_on_by_itself_is_waited_for_as_long_as_it_lives() -> None:
+def test_a_rank_that_trains_on_by_itself_is_waited_for_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.control.HEARTBEAT_S", 0.1)  # a busy machine may miss a few
     ledger = SlowLedger()
     ledger.free.set()
     with two_controls(timeout_s=1.5) as (here, there):

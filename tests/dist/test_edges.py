@@ -16,6 +16,7 @@ from distill.blocks import Boundary
 from distill.edges.receiver import BoundaryReceiver
 from distill.edges.sender import BoundarySender
 from distill.edges.wire import Wire
+from distill.network import RING_SLOTS
 from distill.protocol import Address
 from distill.trace import Trace
 from distill.transport import CHUNK_BYTES, Averager, Edge, TransportError, wire_backend
@@ -104,10 +105,10 @@ def test_the_end_of_an_edge_is_told_once_its_thread_is_done() -> None:
 
 
 def test_signs_of_life_are_no_arrival_and_take_no_slot() -> None:
-    store, edge = dist.HashStore(), Edge(0, 1, 1, 0.8)
+    store, edge = dist.HashStore(), Edge(0, 1, 1, 3.0)  # a sign comes four times in that
     arrival = threading.Event()
     sending, taking = sender(store, edge), receiver(store, edge, on_arrival=arrival.set)
-    for _ in range(5):
+    for _ in range(RING_SLOTS + 1):
         assert arrival.wait(10), "no sign of life, or no slot for it"
         arrival.clear()
         assert not taking.arrived

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill.edges.sender import BoundarySender
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
 from distill.edges.wire import Wire
-from tests.dist.ranks import Toy, connect, run_ranks, run_toy, toy_rank
+from tests.dist.ranks import TIMEOUT_S, Toy, connect, meet, run_ranks, run_toy, stop_heart, toy_rank
 
 
 def test_a_block_whose_loss_is_nan_stops_alone_and_keeps_its_last_finite_weights(tmp_path: Path) -> None:
@@ -105,26 +106,21 @@ BOUNDARY = {0: Boundary((4, 3), (3, 1), torch.float32)}
 CPU_WIRE = {"dtype": torch.float32, "device": torch.device("cpu"), "backend": "gloo"}
 
 
-def meet(store: dist.Store, rank: int) -> None:
-    """Wait until the other of two ranks has come as far."""
-    store.set(f"met/{rank}", "yes")
-    store.wait([f"met/{1 - rank}"])
-
-
 def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
     """Rank 0 sends as generation 1 over a connection that rank 1 takes for generation 2."""
-    store = connect(rank, world_size, environment).address.connect()
+    control = connect(rank, world_size, environment)
+    store = control.address.connect()
     if rank == 0:
         sender = BoundarySender(
             OldEdge(0, 1, 1, 10.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
         )
         sender.send(Address(0), {0: torch.zeros(4, 3)})
-        meet(store, rank)
+        meet(control)
         return
     receiver = BoundaryReceiver(Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1, trace=Trace())
     with pytest.raises(TransportError, match="generation 1 from rank 0 came to generation 2"):
         receiver.next()
-    meet(store, rank)
+    meet(control)
 
 
 class OldEdge(Edge):
@@ -139,16 +135,15 @@ def test_a_message_of_an_older_generation_is_refused() -> None:
 
 
 def silent_peer(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
+    """Rank 1 is alive until rank 0 has given it up, but its heart has stopped."""
     control = connect(rank, world_size, environment)
     control.timeout_s = 2.0
     if rank == 1:
-        control._stop.set()  # alive, but its heart has stopped
-        time.sleep(8.0)
-        return
-    start = time.monotonic()
-    with pytest.raises(PeerLostError, match=r"rank 0: no plan from rank 1.*logs/rank1.log"):
-        control.wait("plan", peer=1, purpose="plan")
-    assert time.monotonic() - start < 8.0
+        stop_heart(control)
+    else:
+        with pytest.raises(PeerLostError, match=r"rank 0: no plan from rank 1.*logs/rank1.log"):
+            control.wait("plan", peer=1, purpose="plan")
+    meet(control)
 
 
 def test_a_wait_ends_when_the_peer_stops_beating() -> None:
@@ -190,9 +185,9 @@ def test_a_store_that_goes_with_rank_0_is_named() -> None:
 
 def long_pause(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
     """Rank 0 has nothing for rank 1 for twice the edge's time limit, as after a resume at uneven steps."""
-    store = connect(rank, world_size, environment).address.connect()
-    edge = Edge(0, 1, 1, 2.0)
-    meet(store, rank)  # a process may take longer to start than that
+    control = connect(rank, world_size, environment)
+    store, edge = control.address.connect(), Edge(0, 1, 1, 2.0)
+    meet(control)  # a process may take longer to start than that
     if rank == 0:
         sender = BoundarySender(edge, store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace())
         time.sleep(5.0)
@@ -212,17 +207,17 @@ def test_a_long_pause_of_a_living_sender_is_no_failure() -> None:
 
 
 def never_connects(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
-    store = connect(rank, world_size, environment).address.connect()
-    if rank == 1:
-        time.sleep(4.0)
-        return
-    sender = BoundarySender(
-        Edge(0, 1, 1, 2.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
-    )
-    sender.send(Address(0), {0: torch.zeros(4, 3)})
-    time.sleep(3.5)
-    with pytest.raises(TransportError, match="rank 0: could not connect to rank 1"):
-        _ = sender.ready
+    control, told = connect(rank, world_size, environment), threading.Event()
+    store = control.address.connect()
+    if rank == 0:
+        sender = BoundarySender(
+            Edge(0, 1, 1, 2.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=told.set, trace=Trace()
+        )
+        sender.send(Address(0), {0: torch.zeros(4, 3)})
+        assert told.wait(TIMEOUT_S)
+        with pytest.raises(TransportError, match="rank 0: could not connect to rank 1"):
+            _ = sender.ready
+    meet(control)
 
 
 def test_an_edge_to_a_rank_that_never_comes_has_a_deadline() -> None:

@@ -21,7 +21,7 @@ from distill.edges.shared_ring import SharedRing
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
 from distill.edges.wire import Wire
-from tests.dist.ranks import Toy, connect, run_ranks, run_toy
+from tests.dist.ranks import Toy, connect, meet, run_ranks, run_toy
 
 ROWS, SHAPE = 6, (6, 5, 4, 4)
 FORMS = {
@@ -71,8 +71,9 @@ def exchange(rank: int, world_size: int, environment: Mapping[str, str], how: st
         socket.gethostname = lambda: "elsewhere"
     if rank == 1 and how == "no memory":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    store = connect(rank, world_size, environment).address.connect()
-    edge = Edge(0, 1, 1, LIMIT_S)
+    control = connect(rank, world_size, environment)
+    store, edge = control.address.connect(), Edge(0, 1, 1, LIMIT_S)
+    meet(control)  # a process may take longer to start than that
     if rank == 0:
         sender = open_sender(edge, store, how != "off")
         for step in range(12):

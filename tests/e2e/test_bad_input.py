@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.job import memory as job_memory
 from distill.job import run_rank
 from tests.e2e.command import SMALL, distill, environment
 
@@ -126,13 +127,18 @@ def test_what_cannot_be_carried_out_is_refused_before_anything_is_computed(
     assert "plan.teacher_ranks: got 2; expected at most the number of ranks, 1" in error
     error = told(capsys, "teacher.cache=disk", "distill.views=2", "cache.max_gib=1e-6")
     assert "cache.max_gib: got 1e-06; expected at least 0.07, which 2 x 1294 images with 10 boundaries" in error
+    error = told(capsys, "plan.memory_gib=0.01")
+    assert re.search(r"plan.memory_gib: got 0.01; expected more than [\d.]+, which a rank has without any stu", error)
     assert list(tmp_path.iterdir()) == [], "told before the teacher is trained"
 
 
-def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    error = told(capsys, "stage=plan", "plan.cost=flops", "plan.memory_gib=0.01")
+def test_a_plan_that_does_not_fit_says_what_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_memory, "used_memory", lambda _: 0)  # what the program has would make up for the students
+    error = told(capsys, "stage=plan", "plan.cost=flops", "plan.memory_gib=0.004")
     found = re.fullmatch(
-        r"distill: plan.memory_gib: got 0.01; expected at least ([\d.]+), which .* \(it may have 0.01 GiB\); or take "
+        r"distill: plan.memory_gib: got 0.004; expected at least ([\d.]+), which .* \(it may have 0.004 GiB\); or take "
         r"more ranks, smaller blocks or a smaller data.batch_size\n",
         error,
     )
@@ -147,6 +153,19 @@ def test_a_link_between_hosts_where_there_is_one_host_is_said_to_change_nothing(
 ) -> None:
     assert run_rank([*SMALL, "run.dir=run", "stage=plan", "plan.cost=flops", "plan.link_gbit=0.1"]) == 0
     assert "plan: plan.link_gbit=0.1 changes nothing here: all ranks are on one host\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("off", ["cache.dir=files", "cache.max_gib=2"]), ("ram", ["cache.dir=files"]), ("disk", [])]
+)
+def test_settings_of_a_cache_that_is_not_there_are_said_to_change_nothing(
+    capsys: pytest.CaptureFixture[str], place: str, said: list[str]
+) -> None:
+    given = ("cache.dir=files", "cache.max_gib=2", "distill.views=2", f"teacher.cache={place}")
+    assert run_rank([*SMALL, "run.dir=run", "stage=teacher", *given]) == 0
+    printed = capsys.readouterr().out.partition("teacher: training")[0]
+    lines = [line for line in printed.splitlines() if "changes nothing" in line]
+    assert lines == [f"cache: {setting} changes nothing here: teacher.cache={place}" for setting in said]
 
 
 def test_a_run_directory_of_another_configuration_is_left_alone(

@@ -6,17 +6,21 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.blocks import Boundary
 from distill.cache import Cache, Layout, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
+from distill.compose import compose
 from distill.errors import ConfigError
+from distill.job.caching import Caching
 from distill.plan import Costs, Span
 from distill.planning.problems import cached_problem
 from distill.planning.strategies import plan_cached
@@ -179,3 +183,24 @@ def test_neighbours_read_their_common_boundary_once_and_the_teacher_costs_nothin
     plan = plan_cached(costs, [Span(block, 0, 5) for block in range(3)], 1)
     assert plan.strategy == "cached"
     assert plan.predicted_makespan_s == pytest.approx(5 * (1 + 2 + 3 + 0.1 * 100))
+
+
+def recorded_from(root: str) -> Any:
+    """What decides whether a file recorded from the images at `root` is used again."""
+    caching: Any = object.__new__(Caching)
+    caching._context = SimpleNamespace(config=compose(["data=imagefolder", f"data.root={root}"]), device=CPU)
+    caching._contents, caching._teacher = SimpleNamespace(held_out=0), nn.Identity()
+    return caching._facts(LAYOUT)
+
+
+def test_a_file_recorded_from_a_folder_of_images_is_for_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for place in ("here", "there"):
+        (tmp_path / place / "images").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        found[place] = recorded_from("images")
+        assert found[place] == recorded_from(str(tmp_path / place / "images"))
+    assert found["here"] != found["there"], "folders of one name, seen from two places"
+    assert recorded_from("owner/images")["root"] == "owner/images", "a name on the hub"

@@ -96,7 +96,7 @@ def test_imagefolder_without_images_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with 20 training and 5 test images in CIFAR-10's format."""
+    """A folder with 20 training and 5 test images in CIFAR-10's format, which is pickles."""
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
     random = np.random.default_rng(0)

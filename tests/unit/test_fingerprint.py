@@ -1,6 +1,8 @@
 """Which settings tell two jobs apart."""
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +58,33 @@ def test_unchanged_by_where_and_how_fast(default: JobConfig, path: str, value: o
 @pytest.mark.parametrize(("path", "value"), CHANGED)
 def test_changed_by_what_is_computed(default: JobConfig, path: str, value: object) -> None:
     assert fingerprint(edited(default, path, value)) != fingerprint(default)
+
+
+def test_a_file_of_weights_is_one_however_its_path_is_typed(
+    default: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "teacher.pt").touch()
+    (tmp_path / "linked.pt").symlink_to("here/teacher.pt")
+    monkeypatch.chdir(tmp_path / "here")
+
+    def typed(weights: str) -> str:
+        return fingerprint(edited(default, "teacher.weights", weights))
+
+    whole = str(tmp_path.resolve() / "here" / "teacher.pt")
+    assert identity(edited(default, "teacher.weights", "teacher.pt"))["teacher.weights"] == whole
+    names = ("teacher.pt", "./teacher.pt", "../here/teacher.pt", "~/here/teacher.pt", "../linked.pt", whole)
+    assert len(set(map(typed, names))) == 1
+    assert typed("../there/teacher.pt") != typed(whole)
+    (tmp_path / "here" / "DEFAULT").mkdir()
+    assert identity(edited(default, "teacher.weights", "DEFAULT"))["teacher.weights"] == "DEFAULT"
+
+
+def test_the_demo_has_the_fingerprint_that_the_readme_shows(default: JobConfig) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert set(re.findall(r"outputs/demo/([0-9a-f]+)", readme)) == {fingerprint(default)}
 
 
 def test_is_sixteen_hexadecimal_digits(default: JobConfig) -> None:

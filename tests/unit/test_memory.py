@@ -93,6 +93,29 @@ def test_a_plan_keeps_to_its_limit_or_none_is_made(sizes: list[int], ranks: int,
         assert found.predicted_makespan_s == pytest.approx(free.predicted_makespan_s, rel=0.02)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5),
+    boundaries=st.lists(st.integers(1, 50), min_size=6, max_size=6),
+    ranks=st.integers(1, 4),
+    trained=st.sets(st.integers(0, 4), min_size=1),
+    name=st.sampled_from(list(PLANNERS)),
+)
+def test_no_plan_needs_less_than_the_least(
+    sizes: list[int], boundaries: list[int], ranks: int, trained: set[int], name: str
+) -> None:
+    blocks = len(sizes)
+    boundary = tuple(boundaries[: blocks + 1])
+    memory = Memory(resident=10, student=tuple(sizes), step=tuple(sizes), boundary=boundary, window=2)
+    costs = Costs((0.1,) * blocks, (1.0,) * blocks, boundary, memory=memory)
+    spans = [Span(block, 0, 10) for block in sorted(trained) if block < blocks] or [Span(0, 0, 10)]
+    least = memory.least(span.block for span in spans)
+    assert least <= max(memory_of(PLANNERS[name](costs, spans, ranks), memory))
+    only = replace(memory, student=(0,) * blocks, step=(0,) * blocks)
+    alone = Plan("replicate", ((spans[0].block,),), (spans[0],), 1.0, (1.0,))
+    assert only.least([spans[0].block]) == memory_of(alone, only)[0]
+
+
 def test_a_limit_moves_blocks_from_a_fast_rank_that_has_no_room() -> None:
     memory = Memory(resident=0, student=(10,) * 6, step=(0,) * 6, boundary=(0,) * 7, window=2)
     costs = Costs((0.0,) * 6, (1.0,) * 6, (0,) * 7, slowness=(1.0, 5.0), memory=memory)
