@@ -203,7 +203,7 @@ class BlockTrainer:
         # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
         if not self.lane.captures or self._options.optimizer == "rmsprop":
             return work
-        capture = cuda_capture(self.lane.pool)
+        capture = cuda_capture(self.lane)
 
         def capture_update(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
             for group in self._optimizer.param_groups:
