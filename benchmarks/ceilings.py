@@ -166,7 +166,8 @@ def _block(
         )
         plain.update(x, target)  # the first step makes the optimizer's state
         _count(lambda: plain.update(x, target), found)
-        seconds += summary(_times(lambda: trainer.update(x, target), device, args.seconds))["median"]
+        with trainer.lane.entered():
+            seconds += summary(_times(lambda: trainer.update(x, target), device, args.seconds))["median"]
     floors = {"flops": found["flops"] / ceilings["flops_per_s"], "bytes": found["bytes"] / ceilings["bytes_per_s"]}
     binding = max(floors, key=floors.__getitem__)
     return {

@@ -92,21 +92,29 @@ def machine() -> dict[str, Any]:
         model = lines[0].split(":", 1)[1].strip() if lines else model
         flags = {flag for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for flag in line.split()}
         model += " with " + ", ".join(sorted(flags & {"avx2", "avx512f", "amx_bf16"}))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "distill", "conf"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     return {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": _commit(),
         "cpu": model,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "torchvision": version("torchvision"),
     }
+
+
+def _commit() -> str:
+    """Return the commit of this repository; of a copy without its history, what COMMIT says."""
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "distill", "conf") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 MACHINE = machine()  # as the benchmark starts: the commit may move on while it runs

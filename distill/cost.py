@@ -105,7 +105,7 @@ def _kept_bytes(trainer: BlockTrainer, inputs: Tensor, targets: Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with trainer.lane.entered(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trainer.update(inputs, targets)
     return sum(kept.values()) + 2 * max(kept.values(), default=0)
 
@@ -161,7 +161,8 @@ def _per_block(chain: Chain, make_trainer: MakeTrainer, sample: Tensor, counter:
         trainer = make_trainer(index)
         before = counter()
         if trainer:
-            trainer.update(inputs, targets)
+            with trainer.lane.entered():
+                trainer.update(inputs, targets)
         student.append(counter() - before if trainer else 0.0)
         inputs = targets
     return BlockCosts(tuple(teacher), tuple(student))

@@ -6,10 +6,10 @@ Source: PyTorch documentation, "CUDA semantics", section "CUDA Graphs" (whole-ne
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Lane:
     """A stream beside the main one, on which some blocks train; without a stream, the main one itself (any device)."""
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
-        self._stream = stream
+        self.stream = stream
         self._main: torch.cuda.Stream | None = None
         # Graphs of one lane never run at the same time and keep nothing, so that they may share their memory.
         self.pool = None if stream is None else torch.cuda.graph_pool_handle()
@@ -35,28 +35,28 @@ class Lane:
     @property
     def captures(self) -> bool:
         """Whether work on this lane may be captured."""
-        return self._stream is not None
+        return self.stream is not None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Run what is inside on this lane, after what the main stream has been given."""
-        if self._stream is None:
+        if self.stream is None:
             yield
             return
-        self._main = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(self._main)
-        with torch.cuda.stream(self._stream):
+        self._main = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(self._main)
+        with torch.cuda.stream(self.stream):
             yield
 
     def let_go(self) -> None:
         """Let the main stream wait for what this lane has been given so far: it may then overwrite what was read."""
-        if self._stream is not None and self._main is not None:
-            self._main.wait_stream(self._stream)
+        if self.stream is not None and self._main is not None:
+            self._main.wait_stream(self.stream)
 
     def join(self) -> None:
         """Let the current stream wait for this lane."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 def lanes(device: torch.device) -> list[Lane]:
@@ -101,17 +101,29 @@ class Captured:
         except RuntimeError as error:
             self._failed = True
             reason = str(error).strip().partition("\n")[0]
-            log.warning("%s: not captured as a CUDA graph, runs kernel by kernel: %s", self._name, reason)
+            what = "%s: not captured as a CUDA graph, runs kernel by kernel: %s"
+            log.warning(what, self._name, reason, exc_info=True)  # what came first is in the log file
 
 
-def cuda_capture(pool: Any = None) -> Capture:
-    """Return what captures work as a CUDA graph, its memory taken from `pool`."""
+def cuda_capture(lane: Lane | None = None) -> Capture:
+    """Return what captures work as a CUDA graph, on the stream and in the memory of a lane. Graphs that may run at the
+    same time need different lanes: cuBLAS has one workspace for everything captured on a stream (pytorch#193402)."""
+    side = lane or Lane()
 
     def capture(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        graph = torch.cuda.CUDAGraph()
-        # Threads that send and receive go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            results = work()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        collects = gc.isenabled()
+        gc.disable()  # it could destroy another graph, which spoils the one that is captured (pytorch#161037)
+        try:
+            # Threads that send and receive go on using CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=side.pool, stream=side.stream, capture_error_mode="thread_local"):
+                results = work()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # torch leaves the capture's own where its end fails as well
+            raise
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay, results
 
     return capture

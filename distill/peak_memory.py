@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,10 +15,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def used_memory(device: torch.device) -> int:
     """Return the bytes that this process has now: allocated by PyTorch on a GPU, else resident (VmRSS), after giving
     back what it has freed."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
     _give_back()
-    return _status("VmRSS")
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status("VmRSS")
 
 
 class PeakMemory:
@@ -29,10 +28,10 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        _give_back()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        _give_back()
         with suppress(OSError):  # else the mark counts from the start of the process
             _CLEAR.write_text("5")
 
@@ -42,6 +41,7 @@ class PeakMemory:
 
 
 def _give_back() -> None:
+    gc.collect()  # trainers refer to themselves, also those that costs were measured with
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's
 

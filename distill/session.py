@@ -158,6 +158,7 @@ class Session(Setting):
                 trace=self.trace,
             )
         hand_over.close()
+        streams.close()
         return RankReport(
             seconds=time.monotonic() - started,
             waited_s=self.trace.seconds("wait"),

@@ -200,10 +200,12 @@ class BlockTrainer:
 
     def _captured(self, work: Work) -> Work:
         """Return the work as a CUDA graph, where this block's lane captures."""
-        # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
-        if not self.lane.captures or self._options.optimizer == "rmsprop":
+        if not self.lane.captures:
             return work
-        capture = cuda_capture(self.lane.pool)
+        # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
+        if self._options.optimizer == "rmsprop":
+            return self._followed(work)
+        capture = cuda_capture(self.lane)
 
         def capture_update(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
             for group in self._optimizer.param_groups:
@@ -215,6 +217,16 @@ class BlockTrainer:
                     group["capturable"] = False
 
         return Captured(work, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
+
+    def _followed(self, work: Work) -> Work:
+        """Return the work, which the main stream waits for before it goes on: it reads its inputs to its end."""
+
+        def run(*inputs: Tensor) -> Sequence[Tensor]:
+            results = work(*inputs)
+            self.lane.let_go()
+            return results
+
+        return run
 
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""

@@ -116,6 +116,11 @@ class Averager:
 
         return finish
 
+    def close(self) -> None:
+        """Leave the group; what is under way on other ranks comes to its end."""
+        with self._failures_explained():
+            self._group.shutdown()
+
     @contextmanager
     def _failures_explained(self) -> Iterator[None]:
         try:

@@ -146,6 +146,7 @@ class BoundaryReceiver:
                     doing = f"receiving the batch after step {delivery.address.step} from"
                     self._ready.put(delivery)
                     self._on_arrival()
+                data.shutdown()
             self._ready.put(None)
         except TransportError as error:
             self._ready.put(error)

@@ -98,6 +98,7 @@ class BoundarySender:
                     self._on_free()
                 doing = "closing the edge to"
                 headers.send([torch.full((self._header_size,), -1, dtype=torch.int64)], 1, 0).wait()
+                data.shutdown()
         except TransportError as error:
             self._error = error
         except Exception as error:  # whatever it is, the main thread must hear of it

@@ -40,7 +40,8 @@ class Wire:
             yield
 
     def connect(self, edge: Edge, store: Store, rank: int) -> tuple[PairGroup, PairGroup]:
-        """Return the edge's groups for headers (always gloo, so that reading one needs no GPU) and for boundaries."""
+        """Return the edge's groups for headers (always gloo, so that reading one needs no GPU) and for boundaries; shut
+        down the latter at the end: a group of NCCL's that is only dropped breaks off what is under way."""
         headers = edge.connect(store, rank)
         return headers, edge.connect(store, rank, backend="nccl") if self.backend == "nccl" else headers
 

@@ -102,6 +102,7 @@ class Streams:
         self._rank = setting.control.rank
         self._senders: list[BoundarySender] = []
         self._teachers: list[TeacherStream | RelayStream] = []
+        self._averagers: list[Averager] = []
 
     @property
     def passes(self) -> int:
@@ -134,7 +135,7 @@ class Streams:
         """Return what averages gradients over the group of this rank, whose ranks must all ask for it."""
         setting = self._setting
         group = setting.plan.group_of(self._rank)
-        return Averager(
+        averager = Averager(
             setting.control.store_for(f"average/{group[0]}"),
             rank=self._rank,
             group=group,
@@ -142,6 +143,13 @@ class Streams:
             timeout_s=setting.timeout_s,
             backend=setting.wire_backend,
         )
+        self._averagers.append(averager)
+        return averager
+
+    def close(self) -> None:
+        """Nothing is averaged any more."""
+        for averager in self._averagers:
+            averager.close()
 
     @property
     def _rows(self) -> range:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -134,6 +135,26 @@ def test_what_is_larger_than_a_chunk_arrives_whole() -> None:
     assert torch.equal(delivery.boundaries[0], large)
     sending.close()
     taking.take_the_rest()
+
+
+def test_both_ends_let_what_is_under_way_come_to_its_end() -> None:
+    left = []
+
+    class Noted(Wire):
+        def connect(self, edge: Edge, store: dist.Store, rank: int) -> Any:
+            headers, data = super().connect(edge, store, rank)
+            return headers, mock.Mock(wraps=data, shutdown=lambda: left.append(rank))
+
+    def noted() -> Wire:
+        return Noted(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=False)
+
+    store, edge = dist.HashStore(), Edge(0, 1, 1, 20.0)
+    sending, taking = sender(store, edge, over=noted()), receiver(store, edge, over=noted())
+    sending.send(Address(0), BATCH)
+    sending.close()
+    taking.take_the_rest()
+    sending.join()
+    assert sorted(left) == [0, 1]
 
 
 def test_ends_of_different_generations_do_not_meet() -> None:

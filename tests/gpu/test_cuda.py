@@ -76,5 +76,6 @@ def test_the_whole_job_runs_on_the_device(tmp_path: Path, ranks: int) -> None:
 
 
 def test_bf16_autocast_and_wire_run_on_the_device(tmp_path: Path) -> None:
-    result = distill("device=cuda", "distill.amp=bf16", "plan.wire_dtype=bf16", "run.dir=run", cwd=tmp_path, ranks=2)
+    overrides = ("device=cuda", "distill.amp=bf16", "plan.wire_dtype=bf16", "stage=distill", "run.dir=run")
+    result = distill(*overrides, cwd=tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from distill.chain import Chain, Granularity, cut
 from distill.data import Dataset
 from distill.graphed_teacher import GraphedChain
-from distill.graphs import Lane, cuda_capture, lanes
+from distill.graphs import WARM_UPS, Captured, Lane, cuda_capture, lanes
 from distill.precision import Bf16Chain
 from distill.teachers import build_architecture
 from distill.trainer import BlockTrainer, TrainerOptions
+from tests.dist.ranks import run_ranks
 from tests.opened import opened
 
 pytestmark = [
@@ -109,6 +110,28 @@ def test_captured_updates_whose_gradients_are_averaged_give_what_plain_ones_give
     assert all(trainer._apply._replay is not None for trainer in trainers), "nothing was captured"
     for name, expected in plain.items():
         torch.testing.assert_close(captured[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def goes_on_uncaptured(rank: int, world_size: int, environment: Mapping[str, str]) -> None:
+    """Run what cannot be captured, because it waits for the device; the results must be right and on the lane."""
+    lane = lanes(torch.device("cuda"))[0]
+
+    def work(x: Tensor) -> list[Tensor]:
+        return [x * x.sum().item()]
+
+    captured = Captured(work, name="work", capture=cuda_capture(lane), copied=lane.let_go)
+    for step in range(WARM_UPS + 3):
+        x = torch.full((4,), float(step), device="cuda")
+        with lane.entered():
+            (found,) = captured(x)
+            assert torch.cuda.current_stream() == lane.stream
+        lane.join()
+        torch.testing.assert_close(found, x * x.sum())
+    assert captured._replay is None
+
+
+def test_a_failed_capture_leaves_the_lane_and_the_results_as_they_were() -> None:
+    run_ranks(goes_on_uncaptured, 1, start_method="spawn")  # a process of its own: it captures nothing afterwards
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +13,18 @@ from torch import Tensor, nn
 from distill import cost
 from distill.blocks import Chain
 from distill.chain import Granularity, cut
-from distill.cost import BlockCosts, average, calibrated, count_flops, flop_costs, measured_costs, slowness
-from distill.trainer import BlockTrainer, TrainerOptions
+from distill.cost import (
+    BlockCosts,
+    average,
+    calibrated,
+    count_flops,
+    flop_costs,
+    measured_costs,
+    slowness,
+    step_bytes,
+)  # fmt: skip
+from distill.graphs import Lane
+from distill.trainer import BlockTrainer, Reading, TrainerOptions
 
 BATCH, SIZE = 4, 6
 SAMPLE = torch.zeros(BATCH, 3, SIZE, SIZE)
@@ -47,6 +61,36 @@ def test_measured_seconds_are_positive_where_there_is_work() -> None:
     assert all(seconds > 0 for seconds in found.teacher)
     assert found.student[0] > 0
     assert found.student[1] == 0.0
+
+
+@pytest.mark.parametrize("costs", [flop_costs, partial(measured_costs, steps=1), step_bytes])
+def test_steps_are_tried_on_their_lanes(monkeypatch: pytest.MonkeyPatch, costs: Callable[..., object]) -> None:
+    class Noted(Lane):
+        inside = False
+
+        @contextmanager
+        def entered(self) -> Iterator[None]:
+            self.inside = True
+            yield
+            self.inside = False
+
+    lane, cut_chain, seen = Noted(), chain(), set()
+
+    def made(block: int) -> BlockTrainer:
+        one = trainer(cut_chain, block)
+        one.lane = lane
+        return one
+
+    usual = BlockTrainer.update
+
+    def update(self: BlockTrainer, inputs: Tensor, targets: Tensor) -> Reading | None:
+        seen.add(lane.inside)
+        return usual(self, inputs, targets)
+
+    monkeypatch.setattr(BlockTrainer, "update", update)
+    monkeypatch.setattr(cost, "BUDGET_S", 0.0)
+    costs(cut_chain, made, SAMPLE)
+    assert seen == {True}
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(0, 4), (50, 4), (500, 10), (10**6, 20)])

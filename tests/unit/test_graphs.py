@@ -3,7 +3,11 @@ returns, and what happens when a capture fails. tests/gpu/test_graphs.py has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.chain import Granularity, cut
 from distill.graphed_teacher import MAX_GRAPHS, GraphedChain
-from distill.graphs import WARM_UPS, Captured, Lane
+from distill.graphs import WARM_UPS, Captured, Lane, cuda_capture
 
 
 class Recorder:
@@ -92,6 +96,55 @@ def test_without_a_stream_a_lane_changes_nothing() -> None:
         lane.let_go()
     lane.join()
     assert not lane.captures
+
+
+class TestCudaCapture:
+    """With stand-ins for CUDA that say what they are asked for."""
+
+    STREAM, POOL = "the lane's stream", (0, 7)
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        asked: dict[str, Any] = {}
+
+        @contextmanager
+        def graph(_: object, **how: Any) -> Iterator[None]:
+            asked.update(how)
+            yield
+
+        for name, stand_in in {
+            "graph": graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=None),
+            "graph_pool_handle": lambda: self.POOL,
+            "current_stream": lambda: "the main stream",
+            "set_stream": lambda stream: asked.update(restored=stream),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        return asked
+
+    def test_a_lane_captures_on_its_own_stream_and_in_its_own_memory(self, asked: dict[str, Any]) -> None:
+        cuda_capture(Lane(self.STREAM))(list)  # type: ignore[arg-type]
+        assert asked == {"stream": self.STREAM, "pool": self.POOL, "capture_error_mode": "thread_local"}
+
+    def test_nothing_is_collected_meanwhile(self, asked: dict[str, Any]) -> None:
+        seen: list[bool] = []
+
+        def work() -> list[Tensor]:
+            seen.append(gc.isenabled())
+            return []
+
+        cuda_capture()(work)
+        assert seen == [False]
+        assert gc.isenabled()
+
+    def test_a_failure_leaves_the_stream_and_the_collector_as_they_were(self, asked: dict[str, Any]) -> None:
+        def fails() -> list[Tensor]:
+            raise RuntimeError("operation not permitted")
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            cuda_capture()(fails)
+        assert asked["restored"] == "the main stream"
+        assert gc.isenabled()
 
 
 class TestGraphedChain:

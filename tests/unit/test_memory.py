@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -135,6 +136,23 @@ def test_the_peak_counts_from_its_making_on() -> None:
     kept = torch.ones(25_000_000)
     grown = peak.read() - before
     assert 0.9 * kept.nbytes < grown < 1.5 * kept.nbytes
+
+
+def test_things_that_refer_to_themselves_are_not_counted() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.memory, self.update = torch.ones(25_000_000), self.step
+
+        def step(self) -> None: ...
+
+    cpu = torch.device("cpu")
+    before = used_memory(cpu)
+    gc.disable()
+    try:
+        Trainer()
+        assert used_memory(cpu) - before < 50e6
+    finally:
+        gc.enable()
 
 
 def test_files_that_linux_keeps_in_memory_leave_room_for_a_plan(
