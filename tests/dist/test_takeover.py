@@ -24,6 +24,12 @@ from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 ALONE = ((0, 1, 2, 3),)
 BUDGETS = {0: 80, 1: 80, 2: 80, 3: 5}  # block 3 ends early, and its rank runs dry
 SLOW = {0: 0.03, 1: 0.01, 2: 0.01, 3: 0.01}  # seconds a step: half of what its rank has is in block 0, so it moves
+SELF_FED = {  # name: strategy, owners, budgets
+    "relay, to the rank behind": ("relay", ((0, 1, 2), (3,)), BUDGETS),
+    "relay, to the rank that passes their batches on": ("relay", ((0,), (1, 2, 3)), {0: 5, 1: 80, 2: 80, 3: 80}),
+    "replicate": ("replicate", ((0, 1, 2), (3,)), BUDGETS),
+    "replicate, to a rank without blocks": ("replicate", ((0, 1, 2, 3), ()), BUDGETS),
+}
 LAYOUTS = {
     "from rank 0": ((0, 1, 2), (3,)),
     "to rank 0": ((3,), (0, 1, 2)),
@@ -64,6 +70,37 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
         assert entries[move["block"]].rank == move["target"]
     stay = {0, 1, 2} - {move["block"] for move in found}
     assert {entries[block].rank for block in stay} == {giver}
+
+
+def run_self_fed(run_dir: Path, case: str, **settings: Any) -> dict[int, Entry]:
+    """Run the case, with blocks slow enough for something to move; assert that it does."""
+    strategy, owners, budgets = SELF_FED[case]
+    given = {"strategy": strategy, "budgets": budgets, "slow": dict.fromkeys(range(4), 0.03)} | settings
+    entries = run_toy(toy(run_dir, owners, **given))
+    found = moves(run_dir)
+    assert found, "nothing moved: the test shows nothing"
+    assert {move["source"] for move in found} == {next(rank for rank, owned in enumerate(owners) if 1 in owned)}
+    for move in found:
+        assert 0 < move["step"] < 80
+        assert entries[move["block"]].rank == move["target"] != move["source"]
+    return entries
+
+
+@pytest.mark.parametrize("case", SELF_FED)
+def test_a_rank_that_runs_the_teacher_itself_takes_blocks_and_keeps_their_bits(tmp_path: Path, case: str) -> None:
+    alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, budgets=SELF_FED[case][2]))
+    assert bits(run_self_fed(tmp_path / "moved", case)) == bits(alone)
+
+
+@pytest.mark.parametrize("case", SELF_FED)
+def test_blocks_that_stop_at_a_plateau_after_they_were_taken_stop_at_the_same_step(tmp_path: Path, case: str) -> None:
+    rule = {"checks": Checks(every=4, batches=2), "patience": 4}
+    budgets = SELF_FED[case][2]
+    alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, budgets=budgets, **rule))
+    assert any(5 < entry.steps < 80 for entry in alone.values()), "the rule stopped nobody: the test shows nothing"
+    entries = run_self_fed(tmp_path / "moved", case, **rule)
+    assert bits(entries) == bits(alone)
+    assert {block: entry.steps for block, entry in entries.items()} == {b: entry.steps for b, entry in alone.items()}
 
 
 def test_blocks_stay_where_a_dry_rank_has_no_room_for_them(tmp_path: Path) -> None:
