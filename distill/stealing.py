@@ -1,7 +1,7 @@
 """Work stealing, where ranks run the teacher themselves: a rank that has run dry asks one that has much left, which
 gives it blocks from its own next step on, or says no. Nobody else takes part, and nobody waits for a rank that asks.
 
-In the store: `left/RANK`, what a rank says of what it has left; `wish/RANK/N` and `answer/RANK/N`, the N-th wish that a
+In the store: `remaining/RANK`, what a rank says of what it has left; `wish/RANK/N` and `answer/RANK/N`, the N-th wish that a
 rank has heard and its answer; what comes of it is in distill.handover.
 """
 
@@ -50,7 +50,7 @@ class Wish:
 
 def left_of(control: Control, rank: int) -> Left | None:
     """Return what `rank` has said last; None before it has said anything."""
-    found = control.get(f"left/{rank}")
+    found = control.get(f"remaining/{rank}")
     return None if found is None else Left(**found)
 
 
@@ -97,13 +97,13 @@ class Giver:
     def close(self) -> None:
         """Give nothing any more."""
         self._closed.set()
-        self._control.set(f"left/{self._rank}", asdict(Left(0.0, 0, self._pass_s(), closed=True)))
+        self._control.set(f"remaining/{self._rank}", asdict(Left(0.0, 0, self._pass_s(), closed=True)))
 
     def _say(self, spans: Sequence[Span]) -> None:
         load = self._load(spans, paces_of(self._control, self._rank))
         # a group's pass has each rank run its rows
         left = Left(None if load is None else load.seconds, len(spans), self._pass_s() * self._group)
-        self._control.set(f"left/{self._rank}", asdict(left))
+        self._control.set(f"remaining/{self._rank}", asdict(left))
         self._said_at = time.monotonic()
 
     def _load(self, spans: Sequence[Span], paces: Mapping[int, Pace]) -> Load | None:

@@ -72,11 +72,19 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
     assert {entries[block].rank for block in stay} == {giver}
 
 
-def run_self_fed(run_dir: Path, case: str, **settings: Any) -> dict[int, Entry]:
-    """Run the case, with blocks slow enough for something to move; assert that it does."""
+def case_of(run_dir: Path, case: str, **settings: Any) -> Toy:
+    """Return a stage in which a block moves: of a broadcast, or of ranks that run the teacher themselves."""
+    if case in LAYOUTS:
+        return toy(run_dir, LAYOUTS[case], **settings)
     strategy, owners, budgets = SELF_FED[case]
     given = {"strategy": strategy, "budgets": budgets, "slow": dict.fromkeys(range(4), 0.03)} | settings
-    entries = run_toy(toy(run_dir, owners, **given))
+    return toy(run_dir, owners, **given)
+
+
+def run_self_fed(run_dir: Path, case: str, **settings: Any) -> dict[int, Entry]:
+    """Run the case and assert that something moves."""
+    owners = SELF_FED[case][1]
+    entries = run_toy(case_of(run_dir, case, **settings))
     found = moves(run_dir)
     assert found, "nothing moved: the test shows nothing"
     assert {move["source"] for move in found} == {next(rank for rank, owned in enumerate(owners) if 1 in owned)}
@@ -146,12 +154,13 @@ def state_comes_last(rank: int, world_size: int, environment: Mapping[str, str],
     toy_rank(rank, world_size, environment, settings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, alone: dict[int, str], layout: str) -> None:
-    owners = LAYOUTS[layout]
-    run_ranks(state_comes_last, len(owners), toy(tmp_path, owners))
-    assert moves(tmp_path), "nothing moved: the test shows nothing"
-    assert bits(Ledger(tmp_path).entries) == alone
+@pytest.mark.parametrize("case", [*LAYOUTS, *list(SELF_FED)[:3]])
+def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, case: str) -> None:
+    settings = case_of(tmp_path / "late", case)
+    alone = run_toy(replace(settings, run_dir=str(tmp_path / "alone"), owners=ALONE, strategy="broadcast", slow={}))
+    run_ranks(state_comes_last, len(settings.owners), settings)
+    assert moves(tmp_path / "late"), "nothing moved: the test shows nothing"
+    assert bits(Ledger(tmp_path / "late").entries) == bits(alone)
 
 
 def dies_handing_over(
@@ -167,13 +176,25 @@ def dies_handing_over(
         raise
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("from rank 0", 1), ("to rank 0", 1), ("between others", 1), ("between others", 2)])
+DEATHS = [
+    ("from rank 0", 1),
+    ("to rank 0", 1),
+    ("between others", 1),
+    ("between others", 2),
+    ("relay, to the rank behind", 1),
+    ("relay, to the rank that passes their batches on", 1),
+    ("replicate", 1),
+]
+
+
+@pytest.mark.parametrize(("case", "victim"), DEATHS)
 def test_a_death_in_the_middle_of_a_hand_over_is_told_and_a_restart_ends_with_the_same_bits(
-    tmp_path: Path, alone: dict[int, str], layout: str, victim: int
+    tmp_path: Path, case: str, victim: int
 ) -> None:
-    owners, told = LAYOUTS[layout], tmp_path / "0.txt"
-    broken = toy(tmp_path / "run", owners, checkpoint_every=4)
-    context = run_ranks(dies_handing_over, len(owners), broken, victim, str(tmp_path), join=False)
+    told = tmp_path / "0.txt"
+    broken = case_of(tmp_path / "run", case, checkpoint_every=4)
+    alone = run_toy(replace(broken, run_dir=str(tmp_path / "alone"), owners=ALONE, strategy="broadcast", slow={}))
+    context = run_ranks(dies_handing_over, len(broken.owners), broken, victim, str(tmp_path), join=False)
     assert context is not None
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
         while not context.join(grace_period=20):
@@ -185,4 +206,4 @@ def test_a_death_in_the_middle_of_a_hand_over_is_told_and_a_restart_ends_with_th
     assert f"rank {victim} failed" in told.read_text()
     assert f"read logs/rank{victim}.log" in told.read_text()
     again = replace(broken, owners=((0, 1), (2, 3)), slow={}, generation=2)
-    assert bits(run_toy(again)) == alone
+    assert bits(run_toy(again)) == bits(alone)
