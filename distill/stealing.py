@@ -1,8 +1,8 @@
 """Work stealing, where ranks run the teacher themselves: a rank that has run dry asks one that has much left, which
 gives it blocks from its own next step on, or says no. Nobody else takes part, and nobody waits for a rank that asks.
 
-In the store: `remaining/RANK`, what a rank says of what it has left; `wish/RANK/N` and `answer/RANK/N`, the N-th wish that a
-rank has heard and its answer; what comes of it is in distill.handover.
+In the store: `remaining/RANK`, what a rank says of what it has left; `wish/RANK/N` and `answer/RANK/N`, the N-th wish
+that a rank has heard and its answer; what comes of it is in distill.handover.
 """
 
 from __future__ import annotations
