@@ -169,7 +169,7 @@ def _ours(
     feed = Feed(0, [Span(block, 0, BUDGET) for block in trainers], Checks())
     stream = RelayStream(
         chain=chain,
-        origin=OwnBatches(dataset, budget=BUDGET, feeds=(feed,)),
+        origin=OwnBatches(dataset, budget=BUDGET, own=feed),
         first=0,
         own=feed,
         after=None,

@@ -20,7 +20,7 @@ from distill.handover import HandOver, taken
 from distill.pace import paces_of
 from distill.plan import Plan, Span
 from distill.protocol import Address, Schedule
-from distill.takeover import Load, Move, Room, Work, chosen_moves
+from distill.takeover import Load, Move, Room, Work, chosen_moves, expected_steps
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +231,4 @@ class Balancer:
         )
 
     def _steps(self, span: Span) -> int:
-        """Steps that a block is expected to go on for. One that may stop before its budget is expected to go on for as
-        long as it has been trained: half of what has come to some age by chance is past half of its life."""
-        return min(span.steps, span.first) if self._plateau else span.steps
+        return expected_steps(span, plateau=self._plateau)

@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 from distill.control import POLL_S, Control
 from distill.errors import DistillError
+from distill.handover import stolen
 from distill.ledger import Entry, Ledger
+from distill.takeover import Move
 from distill.trace import Trace
 from distill.transport import Edge, receive_blob, send_blob
 
@@ -86,10 +88,15 @@ class Announcements:
     while this rank trains, more often after hurry()."""
 
     def __init__(
-        self, control: Control, *, blocks: Collection[int], heard: Callable[[int, Announcement], None]
+        self,
+        control: Control,
+        *,
+        blocks: Collection[int],
+        heard: Callable[[int, Announcement], None],
+        moved: Callable[[Move], None] | None = None,
     ) -> None:
-        """Call `heard` in the thread for each of `blocks` once."""
-        self._control, self._missing, self._heard = control, set(blocks), heard
+        """Call `heard` in the thread for each of `blocks` once, and `moved` for every move, before its block's end."""
+        self._control, self._missing, self._heard, self._moved = control, set(blocks), heard, moved
         self._closed, self._hurried = threading.Event(), threading.Event()
         self.error: DistillError | None = None
         if self._missing and control.world_size > 1:
@@ -105,9 +112,12 @@ class Announcements:
     def _watch(self) -> None:
         rank = self._control.rank
         try:
-            control, seen = self._control.second(), 0
+            control, seen, num_moves = self._control.second(), 0, 0
             while self._missing and not self._closed.is_set():
                 count = control.count("done")
+                while self._moved is not None and (move := stolen(control, num_moves)) is not None:
+                    self._moved(move)
+                    num_moves += 1
                 if count > seen:
                     seen = count
                     for block in sorted(self._missing):
@@ -137,21 +147,25 @@ class Collector:
         elsewhere: Mapping[int, int],
         wake: threading.Event,
         on_recorded: Callable[[Entry], None],
+        on_stolen: Callable[[Move], None] | None = None,
         trace: Trace,
     ) -> None:
-        """Collect the blocks `own` of rank 0 and those trained `elsewhere` (block -> rank)."""
+        """Collect the blocks `own` of rank 0 and those trained `elsewhere` (block -> rank). `on_stolen` hears, in a
+        thread, of blocks that ranks take from one another."""
         self._control, self._trace = control, trace
         self._ledger = ledger
         self._missing = {*own, *elsewhere}
         self._elsewhere = dict(elsewhere)  # those that have not been announced yet
         self._wake = wake
-        self._on_recorded = on_recorded
+        self._on_recorded, self._on_stolen = on_recorded, on_stolen
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._error: DistillError | None = None
         self._queues: dict[int, queue.SimpleQueue[tuple[Entry, bytes | int] | None]] = {}
-        watched = self._missing if elsewhere else ()  # any block may come to be trained elsewhere
-        self._announcements = Announcements(control, blocks=watched, heard=self._announced)
+        watched = self._missing if elsewhere or on_stolen else ()  # any block may come to be trained elsewhere
+        self._announcements = Announcements(
+            control, blocks=watched, heard=self._announced, moved=self._stolen if on_stolen else None
+        )
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
         """Take a block that rank 0 has trained itself; it is written in the background, and announced to the others:
@@ -166,7 +180,8 @@ class Collector:
             self._elsewhere[block] = rank
 
     def finished_elsewhere(self) -> list[int]:
-        """Return the blocks announced since the last call; raises what a background thread met."""
+        """Return the blocks announced since the last call as finished or as taken by another rank; raises what a
+        background thread met."""
         error = self._error or self._announcements.error
         if error is not None:
             raise error
@@ -175,24 +190,28 @@ class Collector:
             news.append(self._news.get())
         return news
 
+    def complete(self) -> bool:
+        """Return whether every block is in the ledger, for which somebody waits from now on; raises what a background
+        thread met, and if a rank that still trains some has fallen silent."""
+        self._announcements.hurry()
+        self.finished_elsewhere()
+        for rank in sorted(set(self._elsewhere.values())):
+            self._control.expect(rank, purpose="finished blocks")
+        return not self._missing
+
     def wait(self, *, all_fed: bool) -> None:
         """Wait until every block is in the ledger. Where all ranks are `all_fed`, at most plan.timeout_s for the next
         one: each has been announced or had its last batch, so only weights are still on their way. Ranks that run the
         teacher themselves may train on for long: these are waited for as long as they are alive."""
-        self._announcements.hurry()
         missing, since = len(self._missing) + 1, time.monotonic()
-        while self._missing:
-            self.finished_elsewhere()
-            training = sorted(set(self._elsewhere.values()))
-            if (training and not all_fed) or len(self._missing) < missing:
+        while not self.complete():
+            if (self._elsewhere and not all_fed) or len(self._missing) < missing:
                 missing, since = len(self._missing), time.monotonic()
             elif time.monotonic() - since > self._control.timeout_s:
                 raise DistillError(
                     f"rank 0: blocks {sorted(self._missing)} have not come for {self._control.timeout_s:g} s; read the "
                     "logs of their ranks (plan.json), or raise plan.timeout_s"
                 )
-            for rank in training:
-                self._control.expect(rank, purpose="finished blocks")
             self._wake.wait(POLL_S)
             self._wake.clear()
         self._announcements.close()
@@ -206,6 +225,12 @@ class Collector:
         self._news.put(block)
         self._hand_to_thread(announcement.entry.rank, announcement.entry, announcement.bytes)
         self._wake.set()
+
+    def _stolen(self, move: Move) -> None:
+        if move.target != 0:
+            self._news.put(move.block)  # rank 0 need not feed it any more
+        if self._on_stolen is not None:
+            self._on_stolen(move)
 
     def _hand_to_thread(self, owner: int, entry: Entry, content: bytes | int) -> None:
         if owner not in self._queues:

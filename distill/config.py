@@ -218,7 +218,7 @@ class PlanConfig:
         True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
     )
     take_over: bool = setting(
-        True, "broadcast: whether a rank that runs dry takes a block over from the busiest rank, where that saves time"
+        True, "whether a rank that runs dry takes blocks over from the busiest rank, where that saves time"
     )
     timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
     memory_gib: float | None = setting(

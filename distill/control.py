@@ -99,12 +99,17 @@ class Control:
         started = time.monotonic()
         while (value := self.get(key)) is None:
             waited_s = time.monotonic() - started
-            if peer == 0 and self.get("failed"):
-                self.set(f"mourned/{self.rank}", True)
-                raise LeaderFailedError(f"rank {self.rank}: rank 0 has failed; read logs/rank0.log")
+            if peer == 0:
+                self.heed_leader()
             self.expect(peer, purpose=purpose, waited_s=waited_s, limit_s=limit_s)
             time.sleep(POLL_S)
         return value
+
+    def heed_leader(self) -> None:
+        """Raise LeaderFailedError if rank 0 has said that it failed."""
+        if self.get("failed"):
+            self.set(f"mourned/{self.rank}", True)
+            raise LeaderFailedError(f"rank {self.rank}: rank 0 has failed; read logs/rank0.log")
 
     def expect(self, peer: int, *, purpose: str, waited_s: float = 0.0, limit_s: float = math.inf) -> None:
         """Raise PeerLostError if `peer` has not beaten for plan.timeout_s, or has been waited for longer than

@@ -38,6 +38,7 @@ def distill(
     *,
     rank: int,
     generation: int,
+    started: float,
     checks: Checks,
     save: Callable[[Checkpoint], None],
     checkpoint_every: int,
@@ -48,10 +49,10 @@ def distill(
 ) -> None:
     """Train this rank's blocks until all have been handed over. Runs on every rank; none waits for another's end.
 
-    `deliver` takes a finished block's ledger entry and weights (safetensors bytes), `save` the state of an unfinished
-    one every `checkpoint_every` steps, `report` every reading; blocks come and go by `exchange` where the stream says.
+    The stage has `started` at that time.monotonic(). `deliver` takes a finished block's ledger entry and weights
+    (safetensors bytes), `save` the state of an unfinished one every `checkpoint_every` steps, `report` every reading;
+    blocks come and go by `exchange` where the stream says.
     """
-    started = time.monotonic()
     owned = {trainer.block: trainer for trainer in trainers}
     first = {trainer.block: trainer.step for trainer in trainers}
 

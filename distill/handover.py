@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 
 from safetensors.torch import load, save
 
@@ -19,6 +20,19 @@ from distill.transport import Edge, receive_blob, send_blob
 def taken(control: Control, move: Move) -> bool:
     """Whether the state of a block has come to its new rank, or the word that it has come to its end."""
     return control.get(f"taken/{move.number}") is not None
+
+
+def announce_stolen(control: Control, block: int, source: int, target: int, step: int) -> Move:
+    """Say to all ranks that rank `source` gives a block to rank `target`, which has asked for it; return the move."""
+    move = Move(control.count("stolen", 1) - 1, block, source, target, step)
+    control.set(f"stolen/{move.number}", asdict(move))
+    return move
+
+
+def stolen(control: Control, number: int) -> Move | None:
+    """Return the `number`-th move of that kind; None as long as there is none."""
+    found = control.get(f"stolen/{number}")
+    return None if found is None else Move(**found)
 
 
 class HandOver:

@@ -17,8 +17,11 @@ from distill.handover import HandOver
 from distill.ledger import Entry, Ledger
 from distill.pace import PaceKeeper
 from distill.peak_memory import PeakMemory
+from distill.plan import Span, memory_of
+from distill.stealing import say_room
 from distill.streams.routes import News, Setting, Streams
-from distill.takeover import Move
+from distill.streams.stream import Stream
+from distill.takeover import Move, Room
 from distill.trainer import BlockTrainer, Reading
 
 
@@ -92,30 +95,57 @@ class Session(Setting):
             elsewhere={span.block: rank for rank in ranks for span in self.plan.spans_of(rank)},
             wake=wake,
             on_recorded=recorded,
+            on_stolen=moved if self.steals else None,
             trace=self.trace,
         )
-        reports = {0: self._work(trainers, collector.deliver, collector.finished_elsewhere, wake, moved)}
+        if self.steals:
+            say_room(self.control, self._room)
+        reports = {
+            0: self._work(
+                trainers,
+                collector.deliver,
+                collector.finished_elsewhere,
+                collector.complete,
+                wake=wake,
+                moved=moved,
+            )
+        }
         collector.wait(all_fed=self.plan.strategy == "broadcast" and self.plan.teacher_ranks == 1)
         makespan_s = time.monotonic() - started
         for rank in ranks:
-            if self.plan.has_work(rank):
+            if self._takes_part(rank):
                 reports[rank] = RankReport(**self.control.wait(f"rank/{rank}", peer=rank, purpose="report"))
         return SessionReport(makespan_s, reports, len(moves))
 
     def follow(self, trainers: Sequence[BlockTrainer]) -> None:
         """Any other rank: do its part; returns when rank 0 has confirmed all of its blocks. A rank that has nothing to
-        do returns at once."""
-        if not self.plan.has_work(self.control.rank):
+        do, and nothing to take over, returns at once."""
+        if not self._takes_part(self.control.rank):
             return
         deliverer, news = Deliverer(self.control, self.trace), News(self.control, self.plan)
         deliver = deliverer.deliver if self._owns else lambda *_: None
-        report = self._work(trainers, deliver, news.finished_elsewhere, threading.Event())
+
+        def all_announced() -> bool:
+            news.finished_elsewhere()
+            self.control.heed_leader()
+            self.control.expect(0, purpose="end of the stage")
+            return self.control.count("done") >= len(self.plan.spans)
+
+        report = self._work(trainers, deliver, news.finished_elsewhere, all_announced, wake=threading.Event())
         deliverer.close()
         news.close()
         self.control.set(f"rank/{self.control.rank}", asdict(report))
 
     def _report(self, _: BlockTrainer, reading: Reading) -> None:
         self.report(reading)
+
+    def _takes_part(self, rank: int) -> bool:
+        return self.plan.has_work(rank) or self.steals
+
+    @property
+    def _room(self) -> Room | None:
+        """What memory leaves to blocks that ranks take from one another."""
+        return None if self.memory is None else Room.beside(self.memory, memory_of(self.plan, self.memory))
 
     @property
     def _owns(self) -> bool:
@@ -127,10 +157,13 @@ class Session(Setting):
         trainers: Sequence[BlockTrainer],
         deliver: Callable[[Entry, bytes], None],
         finished_elsewhere: Callable[[], list[int]],
+        all_done: Callable[[], bool],
+        *,
         wake: threading.Event,
         moved: Callable[[Move], None] = lambda _: None,
     ) -> RankReport:
-        """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another."""
+        """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another;
+        then what it can take over from others, until `all_done`."""
         started, cpu_started = time.monotonic(), time.process_time()
         memory = PeakMemory(self.device)
         hand_over = HandOver(self.control, make=self.make, trace=self.trace)
@@ -139,16 +172,15 @@ class Session(Setting):
             average = streams.averager()
             for trainer in trainers:
                 trainer.share(average)
-        report = PaceKeeper(self.control, self.report).note if self.moves_blocks else self._report
-        groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
-        if not self.plan.one_by_one:
-            groups = [trainers] if self.plan.has_work(self.control.rank) else []
-        for group in groups:
+        report = PaceKeeper(self.control, self.report).note if self.moves_blocks or self.steals else self._report
+
+        def train(stream: Stream, trainers: Sequence[BlockTrainer]) -> None:
             distill(
-                streams.of([trainer.block for trainer in group]),
-                group,
+                stream,
+                trainers,
                 rank=self.control.rank,
                 generation=self.control.generation,
+                started=started,
                 checks=self.checks,
                 save=self.checkpoints.save if self._owns else lambda _: None,
                 checkpoint_every=self.checkpoint_every,
@@ -157,6 +189,16 @@ class Session(Setting):
                 exchange=hand_over,
                 trace=self.trace,
             )
+
+        groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
+        if not self.plan.one_by_one:
+            groups = [trainers] if self.plan.has_work(self.control.rank) else []
+        for group in groups:
+            train(streams.of([trainer.block for trainer in group]), group)
+        while moves := streams.stolen(all_done):
+            taken = [trainer for trainer in map(hand_over.take, moves) if trainer is not None]
+            if taken:
+                train(streams.alone(Span(trainer.block, trainer.step, trainer.budget) for trainer in taken), taken)
         hand_over.close()
         streams.close()
         return RankReport(

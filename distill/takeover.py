@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.memory import Memory
+from distill.plan import Span
 
 SET_UP_S = 0.1  # of a hand-over: two edges anew, one for the state, and a trainer to be made
 STATE_BYTES_PER_S = 1e8  # at which a state travels; a little less than gigabit Ethernet carries
@@ -29,15 +30,18 @@ class Work:
 @dataclass(frozen=True)
 class Load:
     """What is left for one rank: blocks, and seconds that stay with it (rank 0's teacher). It takes `slowness` times as
-    long as a usual rank."""
+    long as a usual rank; one that must run a stretch of the teacher for its blocks takes `pass_s` for each step of
+    theirs, once for all of them."""
 
     works: tuple[Work, ...]
     fixed_s: float = 0.0
     slowness: float = 1.0
+    pass_s: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.fixed_s + sum(work.seconds for work in self.works)
+        passes = max((work.steps for work in self.works), default=0) if self.pass_s else 0
+        return self.fixed_s + passes * self.pass_s + sum(work.seconds for work in self.works)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,19 @@ class Room:
             tuple(backlog * memory.activations([block]) for block in blocks),
         )
 
+    @staticmethod
+    def beside(memory: Memory, needed: Sequence[int]) -> Room | None:
+        """Return the room beside the bytes that every rank needs by the plan, where a rank that takes a block runs the
+        teacher for it; None where memory has no limit."""
+        if memory.limit is None:
+            return None
+        blocks = range(len(memory.student))
+        return Room(
+            tuple(memory.limit - bytes_ for bytes_ in needed),
+            tuple(memory.alone([block]) - memory.resident for block in blocks),
+            (0,) * len(blocks),
+        )
+
     def after(self, block: int, target: int) -> Room:
         """Return the room that a move leaves."""
         left = list(self.left)
@@ -86,6 +103,12 @@ class Room:
         """Whether rank `target` and rank 0 have the room for a move of `block`."""
         left = self.after(block, target).left
         return left[target] >= 0 and left[0] >= 0
+
+
+def expected_steps(span: Span, *, plateau: bool) -> int:
+    """Return the steps that a block is expected to go on for. One that may stop at a plateau is expected to go on for
+    as long as it has been trained: half of what has come to some age by chance is past half of its life."""
+    return min(span.steps, span.first) if plateau else span.steps
 
 
 def chosen_moves(

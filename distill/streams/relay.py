@@ -19,7 +19,9 @@ from distill.edges.receiver import BoundaryReceiver, Delivery
 from distill.edges.sender import BoundarySender
 from distill.errors import DistillError
 from distill.protocol import Address, Feed
+from distill.stealing import Giver, Taker
 from distill.streams.stream import WAKE_S, TrainingBatches
+from distill.takeover import Move
 from distill.trace import Trace
 
 Origin = Callable[[], "tuple[Address, Tensor] | None"]  # the next batch of the stretch's first boundary
@@ -61,21 +63,38 @@ class Next:
 
 
 class OwnBatches:
-    """Images for the addresses that this rank, or one after it, still needs."""
+    """Images for the addresses that this rank, or one after it, still needs: the lowest first, so that the teacher is
+    paid once for both, but for blocks that have been taken over and lag behind: these catch up while the others, who
+    must not wait for them, have no free slot."""
 
     def __init__(
-        self, dataset: Dataset, *, budget: int, feeds: tuple[Feed, ...], part: int = 0, num_parts: int = 1
+        self, dataset: Dataset, *, budget: int, own: Feed, after: Next | None = None, part: int = 0, num_parts: int = 1
     ) -> None:
-        self._dataset, self._feeds = dataset, feeds
+        self._dataset, self._own, self._after = dataset, own, after
         self._batches = TrainingBatches(dataset, stop=budget, part=part, num_parts=num_parts)
+        self._lagging = False
+
+    def lag(self) -> None:
+        """Let this rank's blocks catch up with the others; they are not waited for."""
+        self._lagging = True
 
     def __call__(self) -> tuple[Address, Tensor] | None:
-        address = min((feed.cursor for feed in self._feeds if feed.cursor is not None), default=None)
+        address = self._address()
         if address is None:
             return None
         if address.is_training:
             return address, self._batches.images(address.step)
         return address, self._dataset.validation_batch(address.check).images
+
+    def _address(self) -> Address | None:
+        ours = self._own.cursor
+        theirs = None if self._after is None else self._after.feed.cursor
+        if ours is None or theirs is None:
+            return theirs or ours
+        self._lagging = self._lagging and ours < theirs
+        if self._lagging and self._after is not None and not self._after.slow:
+            return theirs
+        return min(ours, theirs)
 
 
 class PassedOn:
@@ -128,23 +147,29 @@ class RelayStream:
         first: int,
         own: Feed,
         after: Next | None,
+        giver: Giver | None = None,
+        taker: Taker | None = None,
         finished_elsewhere: Callable[[], list[int]],
         rounded_to: torch.dtype,
         wake: threading.Event,
         timeout_s: float,
         trace: Trace,
     ) -> None:
+        """Blocks leave by `giver`, and come by `taker` where the stretch begins with this rank's own batches."""
         self._chain, self._origin, self._first = chain, origin, first
         self._own, self._after = own, after
+        self._giver, self._taker = giver, taker
         self._finished_elsewhere = finished_elsewhere
         self._rounded_to = rounded_to
         self._wake, self._timeout_s, self._trace = wake, timeout_s, trace
         self.passes = 0
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[Delivery | Move]:
         while (batch := self._origin()) is not None:
             address, x = batch
             self._hear_of_finished()
+            yield from self._given()
+            yield from self._taken()
             ours = self._own.cursor == address
             theirs = self._after is not None and self._after.feed.cursor == address
             keep = set(self._own.boundaries_at(address)) if ours else set()
@@ -171,6 +196,26 @@ class RelayStream:
         if self._after is not None:
             self._after.feed.finish(block)
             self._close_if_done()
+
+    def _given(self) -> Iterator[Move]:
+        """Give blocks to ranks that have run dry, between two training steps."""
+        if self._giver is not None and (self._own.cursor is None or self._own.cursor.is_training):
+            for move in self._giver.moves(self._own.remaining):
+                self._own.finish(move.block)
+                yield move
+
+    def _taken(self) -> Iterator[Move]:
+        """Take blocks from ranks further on while this one has only their batches to pass on."""
+        after, origin = self._after, self._origin
+        if self._taker is None or after is None or not isinstance(origin, OwnBatches) or self._own.cursor is not None:
+            return
+        self._taker.seek(first_stretch=self._own.rank + 1)
+        for move in self._taker.arrived():
+            self._own.take(self._taker.span_of(move))
+            after.feed.finish(move.block)
+            self._close_if_done()
+            origin.lag()
+            yield move
 
     def _hear_of_finished(self) -> None:
         for block in self._finished_elsewhere():

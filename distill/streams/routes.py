@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from distill.edges.wire import Wire
 from distill.handover import HandOver
 from distill.memory import Memory
 from distill.network import RING_SLOTS
-from distill.plan import Plan, boundaries_of
+from distill.plan import Plan, Span, boundaries_of
 from distill.protocol import Checks, Feed, Schedule, Turns
+from distill.stealing import Giver, Taker
 from distill.streams.recording import CachedStream, Recorded
 from distill.streams.relay import Next, OwnBatches, Part, PassedOn, RelayStream
 from distill.streams.rows import overlaps, rows_of
@@ -34,14 +35,18 @@ from distill.transport import Averager, Edge
 
 
 class News:
-    """Which blocks of other ranks that this rank runs the teacher for have finished, so that it stops doing so."""
+    """Which blocks of other ranks that this rank runs the teacher for have finished, or gone to ranks that it does not
+    run the teacher for, so that it stops doing so."""
 
     def __init__(self, control: Control, plan: Plan) -> None:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._announcements = Announcements(control, blocks=plan.taught_elsewhere(control.rank), heard=self._heard)
+        self._rank = control.rank
+        self._announcements = Announcements(
+            control, blocks=plan.taught_elsewhere(control.rank), heard=self._heard, moved=self._moved
+        )
 
     def finished_elsewhere(self) -> list[int]:
-        """Return the blocks announced since the last call; raises what the watching thread met."""
+        """Return the blocks heard of since the last call; raises what the watching thread met."""
         if self._announcements.error is not None:
             raise self._announcements.error
         news = []
@@ -54,6 +59,10 @@ class News:
 
     def _heard(self, block: int, _: Announcement) -> None:
         self._queue.put(block)
+
+    def _moved(self, move: Move) -> None:
+        if move.target != self._rank:
+            self._queue.put(move.block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +88,14 @@ class Setting:
 
     @property
     def moves_blocks(self) -> bool:
-        """Whether a rank that runs dry may take a block over: only rank 0 feeding them all knows when one has."""
+        """Whether rank 0, which feeds everybody, may move blocks to a rank that has run dry."""
         plan = self.plan
         return self.take_over and plan.strategy == "broadcast" and plan.teacher_ranks == 1 and plan.world_size > 1
+
+    @property
+    def steals(self) -> bool:
+        """Whether a rank that has run dry may take blocks from others and run the teacher for them itself."""
+        return self.take_over and self.plan.strategy in ("relay", "replicate") and self.plan.world_size > 1
 
 
 class Streams:
@@ -100,6 +114,10 @@ class Streams:
         self._setting, self._finished_elsewhere, self._wake = setting, finished_elsewhere, wake
         self._hand_over, self._moved = hand_over, moved
         self._rank = setting.control.rank
+        self._giver: Giver | None = None
+        self._taker: Taker | None = None
+        if setting.steals:
+            self._giver, self._taker = self._stealing()
         self._senders: list[BoundarySender] = []
         self._teachers: list[TeacherStream | RelayStream] = []
         self._averagers: list[Averager] = []
@@ -130,6 +148,21 @@ class Streams:
             open_edge=lambda number, blocks: self._receiver(0, boundaries_of(blocks), number),
             trace=self._setting.trace,
         )
+
+    def stolen(self, all_done: Callable[[], bool]) -> list[Move]:
+        """Now that this rank has run dry, wait for blocks that it can take over; none where nobody has any to give, or
+        where `all_done`, which is asked meanwhile and may raise."""
+        if self._giver is not None:
+            self._giver.close()
+            self._giver = None
+        if self._taker is None:
+            return []
+        with self._setting.trace.span("wait", "for blocks to take over"):
+            return self._taker.wait(all_done)
+
+    def alone(self, spans: Iterable[Span]) -> Stream:
+        """Return the stream for blocks that have been taken over, from this rank's own pass through the teacher."""
+        return self._stretch(Feed(self._rank, spans, self._setting.checks))
 
     def averager(self) -> Averager:
         """Return what averages gradients over the group of this rank, whose ranks must all ask for it."""
@@ -205,7 +238,7 @@ class Streams:
             moves_blocks=setting.moves_blocks,
             room=Room.of(setting.memory, plan.owners, backlog=backlog),
             plateau=setting.checks.every > 0,
-            teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
+            teacher_s=self._pass_s,
         )
         return {
             "rank": rank,
@@ -252,22 +285,33 @@ class Streams:
                     for peer, shared in overlaps(rows, after, setting.dataset.batch_size).items()
                 ),
             )
-        feeds = (own,) if following is None else (own, following.feed)
         if before:
             parts = overlaps(rows, before, setting.dataset.batch_size)
             receivers = [self._receiver(peer, {first}, num_rows=len(shared)) for peer, shared in parts.items()]
-            origin: OwnBatches | PassedOn = PassedOn(receivers, first, setting.trace)
-        else:
-            group = plan.group_of(rank)
-            origin = OwnBatches(
-                setting.dataset, budget=setting.budget, feeds=feeds, part=group.index(rank), num_parts=len(group)
-            )
+            return self._stretch(own, following, PassedOn(receivers, first, setting.trace), first)
+        return self._stretch(own, following)
+
+    def _stretch(
+        self, own: Feed, after: Next | None = None, passed_on: PassedOn | None = None, first: int = 0
+    ) -> RelayStream:
+        """A stretch of the teacher from boundary `first` on what is passed on, or from the images on."""
+        setting, group = self._setting, self._setting.plan.group_of(self._rank)
         stream = RelayStream(
             chain=setting.chain,
-            origin=origin,
+            origin=passed_on
+            or OwnBatches(
+                setting.dataset,
+                budget=setting.budget,
+                own=own,
+                after=after,
+                part=group.index(self._rank),
+                num_parts=len(group),
+            ),
             first=first,
             own=own,
-            after=following,
+            after=after,
+            giver=self._giver,
+            taker=self._taker,
             finished_elsewhere=self._finished_elsewhere,
             rounded_to=setting.wire_dtype,
             wake=self._wake,
@@ -276,6 +320,16 @@ class Streams:
         )
         self._teachers.append(stream)
         return stream
+
+    def _stealing(self) -> tuple[Giver, Taker | None]:
+        setting = self._setting
+        giver = Giver(setting.control, setting.plan, pass_s=self._pass_s, plateau=setting.checks.every > 0)
+        alone = len(setting.plan.group_of(self._rank)) == 1
+        return giver, Taker(setting.control, setting.plan, self._hand_over) if alone else None
+
+    def _pass_s(self) -> float:
+        """Seconds of a pass through this rank's stretch of the teacher so far."""
+        return self._setting.trace.seconds("teacher") / max(1, self.passes)
 
     def _sender(self, target: int, dtype: torch.dtype, number: int = 0, more: int = 0) -> BoundarySender:
         setting = self._setting

@@ -24,6 +24,12 @@ from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 ALONE = ((0, 1, 2, 3),)
 BUDGETS = {0: 80, 1: 80, 2: 80, 3: 5}  # block 3 ends early, and its rank runs dry
 SLOW = {0: 0.03, 1: 0.01, 2: 0.01, 3: 0.01}  # seconds a step: half of what its rank has is in block 0, so it moves
+SELF_FED = {  # name: strategy, owners, budgets
+    "relay, to the rank behind": ("relay", ((0, 1, 2), (3,)), BUDGETS),
+    "relay, to the rank that passes their batches on": ("relay", ((0,), (1, 2, 3)), {0: 5, 1: 80, 2: 80, 3: 80}),
+    "replicate": ("replicate", ((0, 1, 2), (3,)), BUDGETS),
+    "replicate, to a rank without blocks": ("replicate", ((0, 1, 2, 3), ()), BUDGETS),
+}
 LAYOUTS = {
     "from rank 0": ((0, 1, 2), (3,)),
     "to rank 0": ((3,), (0, 1, 2)),
@@ -64,6 +70,45 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
         assert entries[move["block"]].rank == move["target"]
     stay = {0, 1, 2} - {move["block"] for move in found}
     assert {entries[block].rank for block in stay} == {giver}
+
+
+def case_of(run_dir: Path, case: str, **settings: Any) -> Toy:
+    """Return a stage in which a block moves: of a broadcast, or of ranks that run the teacher themselves."""
+    if case in LAYOUTS:
+        return toy(run_dir, LAYOUTS[case], **settings)
+    strategy, owners, budgets = SELF_FED[case]
+    given = {"strategy": strategy, "budgets": budgets, "slow": dict.fromkeys(range(4), 0.03)} | settings
+    return toy(run_dir, owners, **given)
+
+
+def run_self_fed(run_dir: Path, case: str, **settings: Any) -> dict[int, Entry]:
+    """Run the case and assert that something moves."""
+    owners = SELF_FED[case][1]
+    entries = run_toy(case_of(run_dir, case, **settings))
+    found = moves(run_dir)
+    assert found, "nothing moved: the test shows nothing"
+    assert {move["source"] for move in found} == {next(rank for rank, owned in enumerate(owners) if 1 in owned)}
+    for move in found:
+        assert 0 < move["step"] < 80
+        assert entries[move["block"]].rank == move["target"] != move["source"]
+    return entries
+
+
+@pytest.mark.parametrize("case", SELF_FED)
+def test_a_rank_that_runs_the_teacher_itself_takes_blocks_and_keeps_their_bits(tmp_path: Path, case: str) -> None:
+    alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, budgets=SELF_FED[case][2]))
+    assert bits(run_self_fed(tmp_path / "moved", case)) == bits(alone)
+
+
+@pytest.mark.parametrize("case", SELF_FED)
+def test_blocks_that_stop_at_a_plateau_after_they_were_taken_stop_at_the_same_step(tmp_path: Path, case: str) -> None:
+    rule = {"checks": Checks(every=4, batches=2), "patience": 4}
+    budgets = SELF_FED[case][2]
+    alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, budgets=budgets, **rule))
+    assert any(5 < entry.steps < 80 for entry in alone.values()), "the rule stopped nobody: the test shows nothing"
+    entries = run_self_fed(tmp_path / "moved", case, **rule)
+    assert bits(entries) == bits(alone)
+    assert {block: entry.steps for block, entry in entries.items()} == {b: entry.steps for b, entry in alone.items()}
 
 
 def test_blocks_stay_where_a_dry_rank_has_no_room_for_them(tmp_path: Path) -> None:
@@ -109,12 +154,13 @@ def state_comes_last(rank: int, world_size: int, environment: Mapping[str, str],
     toy_rank(rank, world_size, environment, settings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, alone: dict[int, str], layout: str) -> None:
-    owners = LAYOUTS[layout]
-    run_ranks(state_comes_last, len(owners), toy(tmp_path, owners))
-    assert moves(tmp_path), "nothing moved: the test shows nothing"
-    assert bits(Ledger(tmp_path).entries) == alone
+@pytest.mark.parametrize("case", [*LAYOUTS, *list(SELF_FED)[:3]])
+def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, case: str) -> None:
+    settings = case_of(tmp_path / "late", case)
+    alone = run_toy(replace(settings, run_dir=str(tmp_path / "alone"), owners=ALONE, strategy="broadcast", slow={}))
+    run_ranks(state_comes_last, len(settings.owners), settings)
+    assert moves(tmp_path / "late"), "nothing moved: the test shows nothing"
+    assert bits(Ledger(tmp_path / "late").entries) == bits(alone)
 
 
 def dies_handing_over(
@@ -130,13 +176,25 @@ def dies_handing_over(
         raise
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("from rank 0", 1), ("to rank 0", 1), ("between others", 1), ("between others", 2)])
+DEATHS = [
+    ("from rank 0", 1),
+    ("to rank 0", 1),
+    ("between others", 1),
+    ("between others", 2),
+    ("relay, to the rank behind", 1),
+    ("relay, to the rank that passes their batches on", 1),
+    ("replicate", 1),
+]
+
+
+@pytest.mark.parametrize(("case", "victim"), DEATHS)
 def test_a_death_in_the_middle_of_a_hand_over_is_told_and_a_restart_ends_with_the_same_bits(
-    tmp_path: Path, alone: dict[int, str], layout: str, victim: int
+    tmp_path: Path, case: str, victim: int
 ) -> None:
-    owners, told = LAYOUTS[layout], tmp_path / "0.txt"
-    broken = toy(tmp_path / "run", owners, checkpoint_every=4)
-    context = run_ranks(dies_handing_over, len(owners), broken, victim, str(tmp_path), join=False)
+    told = tmp_path / "0.txt"
+    broken = case_of(tmp_path / "run", case, checkpoint_every=4)
+    alone = run_toy(replace(broken, run_dir=str(tmp_path / "alone"), owners=ALONE, strategy="broadcast", slow={}))
+    context = run_ranks(dies_handing_over, len(broken.owners), broken, victim, str(tmp_path), join=False)
     assert context is not None
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
         while not context.join(grace_period=20):
@@ -148,4 +206,4 @@ def test_a_death_in_the_middle_of_a_hand_over_is_told_and_a_restart_ends_with_th
     assert f"rank {victim} failed" in told.read_text()
     assert f"read logs/rank{victim}.log" in told.read_text()
     again = replace(broken, owners=((0, 1), (2, 3)), slow={}, generation=2)
-    assert bits(run_toy(again)) == alone
+    assert bits(run_toy(again)) == bits(alone)

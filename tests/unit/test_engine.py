@@ -1,6 +1,7 @@
 """The training loop over a made-up stream: who trains on what, what is handed over, and what is kept on the way."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def run(
         trainers,
         rank=3,
         generation=2,
+        started=time.monotonic(),
         checks=checks,
         save=outcome.checkpoints.save,
         checkpoint_every=every,
@@ -175,6 +177,7 @@ def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
             [trainer(0)],
             rank=0,
             generation=0,
+            started=time.monotonic(),
             checks=Checks(),
             save=outcome.checkpoints.save,
             checkpoint_every=1,
@@ -202,6 +205,7 @@ def test_a_checkpoint_waits_for_the_looks_of_its_step(tmp_path: Path) -> None:
         [trainer(0, patience=100)],
         rank=0,
         generation=1,
+        started=time.monotonic(),
         checks=looks,
         save=lambda checkpoint: looked.append((checkpoint.step, checkpoint.progress["rel_error_held_out"] is not None)),
         checkpoint_every=4,
