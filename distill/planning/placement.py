@@ -192,7 +192,7 @@ def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict
             return
         tried: set[object] = set()
         for rank in sorted(range(problem.world_size), key=loads.__getitem__):
-            if loads[rank] == problem.base[rank]:  # empty ranks of a kind are alike: one of them stands for all
+            if rank not in placement.values():  # empty ranks of a kind are alike: one of them stands for all
                 if problem.kind[rank] in tried:
                     continue
                 tried.add(problem.kind[rank])
@@ -201,7 +201,7 @@ def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict
             placement[ordered[depth].block] = rank
             descend(depth + 1, placement)
             loads[rank] = before
-        placement.pop(ordered[depth].block, None)
+            del placement[ordered[depth].block]
 
     descend(0, {})
     return best, nodes <= SEARCH_NODES

@@ -167,6 +167,12 @@ def test_prices_are_measured_on_a_sample() -> None:
     assert prices.read_s > 0
 
 
+def test_a_rank_whose_block_costs_nothing_is_not_taken_for_an_empty_one() -> None:
+    costs = Costs((0.0,) * 3, (0.0,) * 3, (0, 1, 0, 1), slowness=(0.5, 0.5), read_s_per_byte=1e-3)
+    plan = plan_cached(costs, [Span(block, 0, 10) for block in range(3)], 2)
+    assert plan.predicted_makespan_s == pytest.approx(0.005)  # a byte each; all three blocks together read two
+
+
 @settings(deadline=None, max_examples=50)
 @given(instances(), st.sampled_from([0.0, 1e-3]))
 def test_no_placement_beats_a_cached_plan(instance: Instance, read_s_per_byte: float) -> None:
