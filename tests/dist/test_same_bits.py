@@ -56,6 +56,8 @@ def test_any_strategy_gives_the_bits_of_one_rank(
     tmp_path: Path, alone: dict[int, str], strategy: str, owners: tuple[tuple[int, ...], ...]
 ) -> None:
     assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, strategy=strategy))) == alone
+    passes = {"serial": 4, "layerwise": 4, "replicate": 2, "relay": sum(map(bool, owners))}[strategy]
+    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] == 6 * passes
 
 
 TEACHER_RANKS = [
