@@ -14,6 +14,7 @@ import pytest
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from distill import handover
+from distill.completion import Collector
 from distill.errors import DistillError
 from distill.ledger import Entry, Ledger
 from distill.memory import Memory
@@ -57,6 +58,7 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
     assert bits(entries) == alone
     found = moves(tmp_path)
     assert found, "nothing moved: the test shows nothing"
+    assert json.loads((tmp_path / "report.json").read_text())["take_overs"] == len(found)
     giver = next(rank for rank, owned in enumerate(owners) if 0 in owned)
     assert {move["source"] for move in found} == {giver}
     for move in found:
@@ -73,6 +75,30 @@ def test_blocks_stay_where_a_dry_rank_has_no_room_for_them(tmp_path: Path) -> No
     entries = run_toy(toy(tmp_path / "less", LAYOUTS["from rank 0"], memory=less))
     assert [entries[block].rank for block in range(4)] == [0, 0, 0, 1]
     assert moves(tmp_path / "less") == []
+
+
+def test_blocks_stay_where_take_overs_are_not_wanted(tmp_path: Path) -> None:
+    run_toy(toy(tmp_path, LAYOUTS["from rank 0"], take_over=False))
+    assert moves(tmp_path) == []
+
+
+def notes_owners(rank: int, world_size: int, environment: Mapping[str, str], settings: Toy) -> None:
+    usual, expected = Collector.moved, list[tuple[int, int]]()
+
+    def noted(self: Collector, block: int, owner: int) -> None:
+        expected.append((block, owner))
+        usual(self, block, owner)
+
+    Collector.moved = noted  # type: ignore[method-assign]
+    toy_rank(rank, world_size, environment, settings)
+    (Path(settings.run_dir) / f"expected{rank}.json").write_text(json.dumps(expected))
+
+
+def test_a_block_is_expected_from_the_rank_that_it_went_to(tmp_path: Path) -> None:
+    run_ranks(notes_owners, 3, toy(tmp_path, LAYOUTS["between others"]))
+    expected = json.loads((tmp_path / "expected0.json").read_text())
+    assert expected == [[move["block"], move["target"]] for move in moves(tmp_path)]
+    assert expected, "nothing moved: the test shows nothing"
 
 
 def test_blocks_that_stop_at_a_plateau_stop_at_the_same_step_wherever_they_are(tmp_path: Path) -> None:
