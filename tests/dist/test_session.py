@@ -54,3 +54,17 @@ def test_only_the_first_rank_of_a_group_saves_and_reports(tmp_path: Path) -> Non
     assert [sorted(names) for names in saved] == [["00", "01"], ["02", "03"], []]
     reported = [json.loads((tmp_path / f"readings{rank}.json").read_text()) for rank in range(3)]
     assert [set(blocks) for blocks in reported] == [{0, 1}, {2, 3}, set()]
+
+
+def notes_threads(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    toy_rank(rank, world_size, environment, toy)
+    time.sleep(0.5)  # in which a thread that has been told to end does so
+    names = [thread.name for thread in threading.enumerate()]
+    (Path(toy.run_dir) / f"threads{rank}.json").write_text(json.dumps(names))
+
+
+def test_a_rank_that_has_done_its_part_does_not_watch_for_what_others_finish(tmp_path: Path) -> None:
+    budgets = dict.fromkeys(range(3), 1)
+    toy = Toy(run_dir=str(tmp_path), owners=((0,), (1,), (2,)), budgets=budgets, strategy="relay", slow={2: 2.0})
+    run_ranks(notes_threads, 3, toy)
+    assert "announcements" not in json.loads((tmp_path / "threads1.json").read_text())
