@@ -197,7 +197,7 @@ class Streams:
             moves_blocks=setting.moves_blocks,
             room=Room.of(setting.memory, plan.owners, backlog=backlog),
             plateau=setting.checks.every > 0,
-            teacher_s=lambda: setting.trace.seconds("teacher") / max(1, self.passes),
+            teacher_s=lambda: setting.trace.seconds("teacher") / self.passes,
         )
         return {
             "rank": rank,
