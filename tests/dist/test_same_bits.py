@@ -63,6 +63,12 @@ def test_any_strategy_gives_the_bits_of_one_rank(
     assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] == 6 * passes
 
 
+@pytest.mark.parametrize("strategy", ["serial", "layerwise", "ddp"])
+def test_a_block_trained_alone_has_teacher_passes_for_its_own_steps_alone(tmp_path: Path, strategy: str) -> None:
+    run_toy(Toy(run_dir=str(tmp_path), owners=((0, 1),), budgets={0: 2, 1: 5}, strategy=strategy))
+    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] == 2 + 5
+
+
 TEACHER_RANKS = [
     (2, ((0, 3), (1, 2)), 2),
     (2, ((), (0, 1), (2, 3)), 4),
