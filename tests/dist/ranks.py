@@ -171,7 +171,8 @@ def run_toy(toy: Toy) -> dict[int, Entry]:
 
 
 def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
-    """One rank of a toy stage; rank 0 writes report.json, every rank logs its readings' count."""
+    """One rank of a toy stage; rank 0 writes report.json, every rank the blocks of its readings and what its parameters
+    have become."""
     control = connect(rank, world_size, environment, generation=toy.generation)
     run_dir = Path(toy.run_dir)
     with opened(image_size=8, augment=Augment.crop, batch_size=16) as fresh:
@@ -222,6 +223,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             _write_report(run_dir, report, recorded, moves)
         else:
             session.follow(trainers)
+        (run_dir / f"readings{rank}.json").write_text(json.dumps([reading.block for reading in readings]))
         parameters = {trainer.block: digest(trainer.module.parameters()) for trainer in trainers}
         (run_dir / f"parameters{rank}.json").write_text(json.dumps(parameters))
     control.leave()
@@ -363,8 +365,9 @@ def _write_report(run_dir: Path, report: SessionReport, recorded: list[int], mov
         "makespan_s": report.makespan_s,
         "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values()),
         "bytes_sent": sum(rank.bytes_sent for rank in report.ranks.values()),
+        "take_overs": report.take_overs,
+        "ranks": {rank: asdict(spent) for rank, spent in report.ranks.items()},
         "recorded": recorded,
         "moves": [asdict(move) for move in moves],
-        "idle_share": [report.idle_share(rank) for rank in sorted(report.ranks)],
     }
     (run_dir / "report.json").write_text(json.dumps(facts))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -13,6 +14,8 @@ from distill.completion import Collector, Deliverer
 from distill.control import Control, PeerLostError
 from distill.errors import DistillError
 from distill.ledger import Entry, Ledger
+from distill.plan import Plan, Span
+from distill.streams.routes import News
 from distill.trace import Trace
 from distill.transport import TransportError
 from tests.dist.ranks import stop_heart, two_controls
@@ -124,3 +127,17 @@ def test_what_rank_0_trains_itself_is_announced_for_whoever_runs_the_teacher_for
         own.deliver(replace(ENTRY, rank=0), b"weights")
         own.wait(all_fed=True)
         assert there.get("done/3")["entry"]["rank"] == 0
+
+
+def listen(news: News) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        news.finished_elsewhere()
+        time.sleep(0.02)
+
+
+def test_a_teacher_rank_that_can_no_longer_hear_of_finished_blocks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan("broadcast", ((0,), (1,)), (Span(0, 0, 1), Span(1, 0, 1)), 1.0, (1.0, 1.0), teacher_ranks=2)
+    monkeypatch.setattr(Control, "second", mock.Mock(side_effect=OSError("no route to host")))
+    with two_controls() as (_, there), pytest.raises(DistillError, match=r"rank 1: watching for finished.*no route"):
+        listen(News(there, plan))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
 
+from distill import completion
 from distill.blocks import Boundary
 from distill.control import LeaderFailedError, PeerLostError
 from distill.protocol import Address
@@ -22,6 +23,7 @@ from distill.edges.sender import BoundarySender
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
 from distill.edges.wire import Wire
+from tests.dist import ranks
 from tests.dist.ranks import TIMEOUT_S, Toy, connect, meet, run_ranks, run_toy, stop_heart, toy_rank
 
 
@@ -68,6 +70,22 @@ def test_a_killed_rank_is_named_with_its_log(tmp_path: Path) -> None:
     assert "rank 0: sending step" in out.read_text()
     assert "rank 1 failed" in out.read_text()
     assert "read logs/rank1.log" in out.read_text()
+
+
+def mute(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    """Rank 1 lives, but does not get round to saying that its block is finished."""
+    ranks.TIMEOUT_S = 3.0
+    if rank == 1:
+        completion.announce = lambda *_: time.sleep(12)
+    toy_rank(rank, world_size, environment, toy)
+
+
+def test_a_rank_that_has_had_its_last_batch_and_delivers_nothing_is_waited_for_until_the_deadline(
+    tmp_path: Path,
+) -> None:
+    toy = Toy(run_dir=str(tmp_path), owners=((0,), (1,)), budgets={0: 3, 1: 3})
+    with pytest.raises(ProcessRaisedException, match=r"rank 0: blocks \[1\] have not come for 3 s"):
+        run_ranks(mute, 2, toy)
 
 
 def test_both_neighbours_of_a_rank_killed_in_a_relay_name_it(tmp_path: Path) -> None:

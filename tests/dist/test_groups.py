@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
+from distill.blocks import Boundary
+from distill.edges.receiver import BoundaryReceiver
 from distill.ledger import Ledger
+from distill.protocol import Address
 from distill.streams import routes
 from distill.transport import Averager
-from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
+from tests.dist.ranks import Toy, digest, run_ranks, run_toy, toy_rank
 
 ALONE = ((0, 1, 2, 3),)
 GROUPS = [  # owners, groups: one rank before two, two before one, two before two, two before three (other rows)
@@ -66,21 +71,48 @@ def test_groups_come_close_to_one_rank_and_their_members_are_equal(
         assert all(parameters[rank] == parameters[group[0]] for rank in group)
 
 
-def notes_shares(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
-    usual = routes.Averager
+def notes_rows(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    """Every rank writes down its share in averages, its rows of the first batch of images, and how many rows it has
+    room for from each rank before it."""
+    average, receive = routes.Averager, routes.BoundaryReceiver
+    noted: dict[str, Any] = {"share": None, "images": [], "received": []}
 
-    def noted(*arguments: Any, share: float, **options: Any) -> Averager:
-        (Path(toy.run_dir) / f"share{rank}").write_text(str(share))
-        return usual(*arguments, share=share, **options)
+    def noted_average(*arguments: Any, share: float, **options: Any) -> Averager:
+        noted["share"] = share
+        return average(*arguments, share=share, **options)
 
-    routes.Averager = noted  # type: ignore[assignment, misc]
+    def noted_receive(*arguments: Any, boundaries: Mapping[int, Boundary], **options: Any) -> BoundaryReceiver:
+        noted["received"] += [boundary.shape[0] for boundary in boundaries.values()]
+        return receive(*arguments, boundaries=boundaries, **options)
+
+    class Noted(routes.OwnBatches):
+        def __call__(self) -> tuple[Address, Tensor] | None:
+            found = super().__call__()
+            if found is not None and found[0] == Address(0):
+                noted["images"] = [digest([image]) for image in found[1]]
+            return found
+
+    routes.Averager, routes.BoundaryReceiver = noted_average, noted_receive  # type: ignore[assignment, misc]
+    routes.OwnBatches = Noted  # type: ignore[misc]
     toy_rank(rank, world_size, environment, toy)
+    (Path(toy.run_dir) / f"noted{rank}.json").write_text(json.dumps(noted))
 
 
-def test_ranks_of_a_group_count_by_their_rows(tmp_path: Path) -> None:
-    run_ranks(notes_shares, 3, relayed(tmp_path, ((0, 1, 2, 3), (), ()), ((0, 1, 2),)))
-    shares = [float((tmp_path / f"share{rank}").read_text()) for rank in range(3)]
-    assert sorted(shares) == [5 / 16, 5 / 16, 6 / 16]
+def noted(run_dir: Path, what: str, num_ranks: int) -> list[Any]:
+    return [json.loads((run_dir / f"noted{rank}.json").read_text())[what] for rank in range(num_ranks)]
+
+
+def test_ranks_of_a_group_count_by_their_rows_which_make_up_the_batch(tmp_path: Path) -> None:
+    run_ranks(notes_rows, 3, relayed(tmp_path, ((0, 1, 2, 3), (), ()), ((0, 1, 2),)))
+    assert sorted(noted(tmp_path, "share", 3)) == [5 / 16, 5 / 16, 6 / 16]
+    images = noted(tmp_path, "images", 3)
+    assert sorted(map(len, images)) == [5, 5, 6]
+    assert len(set(chain.from_iterable(images))) == 16
+
+
+def test_ranks_of_a_group_have_room_for_their_rows_alone(tmp_path: Path) -> None:
+    run_ranks(notes_rows, 5, relayed(tmp_path, *GROUPS[3]))
+    assert noted(tmp_path, "received", 5) == [[], [], [6], [2, 3], [5]]  # of 8 + 8 rows
 
 
 def test_groups_give_the_same_bits_after_a_crash(tmp_path: Path) -> None:

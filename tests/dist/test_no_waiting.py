@@ -67,6 +67,12 @@ def test_a_relay_passes_nothing_more_on_for_blocks_that_have_stopped_early(tmp_p
     assert sent[1] < 0.5 * sent[0]
 
 
+def test_a_relay_goes_on_for_the_blocks_behind_where_those_before_them_have_finished(tmp_path: Path) -> None:
+    budgets = {0: 2, 1: 4, 2: 7}
+    entries = run_toy(Toy(run_dir=str(tmp_path), owners=((0,), (1,), (2,)), budgets=budgets, strategy="relay"))
+    assert {block: entry.steps for block, entry in entries.items()} == budgets
+
+
 def test_the_distill_stage_uses_no_collective(tmp_path: Path) -> None:
     toy = Toy(run_dir=str(tmp_path), owners=((0,), (1, 2), (3,)))
     run_ranks(without_collectives, 3, toy)

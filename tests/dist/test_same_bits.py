@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
+from distill.data import Batch, Dataset
 from distill.ledger import Entry, Ledger
 from distill.protocol import Checks
-from tests.dist.ranks import Toy, run_toy
+from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 
 ALONE = ((0, 1, 2, 3),)
 LAYOUTS = [
@@ -56,6 +59,14 @@ def test_any_strategy_gives_the_bits_of_one_rank(
     tmp_path: Path, alone: dict[int, str], strategy: str, owners: tuple[tuple[int, ...], ...]
 ) -> None:
     assert bits(run_toy(Toy(run_dir=str(tmp_path), owners=owners, strategy=strategy))) == alone
+    passes = {"serial": 4, "layerwise": 4, "replicate": 2, "relay": sum(map(bool, owners))}[strategy]
+    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] == 6 * passes
+
+
+@pytest.mark.parametrize("strategy", ["serial", "layerwise", "ddp"])
+def test_a_block_trained_alone_has_teacher_passes_for_its_own_steps_alone(tmp_path: Path, strategy: str) -> None:
+    run_toy(Toy(run_dir=str(tmp_path), owners=((0, 1),), budgets={0: 2, 1: 5}, strategy=strategy))
+    assert json.loads((tmp_path / "report.json").read_text())["teacher_passes"] == 2 + 5
 
 
 TEACHER_RANKS = [
@@ -75,6 +86,24 @@ def test_any_number_of_teacher_ranks_gives_the_bits_of_one(
     assert bits(run_toy(toy)) == alone
     report = json.loads((tmp_path / "report.json").read_text())
     assert 6 <= report["teacher_passes"] < 12, "no batch is taught twice, unless a rank was left behind"
+
+
+def counts_ways_through_the_data(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    usual, begun = Dataset.train_batches, list[int]()
+
+    def noted(self: Dataset, start: int, *arguments: Any, **options: Any) -> Iterator[Batch]:
+        begun.append(start)
+        return usual(self, start, *arguments, **options)
+
+    Dataset.train_batches = noted  # type: ignore[method-assign]
+    toy_rank(rank, world_size, environment, toy)
+    (Path(toy.run_dir) / f"begun{rank}.json").write_text(json.dumps(begun))
+
+
+def test_every_teacher_rank_goes_through_its_batches_once(tmp_path: Path) -> None:
+    """Beginning anew would throw away what has been read ahead."""
+    run_ranks(counts_ways_through_the_data, 2, Toy(run_dir=str(tmp_path), owners=((0, 3), (1, 2)), teacher_ranks=2))
+    assert [json.loads((tmp_path / f"begun{rank}.json").read_text()) for rank in range(2)] == [[0], [1]]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])

@@ -18,10 +18,11 @@ from distill.protocol import Address
 from distill.edges.receiver import BoundaryReceiver
 from distill.edges.sender import BoundarySender
 from distill.edges.shared_ring import SharedRing
+from distill.ledger import Ledger
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
 from distill.edges.wire import Wire
-from tests.dist.ranks import Toy, connect, meet, run_ranks, run_toy
+from tests.dist.ranks import Toy, connect, meet, run_ranks, run_toy, toy_rank
 
 ROWS, SHAPE = 6, (6, 5, 4, 4)
 FORMS = {
@@ -107,18 +108,32 @@ def test_batches_arrive_unchanged_in_place_or_over_sockets(tmp_path: Path, how: 
     assert told == (how == "no memory")
 
 
+def notes_memory(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
+    usual, made = os.memfd_create, list[str]()
+
+    def noted(name: str) -> int:
+        made.append(name)
+        return usual(name)
+
+    os.memfd_create = noted
+    toy_rank(rank, world_size, environment, toy)
+    (Path(toy.run_dir) / f"memories{rank}").write_text(str(len(made)))
+
+
 @pytest.mark.parametrize(
     ("strategy", "owners"), [("broadcast", ((0,), (1, 2), (3,))), ("relay", ((0, 1), (2,), (3,)))]
 )
 def test_students_have_the_same_bits_with_and_without(
     tmp_path: Path, strategy: str, owners: tuple[tuple[int, ...], ...]
 ) -> None:
-    runs = [
-        run_toy(Toy(run_dir=str(tmp_path / f"{shared}"), owners=owners, strategy=strategy, shared_memory=shared))
-        for shared in (True, False)
-    ]
-    first, second = ({block: entry.sha256 for block, entry in entries.items()} for entries in runs)
-    assert first == second
+    bits = []
+    for shared in (True, False):
+        run_dir = tmp_path / f"{shared}"
+        run_ranks(notes_memory, 3, Toy(run_dir=str(run_dir), owners=owners, strategy=strategy, shared_memory=shared))
+        assert [int((run_dir / f"memories{rank}").read_text()) for rank in range(3)] == [0, shared, shared]
+        bits.append({block: entry.sha256 for block, entry in Ledger(run_dir).entries.items()})
+    assert len(bits[0]) == 4
+    assert bits[0] == bits[1]
 
 
 def sender_vanishes(rank: int, world_size: int, environment: Mapping[str, str], out: str) -> None:

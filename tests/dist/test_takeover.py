@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from distill import handover
+from distill.blocks import Chain
+from distill.completion import Collector
 from distill.errors import DistillError
 from distill.ledger import Entry, Ledger
 from distill.memory import Memory
 from distill.protocol import Checks
 from distill.transport import PairGroup
+from tests.dist import ranks
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 
 ALONE = ((0, 1, 2, 3),)
@@ -63,6 +67,7 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
     assert bits(entries) == alone
     found = moves(tmp_path)
     assert found, "nothing moved: the test shows nothing"
+    assert json.loads((tmp_path / "report.json").read_text())["take_overs"] == len(found)
     giver = next(rank for rank, owned in enumerate(owners) if 0 in owned)
     assert {move["source"] for move in found} == {giver}
     for move in found:
@@ -111,13 +116,63 @@ def test_blocks_that_stop_at_a_plateau_after_they_were_taken_stop_at_the_same_st
     assert {block: entry.steps for block, entry in entries.items()} == {b: entry.steps for b, entry in alone.items()}
 
 
-def test_blocks_stay_where_a_dry_rank_has_no_room_for_them(tmp_path: Path) -> None:
-    enough = Memory(resident=0, student=(5, 5, 5, 10), step=(0,) * 4, boundary=(0,) * 5, window=2, limit=15)
-    less = replace(enough, student=(5, 5, 5, 11))
+def test_blocks_stay_where_a_dry_rank_has_no_room_for_them_or_rank_0_for_their_batches(tmp_path: Path) -> None:
+    enough = Memory(resident=0, student=(5, 5, 5, 47), step=(0,) * 4, boundary=(1,) * 5, window=2, limit=64)
     assert run_toy(toy(tmp_path / "enough", LAYOUTS["from rank 0"], memory=enough))[0].rank == 1
-    entries = run_toy(toy(tmp_path / "less", LAYOUTS["from rank 0"], memory=less))
-    assert [entries[block].rank for block in range(4)] == [0, 0, 0, 1]
-    assert moves(tmp_path / "less") == []
+    for student in ((5, 5, 5, 48), (5, 6, 5, 47)):
+        run_dir = tmp_path / f"{student}"
+        entries = run_toy(toy(run_dir, LAYOUTS["from rank 0"], memory=replace(enough, student=student)))
+        assert [entries[block].rank for block in range(4)] == [0, 0, 0, 1]
+        assert moves(run_dir) == []
+
+
+def test_blocks_stay_where_take_overs_are_not_wanted(tmp_path: Path) -> None:
+    run_toy(toy(tmp_path, LAYOUTS["from rank 0"], take_over=False))
+    assert moves(tmp_path) == []
+
+
+class SlowTeacher:
+    """A teacher whose every pass takes as long as a step of the block beside it."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chain, name)
+
+    def run(self, *arguments: Any, **options: Any) -> dict[int, Tensor]:
+        time.sleep(SLOW[0])
+        return self._chain.run(*arguments, **options)
+
+
+def has_a_slow_teacher(rank: int, world_size: int, environment: Mapping[str, str], settings: Toy) -> None:
+    usual = ranks.toy_chain
+    ranks.toy_chain = lambda sample: SlowTeacher(usual(sample))
+    toy_rank(rank, world_size, environment, settings)
+
+
+def test_the_last_block_of_rank_0_leaves_it_to_its_teacher(tmp_path: Path) -> None:
+    run_ranks(has_a_slow_teacher, 2, toy(tmp_path, ((0,), (3,)), budgets={0: 80, 3: 5}))
+    assert [(move["block"], move["target"]) for move in moves(tmp_path)] == [(0, 1)]
+
+
+def notes_owners(rank: int, world_size: int, environment: Mapping[str, str], settings: Toy) -> None:
+    usual, expected = Collector.moved, list[tuple[int, int]]()
+
+    def noted(self: Collector, block: int, owner: int) -> None:
+        expected.append((block, owner))
+        usual(self, block, owner)
+
+    Collector.moved = noted  # type: ignore[method-assign]
+    toy_rank(rank, world_size, environment, settings)
+    (Path(settings.run_dir) / f"expected{rank}.json").write_text(json.dumps(expected))
+
+
+def test_a_block_is_expected_from_the_rank_that_it_went_to(tmp_path: Path) -> None:
+    run_ranks(notes_owners, 3, toy(tmp_path, LAYOUTS["between others"]))
+    expected = json.loads((tmp_path / "expected0.json").read_text())
+    assert expected == [[move["block"], move["target"]] for move in moves(tmp_path)]
+    assert expected, "nothing moved: the test shows nothing"
 
 
 def test_blocks_that_stop_at_a_plateau_stop_at_the_same_step_wherever_they_are(tmp_path: Path) -> None:
@@ -139,15 +194,18 @@ def test_a_block_that_diverges_after_it_has_moved_keeps_the_weights_that_it_woul
     assert bits(entries) == bits(alone)
 
 
-def state_comes_last(rank: int, world_size: int, environment: Mapping[str, str], settings: Toy) -> None:
-    """A state is taken only once a block that did not move is in the ledger."""
+def state_comes_last(
+    rank: int, world_size: int, environment: Mapping[str, str], settings: Toy, num_done: int, pause_s: float
+) -> None:
+    """A state is taken only some time after so many of the blocks that did not move are in the ledger."""
     receive, folder = handover.receive_blob, Path(settings.run_dir)
 
     def late(group: PairGroup, size: int) -> bytes:
         deadline = time.monotonic() + 25
-        while not any((folder / "blocks" / f"0{block}.safetensors").exists() for block in (1, 2)):
+        while sum((folder / "blocks" / f"0{block}.safetensors").exists() for block in (1, 2)) < num_done:
             assert time.monotonic() < deadline, "the others have waited"
             time.sleep(0.02)
+        time.sleep(pause_s)
         return receive(group, size)
 
     handover.receive_blob = late
@@ -158,9 +216,17 @@ def state_comes_last(rank: int, world_size: int, environment: Mapping[str, str],
 def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, case: str) -> None:
     settings = case_of(tmp_path / "late", case)
     alone = run_toy(replace(settings, run_dir=str(tmp_path / "alone"), owners=ALONE, strategy="broadcast", slow={}))
-    run_ranks(state_comes_last, len(settings.owners), settings)
+    run_ranks(state_comes_last, len(settings.owners), settings, 1, 0.0)
     assert moves(tmp_path / "late"), "nothing moved: the test shows nothing"
     assert bits(Ledger(tmp_path / "late").entries) == bits(alone)
+
+
+def test_a_rank_that_has_nothing_left_stays_until_the_block_that_it_gave_away_has_come(
+    tmp_path: Path, alone: dict[int, str]
+) -> None:
+    run_ranks(state_comes_last, 3, toy(tmp_path, LAYOUTS["between others"]), 2, 1.0)
+    assert [move["block"] for move in moves(tmp_path)] == [0]
+    assert bits(Ledger(tmp_path).entries) == alone
 
 
 def dies_handing_over(

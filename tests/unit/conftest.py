@@ -1,8 +1,9 @@
-"""What unit tests put in the machine's place: NVML and a powercap tree (see tests/metered.py), and its free memory."""
+"""What unit tests put in the machine's place: NVML and a powercap tree (see tests/metered.py), its free memory, and one
+of its threads for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,14 @@ def available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int]
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "run" / "metrics").mkdir(parents=True)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are not worth a second thread."""
+    import torch  # most unit tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

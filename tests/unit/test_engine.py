@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from distill.checkpoint import Checkpoint, CheckpointFolder, block_name
 from distill.edges.receiver import Delivery
 from distill.engine import distill
+from distill.graphs import Lane
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
 from distill.takeover import Move
@@ -30,18 +32,26 @@ def batch(step: int, *, blocks: int = 2) -> dict[int, Tensor]:
 
 class Addresses:
     """A stream that walks through all addresses up to the budget for as long as some block is not finished; `moves`
-    happen before the batch of their step."""
+    happen before the batch of their step, or of `moved_at`."""
 
-    def __init__(self, *, blocks: int, checks: Checks, bad_step: int | None = None, moves: Sequence[Move] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int,
+        checks: Checks,
+        bad_step: int | None = None,
+        moves: Sequence[Move] = (),
+        moved_at: int | None = None,
+    ) -> None:
         self.finished: list[int] = []
-        self._moves = moves
+        self._moves, self._moved_at = moves, moved_at
         self._blocks, self._checks, self._bad_step = blocks, checks, bad_step
 
     def __iter__(self) -> Iterator[Delivery | Move]:
         address = Address(0)
         while address.step < BUDGET and len(self.finished) < self._blocks:
             if address.is_training:
-                yield from (move for move in self._moves if move.step == address.step)
+                yield from (move for move in self._moves if address.step == (self._moved_at or move.step))
             boundaries = batch(address.step + 100 * (address.check + 1), blocks=self._blocks)
             if address.step == self._bad_step:
                 boundaries[0] = boundaries[0] * math.nan
@@ -67,8 +77,13 @@ class Outcome:
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.readings: list[Reading] = []
         self.checkpoints = CheckpointFolder(folder, generation=1)
+        self.saved: list[int] = []
         self.given: dict[int, Checkpoint | None] = {}
         self.coming: BlockTrainer | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.saved.append(checkpoint.step)
+        self.checkpoints.save(checkpoint)
 
     def read(self, _: BlockTrainer, reading: Reading) -> None:
         self.readings.append(reading)
@@ -103,7 +118,7 @@ def run(
         generation=2,
         started=time.monotonic(),
         checks=checks,
-        save=outcome.checkpoints.save,
+        save=outcome.save,
         checkpoint_every=every,
         deliver=outcome.deliver,
         report=outcome.read,
@@ -126,9 +141,35 @@ def test_every_block_is_trained_to_its_budget_and_handed_over_once(tmp_path: Pat
         assert all(torch.equal(outcome.weights[one.block][n], t) for n, t in one.module.state_dict().items())
 
 
+def test_an_entry_tells_of_the_course_of_its_block(tmp_path: Path) -> None:
+    one = trainer(0)
+    outcome, _ = run(tmp_path, [one])
+    (entry,) = outcome.entries
+    assert (entry.rel_error_first, entry.rel_error_last) == (one.progress.rel_error_first, one.progress.rel_error_last)
+    assert entry.rel_error_first != entry.rel_error_last
+    assert entry.seconds == one.progress.seconds > 0
+
+
 def test_readings_are_reported(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path, [trainer(0)])
     assert [(reading.block, reading.step) for reading in outcome.readings] == [(0, 1), (0, BUDGET)]
+
+
+def test_blocks_train_and_look_on_their_lanes(tmp_path: Path) -> None:
+    class Noted(Lane):
+        inside = False
+
+        @contextmanager
+        def entered(self) -> Iterator[None]:
+            self.inside = True
+            yield
+            self.inside = False
+
+    one, seen = trainer(0), set()
+    one.lane = lane = Noted()
+    one.module.register_forward_hook(lambda module, *_: seen.add((module.training, lane.inside)))
+    run(tmp_path, [one], checks=Checks(every=4, batches=1))
+    assert seen == {(True, True), (False, True)}
 
 
 def test_a_block_resumed_further_ahead_lets_earlier_batches_pass(tmp_path: Path) -> None:
@@ -179,7 +220,7 @@ def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
             generation=0,
             started=time.monotonic(),
             checks=Checks(),
-            save=outcome.checkpoints.save,
+            save=outcome.save,
             checkpoint_every=1,
             deliver=outcome.deliver,
             report=outcome.read,
@@ -195,6 +236,11 @@ def test_checkpoints_are_written_at_their_interval_and_after_the_looks_of_a_step
     assert state is not None
     assert state.step == 8  # the one at 12 is the end, which is handed over instead
     assert state.progress["rel_error_held_out"] is not None
+
+
+def test_no_checkpoint_is_written_of_a_block_at_its_end(tmp_path: Path) -> None:
+    outcome, _ = run(tmp_path, [trainer(0, budget=8)], every=4)
+    assert outcome.saved == [4]
 
 
 def test_a_checkpoint_waits_for_the_looks_of_its_step(tmp_path: Path) -> None:
@@ -225,11 +271,14 @@ def test_a_block_on_its_plateau_stops_early_and_says_so_to_the_stream(tmp_path: 
 
 
 @pytest.mark.parametrize("every", [100, 4], ids=["at the end", "at a checkpoint"])
-def test_a_block_that_has_diverged_is_handed_over_wherever_it_is_noticed(tmp_path: Path, every: int) -> None:
+def test_a_block_that_has_diverged_is_handed_over_wherever_it_is_noticed(
+    tmp_path: Path, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
     outcome, addresses = run(tmp_path, [trainer(0)], every=every, bad_step=6)
     assert addresses.finished == [0]
     assert [(e.status, e.diverged_at, e.steps) for e in outcome.entries] == [("diverged", 6, 4 if every == 4 else 0)]
     assert all(tensor.isfinite().all() for tensor in outcome.weights[0].values())
+    assert "block layer0: its loss is not finite at step 6; it is stopped" in caplog.text
 
 
 class TestMoves:
@@ -249,6 +298,17 @@ class TestMoves:
         for outcome in (giver, taker):
             for block, weights in outcome.weights.items():
                 assert all(torch.equal(whole.weights[block][n], tensor) for n, tensor in weights.items())
+
+    def test_a_block_that_comes_further_ahead_lets_earlier_batches_pass(self, tmp_path: Path) -> None:
+        """As where two blocks come to a rank at once, from ranks that were not equally far."""
+        whole, _ = run(tmp_path / "whole", [trainer(0), trainer(1)])
+        giver, _ = run(tmp_path / "giver", [trainer(0), trainer(1)], moves=[self.away])
+        coming, state = trainer(1), giver.given[1]
+        assert state is not None
+        coming.take_over(state)
+        taker, _ = run(tmp_path / "taker", [trainer(0)], moves=[self.here], moved_at=2, coming=coming)
+        for block, weights in taker.weights.items():
+            assert all(torch.equal(whole.weights[block][n], tensor) for n, tensor in weights.items())
 
     def test_a_block_that_has_come_to_its_end_stays_where_it_did(self, tmp_path: Path) -> None:
         outcome, _ = run(tmp_path, [trainer(0), trainer(1, budget=4)], moves=[self.away])

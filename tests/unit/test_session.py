@@ -1,8 +1,13 @@
-"""What a session reports."""
+"""What a session reports, and who takes part in one."""
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from distill.session import RankReport, SessionReport
+from distill.plan import Plan, Span
+from distill.session import RankReport, Session, SessionReport
 
 
 def test_a_rank_is_idle_while_it_waits_and_once_it_has_left() -> None:
@@ -12,3 +17,9 @@ def test_a_rank_is_idle_while_it_waits_and_once_it_has_left() -> None:
     report = SessionReport(10.0, {0: worked})
     assert report.idle_share(0) == pytest.approx(0.4)
     assert report.idle_share(1) == 1.0
+
+
+def test_a_rank_that_has_nothing_to_do_returns_without_a_connection_or_a_thread() -> None:
+    nothing: dict[str, Any] = {field.name: None for field in fields(Session)}
+    plan = Plan("broadcast", ((0,), ()), (Span(0, 0, 1),), 1.0, (1.0, 0.0))
+    Session(**nothing | {"plan": plan, "control": SimpleNamespace(rank=1)}).follow([])
