@@ -32,9 +32,9 @@ from distill.memory import Memory
 from distill.plan import Plan, Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks
-from distill.streams.recording import Contents, Recorded, record
 from distill.recipes import Separable, replace_convolutions
 from distill.session import Session, SessionReport
+from distill.streams.recording import Contents, Recorded, record
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
@@ -96,7 +96,8 @@ def connect(rank: int, world_size: int, environment: Mapping[str, str], *, gener
 
 
 def meet(control: Control) -> None:
-    """Wait until the other of two ranks has come as far; over a connection of its own, which no thread needs meanwhile."""
+    """Wait until the other of two ranks has come as far; over a connection of its own, which no thread needs
+    meanwhile."""
     store = control.address.connect()
     store.set(f"met/{control.rank}", "yes")
     store.wait([f"met/{1 - control.rank}"])
@@ -123,12 +124,12 @@ def stop_heart(control: Control) -> None:
 class Toy:
     """A toy distill stage: four small blocks of a random teacher on 8-pixel digits.
 
-    `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `hold_at` (block, step) makes
-    that block stand still there until all others are in the ledger, and fail if they wait for it. `fail_at` (rank, step) makes
-    that rank raise before its first update at the step, `kill_at` makes it vanish there as by kill -9. `nan_at`
-    (block, step) poisons that block's input, on `nan_ranks` or all. With the strategy `cached` the teacher's activations are
-    recorded first, in memory or in `cache_dir`; with `record_fails` (rank, passes) up to an error after so many of that
-    rank's passes, and by a `slow_recorder` half a second late.
+    `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `hold_at` (block, step)
+    makes that block stand still there until all others are in the ledger, and fail if they wait for it. `fail_at`
+    (rank, step) makes that rank raise before its first update at the step, `kill_at` makes it vanish there as by
+    kill -9. `nan_at` (block, step) poisons that block's input, on `nan_ranks` or all. With the strategy `cached`
+    the teacher's activations are recorded first, in memory or in `cache_dir`; with `record_fails` (rank, passes) up
+    to an error after so many of that rank's passes, and by a `slow_recorder` half a second late.
     """
 
     run_dir: str
@@ -261,9 +262,7 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
     return Plan.from_json(control.wait("plan", peer=0, purpose="plan"))
 
 
-def _recorded(
-    toy: Toy, plan: Plan, chain: Chain, dataset: Dataset, control: Control, trace: Trace
-) -> Recorded:
+def _recorded(toy: Toy, plan: Plan, chain: Chain, dataset: Dataset, control: Control, trace: Trace) -> Recorded:
     """The toy's cache on this rank; how many passes each rank has made is left in passes.RANK.GENERATION."""
     contents = Contents(dataset, toy.checks.batches)
     forms = {boundary: chain.boundaries[boundary] for boundary in range(5)}

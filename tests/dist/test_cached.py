@@ -19,7 +19,9 @@ PASSES = 2 * 81  # two views of 1,294 training images in batches of 16
 
 def cached(run_dir: Path, owners: tuple[tuple[int, ...], ...] = ALONE, **changes: Any) -> Toy:
     run_dir.mkdir(exist_ok=True)
-    return Toy(**({"run_dir": str(run_dir), "owners": owners, "strategy": "cached", "views": 2, "budgets": BUDGETS} | changes))
+    return Toy(
+        **({"run_dir": str(run_dir), "owners": owners, "strategy": "cached", "views": 2, "budgets": BUDGETS} | changes)
+    )
 
 
 def passes(run_dir: Path, generation: int = 1) -> list[int]:

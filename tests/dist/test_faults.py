@@ -17,12 +17,12 @@ from torch.multiprocessing import ProcessContext, ProcessExitedException, Proces
 from distill import completion
 from distill.blocks import Boundary
 from distill.control import LeaderFailedError, PeerLostError
-from distill.protocol import Address
 from distill.edges.receiver import BoundaryReceiver
 from distill.edges.sender import BoundarySender
+from distill.edges.wire import Wire
+from distill.protocol import Address
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
-from distill.edges.wire import Wire
 from tests.dist import ranks
 from tests.dist.ranks import TIMEOUT_S, Toy, connect, meet, run_ranks, run_toy, stop_heart, toy_rank
 
@@ -130,12 +130,20 @@ def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -
     store = control.address.connect()
     if rank == 0:
         sender = BoundarySender(
-            OldEdge(0, 1, 1, 10.0), store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
+            OldEdge(0, 1, 1, 10.0),
+            store,
+            Wire(**CPU_WIRE),
+            num_boundaries=1,
+            window=2,
+            on_free=lambda: None,
+            trace=Trace(),
         )
         sender.send(Address(0), {0: torch.zeros(4, 3)})
         meet(control)
         return
-    receiver = BoundaryReceiver(Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1, trace=Trace())
+    receiver = BoundaryReceiver(
+        Edge(0, 1, 2, 10.0), store, Wire(**CPU_WIRE), boundaries=BOUNDARY, num_boundaries=1, trace=Trace()
+    )
     with pytest.raises(TransportError, match="generation 1 from rank 0 came to generation 2"):
         receiver.next()
     meet(control)
@@ -207,7 +215,9 @@ def long_pause(rank: int, world_size: int, environment: Mapping[str, str]) -> No
     store, edge = control.address.connect(), Edge(0, 1, 1, 2.0)
     meet(control)  # a process may take longer to start than that
     if rank == 0:
-        sender = BoundarySender(edge, store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace())
+        sender = BoundarySender(
+            edge, store, Wire(**CPU_WIRE), num_boundaries=1, window=2, on_free=lambda: None, trace=Trace()
+        )
         time.sleep(5.0)
         sender.send(Address(7), {0: torch.ones(4, 3)})
         sender.close()

@@ -18,7 +18,8 @@ from tests.nvml import Board, FakeNvml
 
 
 def rank(rank: int, world_size: int, environment: Mapping[str, str], run_dir: str, hosts: tuple[str, ...]) -> None:
-    """One rank of a job of two stages on `hosts[rank]`, each host with one GPU whose counter advances by 1 J a reading."""
+    """One rank of a job of two stages on `hosts[rank]`, each host with one GPU whose counter advances by 1 J
+    a reading."""
     with pytest.MonkeyPatch.context() as patch:
         FakeNvml([Board(hosts[rank], pace=1_000)]).install(patch)
         patch.setattr(socket, "gethostname", lambda: hosts[rank])

@@ -13,14 +13,16 @@ import torch
 
 from distill.edges.probe import ROW_BYTES, ROWS, probe_from, probe_to
 from distill.edges.shared_ring import SharedRing
-from distill.transport import Edge
 from distill.edges.wire import Wire
+from distill.transport import Edge
 from tests.dist.ranks import connect, run_ranks
 
 DELAY_S = 0.05
 
 
-def probe(rank: int, world_size: int, environment: Mapping[str, str], out: str, shared_memory: bool, slow: bool) -> None:
+def probe(
+    rank: int, world_size: int, environment: Mapping[str, str], out: str, shared_memory: bool, slow: bool
+) -> None:
     store = connect(rank, world_size, environment).address.connect()
     edge = Edge(0, 1, 1, 20.0, name="probe")
     wire = Wire(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=shared_memory)

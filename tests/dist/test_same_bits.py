@@ -116,9 +116,7 @@ def test_a_restart_with_another_number_of_teacher_ranks_leaves_no_trace(
     )
     with pytest.raises(ProcessRaisedException, match="injected on rank 1 at step 5"):
         run_toy(broken)
-    again = replace(
-        broken, owners=((3,), (1, 0), (2,)), fail_at=None, teacher_ranks=after, generation=2, slow={}
-    )
+    again = replace(broken, owners=((3,), (1, 0), (2,)), fail_at=None, teacher_ranks=after, generation=2, slow={})
     assert bits(run_toy(again)) == alone
 
 
@@ -155,20 +153,22 @@ def test_bf16_on_the_wire_rounds_for_near_and_far_students_alike(tmp_path: Path,
     here = bits(run_toy(Toy(run_dir=str(tmp_path / "a"), owners=ALONE, wire_dtype=torch.bfloat16)))
     there = bits(run_toy(Toy(run_dir=str(tmp_path / "b"), owners=((0,), (1, 2, 3)), wire_dtype=torch.bfloat16)))
     assert here == there
-    relayed = Toy(
-        run_dir=str(tmp_path / "c"), owners=((0, 1), (2, 3)), wire_dtype=torch.bfloat16, strategy="relay"
-    )
+    relayed = Toy(run_dir=str(tmp_path / "c"), owners=((0, 1), (2, 3)), wire_dtype=torch.bfloat16, strategy="relay")
     assert bits(run_toy(relayed)) == here
-    taught = Toy(
-        run_dir=str(tmp_path / "d"), owners=((0,), (2, 3), (1,)), wire_dtype=torch.bfloat16, teacher_ranks=2
-    )
+    taught = Toy(run_dir=str(tmp_path / "d"), owners=((0,), (2, 3), (1,)), wire_dtype=torch.bfloat16, teacher_ranks=2)
     assert bits(run_toy(taught)) == here
     assert not set(here.values()) & set(alone.values())
 
 
 def test_a_teacher_in_bf16_gives_the_same_bits_under_any_strategy(tmp_path: Path, alone: dict[int, str]) -> None:
     def run(name: str, owners: tuple[tuple[int, ...], ...], strategy: str) -> dict[int, str]:
-        toy = Toy(run_dir=str(tmp_path / name), owners=owners, strategy=strategy, wire_dtype=torch.bfloat16, teacher_amp="bf16")
+        toy = Toy(
+            run_dir=str(tmp_path / name),
+            owners=owners,
+            strategy=strategy,
+            wire_dtype=torch.bfloat16,
+            teacher_amp="bf16",
+        )
         return bits(run_toy(toy))
 
     here = run("here", ALONE, "broadcast")

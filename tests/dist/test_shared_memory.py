@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from distill.blocks import Boundary
-from distill.protocol import Address
 from distill.edges.receiver import BoundaryReceiver
 from distill.edges.sender import BoundarySender
 from distill.edges.shared_ring import SharedRing
+from distill.edges.wire import Wire
 from distill.ledger import Ledger
+from distill.protocol import Address
 from distill.trace import Trace
 from distill.transport import Edge, TransportError
-from distill.edges.wire import Wire
-from tests.dist.ranks import Toy, connect, meet, run_ranks, run_toy, toy_rank
+from tests.dist.ranks import Toy, connect, meet, run_ranks, toy_rank
 
 ROWS, SHAPE = 6, (6, 5, 4, 4)
 FORMS = {
@@ -60,13 +60,12 @@ def open_sender(edge: Edge, store: torch.distributed.Store, shared_memory: bool 
 
 
 def open_receiver(edge: Edge, store: torch.distributed.Store, shared_memory: bool = True) -> BoundaryReceiver:
-    return BoundaryReceiver(
-        edge, store, wire(shared_memory), boundaries=FORMS, num_boundaries=4, trace=Trace()
-    )
+    return BoundaryReceiver(edge, store, wire(shared_memory), boundaries=FORMS, num_boundaries=4, trace=Trace())
 
 
 def exchange(rank: int, world_size: int, environment: Mapping[str, str], how: str, log: str) -> None:
-    """Rank 0 streams batches with pauses long enough for signs of life; rank 1 must see exactly them, where `how` says."""
+    """Rank 0 streams batches with pauses long enough for signs of life; rank 1 must see exactly them, where `how`
+    says."""
     logging.basicConfig(filename=log if rank else None, level=logging.INFO)
     if rank == 1 and how == "another host":
         socket.gethostname = lambda: "elsewhere"
@@ -120,9 +119,7 @@ def notes_memory(rank: int, world_size: int, environment: Mapping[str, str], toy
     (Path(toy.run_dir) / f"memories{rank}").write_text(str(len(made)))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "owners"), [("broadcast", ((0,), (1, 2), (3,))), ("relay", ((0, 1), (2,), (3,)))]
-)
+@pytest.mark.parametrize(("strategy", "owners"), [("broadcast", ((0,), (1, 2), (3,))), ("relay", ((0, 1), (2,), (3,)))])
 def test_students_have_the_same_bits_with_and_without(
     tmp_path: Path, strategy: str, owners: tuple[tuple[int, ...], ...]
 ) -> None:
