@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from distill.plan import Costs, Span
 
 
+# Both ends of every connection to the job's store look the other's name up for their logs. One lost answer of the name
+# server keeps the store from serving anybody for as long as the resolver waits: five seconds, if not told otherwise.
+RESOLVER = "timeout:1 attempts:4"
+
+
 def main() -> int:
     """The console script `distill` and `python -m distill`; returns the exit status."""
+    os.environ.setdefault("RES_OPTIONS", RESOLVER)
     command, arguments = sys.argv[1:2], sys.argv[1:]
     if command == ["report"]:
         from distill.report.command import main as report

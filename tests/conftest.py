@@ -1,8 +1,13 @@
 """How tests are shared out where several processes run them: by file, because a file's tests share what they start."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+from distill.__main__ import RESOLVER
+
+os.environ.setdefault("RES_OPTIONS", RESOLVER)  # stores of the tests are served by their own process
 
 TOGETHER = {"slurm"}  # folders that share one thing which exists once: the cluster
 

@@ -73,9 +73,7 @@ def test_a_disk_that_fails_is_told_on_rank_0_and_the_owner_is_not_told_that_all_
         collecting, owner = collector(here, ledger), Deliverer(there, Trace())
         owner.deliver(ENTRY, b"weights")
         ledger.free.set()
-        with pytest.raises(
-            TransportError, match=r"rank 0: collecting a finished block of rank 1 failed .no space"
-        ):
+        with pytest.raises(TransportError, match=r"rank 0: collecting a finished block of rank 1 failed .no space"):
             collecting.wait(all_fed=True)
         with pytest.raises(PeerLostError, match="rank 1: no confirmation of block 3 from rank 0 after"):
             owner.close()
