@@ -76,13 +76,15 @@ def _gib(size: int) -> str:
 
 
 def memory_limit(context: Context) -> int:
-    """Return the bytes that this rank may have: as asked for, its GPU's, or its share of the host's spare ones."""
+    """Return the bytes that this rank may have: as asked for, its share of its GPU's, or of the host's spare ones."""
+    num_local = ranks_of(os.environ)[3]
     wanted = context.config.plan.memory_gib
     if wanted is not None:
         return int(wanted * 2**30)
     if context.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(context.device)[1])
-    return used_memory(context.device) + available_memory() // ranks_of(os.environ)[3]
+        on_one = math.ceil(num_local / torch.cuda.device_count())  # ranks go round the GPUs
+        return int(torch.cuda.mem_get_info(context.device)[1]) // on_one
+    return used_memory(context.device) + available_memory() // num_local
 
 
 def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: Sequence[Span]) -> list[Plan]:

@@ -164,3 +164,16 @@ def test_files_that_linux_keeps_in_memory_leave_room_for_a_plan(
         config=SimpleNamespace(plan=SimpleNamespace(memory_gib=None)), device=torch.device("cpu")
     )
     assert memory_limit(job) - used_memory(job.device) == pytest.approx(2 * 2**30, abs=2**26)
+
+
+@pytest.mark.parametrize(("ranks", "gpus", "share"), [(2, 4, 1), (4, 4, 1), (5, 2, 3)])
+def test_ranks_that_share_a_gpu_share_its_memory(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, gpus: int, share: int
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 60))
+    job: Any = SimpleNamespace(
+        config=SimpleNamespace(plan=SimpleNamespace(memory_gib=None)), device=torch.device("cuda", 0)
+    )
+    assert memory_limit(job) == 60 // share
