@@ -64,7 +64,7 @@ def _rank(rank: int, port: int, what: tuple[int, str, float], answers: Any) -> N
     num_bytes, way, seconds = what
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    wire = Wire(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=WAYS[way])
+    wire = Wire(device=torch.device("cpu"), backend="gloo", shared_memory=WAYS[way])
     form = Boundary((ROWS, num_bytes // 4 // ROWS), (num_bytes // 4 // ROWS, 1), torch.float32)
     answers.put((_send if rank == 0 else _receive)(store, wire, form, seconds))
 

@@ -117,12 +117,12 @@ class BoundaryReceiver:
         if wire.backend == "gloo":
             sizes = [0] * self._num_boundaries
             for k, boundary in self._boundaries.items():
-                sizes[k] = boundary.numel * wire.dtype.itemsize
+                sizes[k] = boundary.nbytes
             shared = offer_ring(self._edge, headers, sizes, slots=RING_SLOTS, wanted=wire.shared_memory)
             if shared is not None:
                 self._in_place = True
                 self._ring = [
-                    {k: boundary_over(shared.buffer(slot, k), b, wire.dtype) for k, b in self._boundaries.items()}
+                    {k: boundary_over(shared.buffer(slot, k), b) for k, b in self._boundaries.items()}
                     for slot in range(RING_SLOTS)
                 ]
                 return
@@ -130,7 +130,7 @@ class BoundaryReceiver:
         self._staging = [self._buffers(wire.device) for _ in range(RING_SLOTS)] if wire.staged else self._ring
 
     def _buffers(self, device: torch.device) -> dict[int, Tensor]:
-        buffers = {k: empty_boundary(b, self._wire.dtype, device) for k, b in self._boundaries.items()}
+        buffers = {k: empty_boundary(b, device) for k, b in self._boundaries.items()}
         if self._wire.staged and device.type == "cpu":
             return {k: buffer.pin_memory() for k, buffer in buffers.items()}
         return buffers

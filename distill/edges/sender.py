@@ -59,7 +59,7 @@ class BoundarySender:
             return self._outstanding < self._window
 
     def send(self, address: Address, boundaries: Mapping[int, Tensor]) -> None:
-        """Hand over a batch. The tensors, already in the wire's dtype, must not be written to afterwards."""
+        """Hand over a batch. The tensors, of the forms that the other end expects, must not be written to any more."""
         event = None
         if self._wire.stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -20,11 +20,10 @@ HEADER_FIELDS = 5  # generation, step, check, rows, number of boundaries; then t
 
 
 class Wire:
-    """How boundaries travel between devices: dtype, whether CUDA tensors go by NCCL or are staged for gloo, and whether
-    CPU tensors go through memory that ranks of one host share."""
+    """How boundaries travel between devices: whether CUDA tensors go by NCCL or are staged for gloo, and whether CPU
+    tensors go through memory that ranks of one host share."""
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, backend: str, shared_memory: bool = True) -> None:
-        self.dtype = dtype
+    def __init__(self, *, device: torch.device, backend: str, shared_memory: bool = True) -> None:
         self.device = device
         self.backend = backend
         self.shared_memory = shared_memory and device.type == "cpu" and hasattr(os, "memfd_create")
@@ -59,12 +58,12 @@ def filled() -> Tensor:
     return torch.zeros(1, dtype=torch.int64)
 
 
-def empty_boundary(boundary: Boundary, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor with the boundary's shape and strides."""
-    return torch.empty_strided(boundary.shape, boundary.stride, dtype=dtype, device=device)
+def empty_boundary(boundary: Boundary, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor of the boundary's form."""
+    return torch.empty_strided(boundary.shape, boundary.stride, dtype=boundary.dtype, device=device)
 
 
-def boundary_over(memory: Tensor, boundary: Boundary, dtype: torch.dtype) -> Tensor:
-    """Return a tensor with the boundary's shape and strides over these bytes (one dimension of uint8)."""
-    elements = memory[: boundary.numel * dtype.itemsize].view(dtype)
+def boundary_over(memory: Tensor, boundary: Boundary) -> Tensor:
+    """Return a tensor of the boundary's form over these bytes (one dimension of uint8)."""
+    elements = memory[: boundary.nbytes].view(boundary.dtype)
     return elements.as_strided(boundary.shape, boundary.stride)

@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import torch
-
 from distill.choices import Cost
 from distill.control import ranks_of
 from distill.edges.probe import Arrivals, copy_price, probe_from, probe_to
@@ -77,7 +75,6 @@ def _probe(context: Context, source: int, target: int) -> Link | None:
     if rank in (source, target):
         edge = Edge(source, target, control.generation, context.config.plan.timeout_s, name="probe")
         wire = Wire(
-            dtype=torch.float32,
             device=context.device,
             backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
             shared_memory=context.config.plan.shared_memory,

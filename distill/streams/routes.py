@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -250,7 +250,7 @@ class Streams:
                 schedule=schedule,
                 balancer=balancer,
                 hand_over=self._hand_over,
-                open_edge=lambda peer, number, more: self._sender(peer, setting.wire_dtype, number, more),
+                open_edge=self._sender,
                 backlog=backlog,
                 moved=self._moved,
             ),
@@ -280,7 +280,7 @@ class Streams:
                     Part(
                         peer,
                         slice(shared.start - rows.start, shared.stop - rows.start),
-                        self._sender(peer, setting.chain.boundaries[plan.starts[peer]].dtype),
+                        self._sender(peer),
                     )
                     for peer, shared in overlaps(rows, after, setting.dataset.batch_size).items()
                 ),
@@ -331,12 +331,12 @@ class Streams:
         """Seconds of a pass through this rank's stretch of the teacher so far."""
         return self._setting.trace.seconds("teacher") / max(1, self.passes)
 
-    def _sender(self, target: int, dtype: torch.dtype, number: int = 0, more: int = 0) -> BoundarySender:
+    def _sender(self, target: int, number: int = 0, more: int = 0) -> BoundarySender:
         setting = self._setting
         sender = BoundarySender(
             Edge(self._rank, target, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
-            self._wire(dtype),
+            self._wire,
             num_boundaries=len(setting.chain.boundaries),
             window=setting.window + more,
             on_free=self._wake.set,
@@ -350,22 +350,20 @@ class Streams:
     ) -> BoundaryReceiver:
         """The end of an edge from `source`; of every batch `num_rows` come, or all."""
         setting = self._setting
-        exact = {setting.chain.boundaries[k].dtype for k in boundaries}  # a relay passes on what was computed
+        forms = {k: setting.chain.boundaries[k].of_rows(num_rows) for k in boundaries}
+        if setting.plan.strategy != "relay":  # which passes on what was computed
+            forms = {k: replace(form, dtype=setting.wire_dtype) for k, form in forms.items()}
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s, f"boundaries{number}"),
             setting.control.store_for("edges"),
-            self._wire(exact.pop() if setting.plan.strategy == "relay" else setting.wire_dtype),
-            boundaries={k: setting.chain.boundaries[k].of_rows(num_rows) for k in boundaries},
+            self._wire,
+            boundaries=forms,
             num_boundaries=len(setting.chain.boundaries),
             trace=setting.trace,
             on_arrival=self._wake.set,
         )
 
-    def _wire(self, dtype: torch.dtype) -> Wire:
+    @property
+    def _wire(self) -> Wire:
         setting = self._setting
-        return Wire(
-            dtype=dtype,
-            device=setting.device,
-            backend=setting.wire_backend,
-            shared_memory=setting.shared_memory,
-        )
+        return Wire(device=setting.device, backend=setting.wire_backend, shared_memory=setting.shared_memory)

@@ -27,7 +27,7 @@ FORMS = {0: Boundary((4, 3), (3, 1), torch.float32)}
 
 
 def wire() -> Wire:
-    return Wire(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=False)
+    return Wire(device=torch.device("cpu"), backend="gloo", shared_memory=False)
 
 
 class StuckWire(Wire):
@@ -38,7 +38,7 @@ class StuckWire(Wire):
 
 
 def stuck() -> Wire:
-    return StuckWire(dtype=torch.float32, device=torch.device("cpu"), backend="gloo")
+    return StuckWire(device=torch.device("cpu"), backend="gloo")
 
 
 def sender(
@@ -146,7 +146,7 @@ def test_both_ends_let_what_is_under_way_come_to_its_end() -> None:
             return headers, mock.Mock(wraps=data, shutdown=lambda: left.append(rank))
 
     def noted() -> Wire:
-        return Noted(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=False)
+        return Noted(device=torch.device("cpu"), backend="gloo", shared_memory=False)
 
     store, edge = dist.HashStore(), Edge(0, 1, 1, 20.0)
     sending, taking = sender(store, edge, over=noted()), receiver(store, edge, over=noted())

@@ -121,7 +121,7 @@ def _join(context: ProcessContext) -> None:
 
 
 BOUNDARY = {0: Boundary((4, 3), (3, 1), torch.float32)}
-CPU_WIRE = {"dtype": torch.float32, "device": torch.device("cpu"), "backend": "gloo"}
+CPU_WIRE = {"device": torch.device("cpu"), "backend": "gloo"}
 
 
 def old_generation(rank: int, world_size: int, environment: Mapping[str, str]) -> None:

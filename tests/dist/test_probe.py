@@ -25,7 +25,7 @@ def probe(
 ) -> None:
     store = connect(rank, world_size, environment).address.connect()
     edge = Edge(0, 1, 1, 20.0, name="probe")
-    wire = Wire(dtype=torch.float32, device=torch.device("cpu"), backend="gloo", shared_memory=shared_memory)
+    wire = Wire(device=torch.device("cpu"), backend="gloo", shared_memory=shared_memory)
     if slow:
         fill = SharedRing.fill
         SharedRing.fill = lambda *arguments: (time.sleep(DELAY_S), fill(*arguments))  # type: ignore[assignment]

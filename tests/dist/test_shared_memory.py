@@ -50,7 +50,7 @@ def maps_shared_memory() -> bool:
 
 def wire(shared_memory: bool = True) -> Wire:
     device = torch.device("cpu")
-    return Wire(dtype=torch.bfloat16, device=device, backend="gloo", shared_memory=shared_memory)
+    return Wire(device=device, backend="gloo", shared_memory=shared_memory)
 
 
 def open_sender(edge: Edge, store: torch.distributed.Store, shared_memory: bool = True) -> BoundarySender:

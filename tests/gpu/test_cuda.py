@@ -37,7 +37,7 @@ def exchange(rank: int, world_size: int, environment: Mapping[str, str], backend
     device = torch.device("cuda", rank if backend == "nccl" else 0)
     torch.cuda.set_device(device)
     store = connect(rank, world_size, environment).address.connect()
-    edge, wire = Edge(0, 1, 1, 60.0), Wire(dtype=torch.float32, device=device, backend=backend)
+    edge, wire = Edge(0, 1, 1, 60.0), Wire(device=device, backend=backend)
     if rank == 0:
         sender = BoundarySender(edge, store, wire, num_boundaries=2, window=2, on_free=lambda: None, trace=Trace())
         for step in range(10):
