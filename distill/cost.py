@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, islice
+from operator import add
 
 import torch
 from torch import Tensor
@@ -36,6 +39,16 @@ class BlockCosts:
     teacher: tuple[float, ...]
     student: tuple[float, ...]
 
+    @property
+    def total(self) -> float:
+        """Of all blocks together."""
+        return sum(self.teacher + self.student)
+
+    def blocks_within(self, share: float) -> int:
+        """Return how many of the first blocks cost no more than a share of all."""
+        up_to = accumulate(map(add, self.teacher, self.student))
+        return sum(cost <= share * self.total for cost in up_to)
+
 
 def count_flops(call: Callable[[], object]) -> int:
     """Return the FLOPs of a call, forward and backward, two per multiply-add."""
@@ -61,24 +74,32 @@ def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> Block
     return BlockCosts(tuple(scale * flops for flops in costs.teacher), tuple(scale * flops for flops in costs.student))
 
 
-def measured_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor, *, steps: int) -> BlockCosts:
+def measured_costs(
+    chain: Chain, make_trainer: MakeTrainer, sample: Tensor, *, steps: int, ahead: float = 0.0
+) -> BlockCosts:
     """Return seconds per block at the sample's batch size: in the proportions of medians, which placement needs, and
     with the sum of means, which is what many steps take. Takes longer for many `steps` of every block.
 
     Every round goes once through all blocks, as training does: caches are as cold as they will be, and a slow moment of
-    the machine falls on all blocks alike. The first round warms up.
+    the machine falls on all blocks alike. The first round warms up. Then comes the share `ahead` of a round: ranks of
+    one host that measure at the same time are to be at different blocks, as they will be, since those that are bound by
+    memory slow one another down more than others.
     """
     trainers = [make_trainer(index) for index in range(len(chain.blocks))]
+    now = partial(_now, sample.device)
     rounds: list[BlockCosts] = []
     started = time.perf_counter()
     budget_s = BUDGET_S
     while len(rounds) <= MIN_ROUNDS or time.perf_counter() - started < budget_s:
-        rounds.append(_per_block(chain, trainers.__getitem__, sample, partial(_now, sample.device)))
-        budget_s = max(BUDGET_S, min(LONGEST_S, WORTH * steps * sum(rounds[-1].teacher + rounds[-1].student)))
+        rounds.append(_per_block(chain, trainers.__getitem__, sample, now))
+        budget_s = max(BUDGET_S, min(LONGEST_S, WORTH * steps * rounds[-1].total))
+        if len(rounds) == 1:
+            first_blocks = _block_by_block(chain, trainers.__getitem__, sample, now)
+            deque(islice(first_blocks, rounds[0].blocks_within(ahead)), maxlen=0)
     warm = rounds[1:]
     teacher = [statistics.median(values) for values in zip(*(r.teacher for r in warm), strict=True)]
     student = [statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)]
-    scale = statistics.fmean(sum(r.teacher + r.student) for r in warm) / sum(teacher + student)
+    scale = statistics.fmean(r.total for r in warm) / sum(teacher + student)
     return BlockCosts(tuple(scale * seconds for seconds in teacher), tuple(scale * seconds for seconds in student))
 
 
@@ -154,15 +175,19 @@ def average(costs: Sequence[BlockCosts]) -> BlockCosts:
 
 def _per_block(chain: Chain, make_trainer: MakeTrainer, sample: Tensor, counter: Callable[[], float]) -> BlockCosts:
     """Return by how much `counter` rises in the teacher's forward of every block and in one step of its student."""
-    teacher, student = [], []
+    teacher, student = zip(*_block_by_block(chain, make_trainer, sample, counter), strict=True)
+    return BlockCosts(teacher, student)
+
+
+def _block_by_block(
+    chain: Chain, make_trainer: MakeTrainer, sample: Tensor, counter: Callable[[], float]
+) -> Iterator[tuple[float, float]]:
     inputs = sample
     for index, (rise, targets) in enumerate(chain.counted(sample, counter)):
-        teacher.append(rise)
         trainer = make_trainer(index)
         before = counter()
         if trainer:
             with trainer.lane.entered():
                 trainer.update(inputs, targets)
-        student.append(counter() - before if trainer else 0.0)
+        yield rise, counter() - before if trainer else 0.0
         inputs = targets
-    return BlockCosts(tuple(teacher), tuple(student))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from distill.checkpoint import CheckpointFolder, block_name
 from distill.choices import Cost, Stop, Strategy
 from distill.config import JobConfig
+from distill.control import ranks_of
 from distill.cost import (
     BlockCosts,
     average,
@@ -169,7 +171,9 @@ def _measure(
     control.set(f"measuring/{context.rank}", True)
     for peer in range(context.world_size):
         control.wait(f"measuring/{peer}", peer=peer, purpose="start of the measurement")
-    control.set(f"costs/{context.rank}", asdict(measured_costs(blocks.chain, trainers.fresh, sample, steps=steps)))
+    _, _, local_rank, num_local = ranks_of(os.environ)
+    own = measured_costs(blocks.chain, trainers.fresh, sample, steps=steps, ahead=local_rank / num_local)
+    control.set(f"costs/{context.rank}", asdict(own))
     if not context.leads:
         return None
     answers = [control.wait(f"costs/{peer}", peer=peer, purpose="costs") for peer in range(context.world_size)]

@@ -110,6 +110,21 @@ def test_a_long_job_is_measured_longer_up_to_a_limit(monkeypatch: pytest.MonkeyP
     assert seconds == rounds
 
 
+def test_a_rank_that_measures_ahead_is_at_other_blocks_after_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_chain, updated = chain(), list[int]()
+    trainers = [trainer(cut_chain, block) for block in range(2)]
+    monkeypatch.setattr(BlockTrainer, "update", lambda self, *_: updated.append(self.block))
+    monkeypatch.setattr(BlockCosts, "blocks_within", lambda _, share: round(2 * share))
+    monkeypatch.setattr(cost, "BUDGET_S", 0.0)
+    measured_costs(cut_chain, trainers.__getitem__, SAMPLE, steps=0, ahead=0.5)
+    assert updated == [0, 1, 0, 0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("share", "blocks"), [(0.0, 0), (0.5, 1), (0.6, 2), (0.75, 2), (1.0, 3)])
+def test_how_far_ahead_is_a_share_of_the_seconds(share: float, blocks: int) -> None:
+    assert BlockCosts((1.0, 0.0, 2.0), (1.0, 0.4, 0.0)).blocks_within(share) == blocks
+
+
 def test_calibration_keeps_the_shares_of_the_flops() -> None:
     flops = BlockCosts((100.0, 300.0), (200.0, 0.0))
     found = calibrated(flops, chain(), SAMPLE)
