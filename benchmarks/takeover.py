@@ -24,11 +24,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--check-every", type=int, default=10)
+    parser.add_argument("--check-every", type=int, default=20)
     args = parser.parse_args()
     weights = random_weights("cifar_resnet20", args.scratch)
     job = (
-        f"teacher.weights={weights}", "stage=distill", "distill.stop=plateau", "distill.patience=1",
+        f"teacher.weights={weights}", "stage=distill", "distill.stop=plateau", "distill.patience=2",
         f"distill.check_every={args.check_every}", "distill.check_batches=2", f"distill.steps={args.steps}",
         f"launch.nproc_per_node={args.ranks}", "launch.threads_per_rank=1",
     )  # fmt: skip
