@@ -26,9 +26,10 @@ WATCH_S = 0.1  # between two looks at what has finished elsewhere: each takes a 
 
 
 def announce(control: Control, entry: Entry, size: int) -> None:
-    """Say to all ranks that a block is done; its weights have `size` bytes."""
-    control.set(f"done/{entry.block}", {"entry": asdict(entry), "bytes": size})
-    control.count("done", 1)
+    """Say to all ranks that a block is done; its weights have `size` bytes. A rank's announcements are heard in the
+    order in which it makes them."""
+    number = control.count("done", 1) - 1
+    control.set(f"done/{number}", {"entry": asdict(entry), "bytes": size})
 
 
 class Deliverer:
@@ -45,6 +46,7 @@ class Deliverer:
         """Hand over a finished block: its ledger entry and its weights as safetensors bytes."""
         if self._error is not None:
             raise self._error
+        announce(self._control, entry, len(blob))
         self._queue.put((entry, blob))
 
     def close(self) -> None:
@@ -61,13 +63,12 @@ class Deliverer:
             handed_over = []
             while (item := self._queue.get()) is not None:
                 entry, blob = item
-                announce(control, entry, len(blob))
                 if group is None:
                     group = edge.connect(control.store_for("edges"), control.rank)
                 with self._trace.span("ledger", f"hand over {entry.name}"):
                     send_blob(group, blob)
                 handed_over.append(entry.block)
-            for block in handed_over:  # only now, so that no block waits for rank 0's disk to have the one before
+            for block in handed_over:  # only now, so that no block waits for rank 0's disk to have the one before it
                 purpose = f"confirmation of block {block}"
                 control.wait(f"collected/{block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
         except DistillError as error:
@@ -118,13 +119,12 @@ class Announcements:
                 while self._moved is not None and (move := stolen(control, num_moves)) is not None:
                     self._moved(move)
                     num_moves += 1
-                if count > seen:
-                    seen = count
-                    for block in sorted(self._missing):
-                        message = control.get(f"done/{block}")
-                        if message is not None:
-                            self._missing.discard(block)
-                            self._heard(block, Announcement(Entry(**message["entry"]), int(message["bytes"])))
+                while seen < count and (message := control.get(f"done/{seen}")) is not None:
+                    seen += 1
+                    announcement = Announcement(Entry(**message["entry"]), int(message["bytes"]))
+                    if announcement.entry.block in self._missing:
+                        self._missing.discard(announcement.entry.block)
+                        self._heard(announcement.entry.block, announcement)
                 if not self._hurried.is_set():
                     self._hurried.wait(WATCH_S)
                 else:

@@ -67,6 +67,34 @@ def test_a_block_is_confirmed_only_once_it_is_in_the_ledger() -> None:
     assert recorded == [ENTRY]
 
 
+class Kept(Ledger):
+    """A ledger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[int, bytes] = {}
+
+    def record(self, entry: Entry, blob: bytes) -> Entry:
+        self.blobs[entry.block] = blob
+        return entry
+
+
+def test_blocks_that_finish_together_are_all_announced_before_the_first_is_collected() -> None:
+    ledger, blobs = Kept(), {block: bytes([block]) * 1000 * block for block in (3, 1, 2)}
+    with two_controls() as (here, there):
+        owner = Deliverer(there, Trace())
+        for block, blob in blobs.items():
+            owner.deliver(replace(ENTRY, block=block), blob)
+        assert there.count("done") == 3
+        collecting = Collector(
+            here, ledger, own=[], elsewhere=dict.fromkeys(blobs, 1), wake=threading.Event(),
+            on_recorded=lambda _: None, trace=Trace(),
+        )  # fmt: skip
+        collecting.wait(all_fed=True)
+        owner.close()
+    assert ledger.blobs == blobs
+    assert list(ledger.blobs) == list(blobs), "in the order in which they finished"
+
+
 def test_a_disk_that_fails_is_told_on_rank_0_and_the_owner_is_not_told_that_all_is_well() -> None:
     ledger = SlowLedger(OSError("no space left on device"))
     with two_controls(timeout_s=2.0) as (here, there):
@@ -126,7 +154,7 @@ def test_what_rank_0_trains_itself_is_announced_for_whoever_runs_the_teacher_for
         )
         own.deliver(replace(ENTRY, rank=0), b"weights")
         own.wait(all_fed=True)
-        assert there.get("done/3")["entry"]["rank"] == 0
+        assert there.get("done/0")["entry"]["rank"] == 0
 
 
 def listen(news: News) -> None:
