@@ -157,7 +157,8 @@ def _close_ups(ranks: Sequence[RankTimes], start: float, end: float) -> list[Mar
     number = max(2, most)
     first = _consecutive(_steps(opening)[:number])
     last = _consecutive(_steps(closing)[: -number - 1 : -1])
-    early = [s for rank in ranks for s in rank.training if s.step in first and s.start_s < start + (end - start) / 2]
+    began = min((s.start_s for rank in ranks for s in rank.training if s.kind != "wait"), default=start)
+    early = [s for rank in ranks for s in rank.training if s.step in first and s.start_s < (began + end) / 2]
     late = [span for span in closing.training if span.step in last]
     found = []
     if early:
