@@ -74,7 +74,7 @@ class Giver:
         self._said_at = -SAY_S
         self._error: DistillError | None = None
         self._closed = threading.Event()
-        if self._own:
+        if len(self._own) > 1:  # the last one stays, so no other rank is ever asked
             threading.Thread(target=self._listen, name="wishes", daemon=True).start()
 
     def moves(self, remaining: Sequence[Span]) -> list[Move]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.graphs import Lane
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 
 CPU = torch.device("cpu")
+
+
+class NotedLane(Lane):
+    """A lane that says whether what runs now runs on it."""
+
+    inside = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
 
 
 def module(*, channels_last: bool = False) -> nn.Module:

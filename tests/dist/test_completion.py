@@ -13,6 +13,7 @@ import pytest
 from distill.completion import Collector, Deliverer
 from distill.control import Control, PeerLostError
 from distill.errors import DistillError
+from distill.handover import announce_stolen
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan, Span
 from distill.streams.routes import News
@@ -169,3 +170,17 @@ def test_a_teacher_rank_that_can_no_longer_hear_of_finished_blocks_ends(monkeypa
     monkeypatch.setattr(Control, "second", mock.Mock(side_effect=OSError("no route to host")))
     with two_controls() as (_, there), pytest.raises(DistillError, match=r"rank 1: watching for finished.*no route"):
         listen(News(there, plan))
+
+
+def test_a_relay_feeds_a_block_no_more_that_another_rank_has_taken_unless_it_has_done_so_itself() -> None:
+    plan = Plan("relay", ((), (0,), (1, 2)), tuple(Span(block, 0, 9) for block in range(3)), 1.0, (1.0,) * 3, (0, 0, 1))
+    with two_controls() as (elsewhere, here):  # here is rank 1
+        news = News(here, plan)
+        announce_stolen(elsewhere, 1, source=2, target=1, step=5)
+        announce_stolen(elsewhere, 2, source=2, target=0, step=5)
+        heard, deadline = list[int](), time.monotonic() + 10
+        while not heard and time.monotonic() < deadline:
+            heard = news.finished_elsewhere()
+            time.sleep(0.02)
+        news.close()
+    assert heard == [2]

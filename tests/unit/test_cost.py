@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -23,8 +22,8 @@ from distill.cost import (
     slowness,
     step_bytes,
 )  # fmt: skip
-from distill.graphs import Lane
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from tests.training import NotedLane
 
 BATCH, SIZE = 4, 6
 SAMPLE = torch.zeros(BATCH, 3, SIZE, SIZE)
@@ -65,16 +64,7 @@ def test_measured_seconds_are_positive_where_there_is_work() -> None:
 
 @pytest.mark.parametrize("costs", [flop_costs, partial(measured_costs, steps=1), step_bytes])
 def test_steps_are_tried_on_their_lanes(monkeypatch: pytest.MonkeyPatch, costs: Callable[..., object]) -> None:
-    class Noted(Lane):
-        inside = False
-
-        @contextmanager
-        def entered(self) -> Iterator[None]:
-            self.inside = True
-            yield
-            self.inside = False
-
-    lane, cut_chain, seen = Noted(), chain(), set()
+    lane, cut_chain, seen = NotedLane(), chain(), set()
 
     def made(block: int) -> BlockTrainer:
         one = trainer(cut_chain, block)

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from distill.checkpoint import Checkpoint, CheckpointFolder, block_name
 from distill.edges.receiver import Delivery
 from distill.engine import distill
-from distill.graphs import Lane
 from distill.ledger import Entry
 from distill.protocol import Address, Checks
 from distill.takeover import Move
 from distill.trace import Trace
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from tests.training import NotedLane
 
 BUDGET = 12
 NO_CHECKS = Checks()
@@ -156,17 +155,8 @@ def test_readings_are_reported(tmp_path: Path) -> None:
 
 
 def test_blocks_train_and_look_on_their_lanes(tmp_path: Path) -> None:
-    class Noted(Lane):
-        inside = False
-
-        @contextmanager
-        def entered(self) -> Iterator[None]:
-            self.inside = True
-            yield
-            self.inside = False
-
     one, seen = trainer(0), set()
-    one.lane = lane = Noted()
+    one.lane = lane = NotedLane()
     one.module.register_forward_hook(lambda module, *_: seen.add((module.training, lane.inside)))
     run(tmp_path, [one], checks=Checks(every=4, batches=1))
     assert seen == {(True, True), (False, True)}

@@ -1,5 +1,6 @@
 """What a session reports, and who takes part in one."""
 
+import threading
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -22,4 +23,6 @@ def test_a_rank_is_idle_while_it_waits_and_once_it_has_left() -> None:
 def test_a_rank_that_has_nothing_to_do_returns_without_a_connection_or_a_thread() -> None:
     nothing: dict[str, Any] = {field.name: None for field in fields(Session)}
     plan = Plan("broadcast", ((0,), ()), (Span(0, 0, 1),), 1.0, (1.0, 0.0))
-    Session(**nothing | {"plan": plan, "control": SimpleNamespace(rank=1)}).follow([])
+    threads = threading.active_count()
+    Session(**nothing | {"plan": plan, "control": SimpleNamespace(rank=1)}).follow([])  # whose other parts are None
+    assert threading.active_count() == threads
