@@ -23,8 +23,8 @@ attempt() { # NAME SECONDS COMMAND...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.csv"
-# four processes: most of the time goes into starting ranks; warnings of other versions than ours are shown, not errors
-attempt tests 220 "$python" -m pytest tests/gpu -v -n 4 --timeout 150 -W default -p no:cacheprovider -p no:benchmark
+# eight processes: most of the time goes into starting ranks; warnings of other versions than ours are shown, not errors
+attempt tests 220 "$python" -m pytest tests/gpu -v -n 8 --timeout 150 -W default -p no:cacheprovider -p no:benchmark
 attempt step 70 "$python" benchmarks/step.py --device cuda --steps 50
 attempt ceilings 120 "$python" benchmarks/ceilings.py --device cuda --seconds 0.3
 for graphs in true false; do

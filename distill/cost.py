@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from distill.blocks import Chain
 from distill.flops import flop_counter
+from distill.graphs import WARM_UPS
 from distill.trainer import BlockTrainer
 
 REPEAT_S = 0.4  # timing one call stops after this long, but not before three repetitions
 LONG_S = 2.0  # or fewer that took this long together: 64 images of 224 pixels take a ResNet50 10 s on a CPU core
 BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds,
 LONGEST_S = 12.0  # or after up to this long where that is
+_TINY_S = 1e-6
 WORTH = 0.02  # of the seconds of all steps one after another, which a better plan may save
 MIN_ROUNDS = 3
+SPELL_S, SPELLS = 0.03, 3  # on a GPU calls are timed in spells of this length, which are waited for at their end alone
 SAME = 0.1  # ranks whose speeds differ by less are planned as equals
 
 MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
@@ -101,6 +104,64 @@ def measured_costs(
     student = [statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)]
     scale = statistics.fmean(r.total for r in warm) / sum(teacher + student)
     return BlockCosts(tuple(scale * seconds for seconds in teacher), tuple(scale * seconds for seconds in student))
+
+
+def sustained_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
+    """Return seconds per block on a GPU, as training runs it: from captured graphs, one batch after another without
+    waiting for the device. Blocks in the proportions of what each takes alone; the sum is that of whole steps, in which
+    teacher and students overlap.
+    """
+    last = len(chain.blocks)
+    trainers = {index: trainer for index in range(last) if (trainer := make_trainer(index))}
+
+    def teach() -> dict[int, Tensor]:
+        return chain.run(sample, last=last, keep=range(last + 1))
+
+    def learn(blocks: Iterable[int]) -> None:
+        for index in blocks:
+            with trainers[index].lane.entered():
+                trainers[index].update(batch[index], batch[index + 1])
+
+    def step() -> None:
+        batch.update(teach())
+        learn(trainers)
+
+    batch = teach()
+    time_of = partial(_sustained, device=sample.device)
+    teacher = _teacher_seconds(chain, batch, time_of)
+    student = [time_of(partial(learn, [index])) if index in trainers else 0.0 for index in range(last)]
+    apart = time_of(teach), time_of(partial(learn, trainers)) if trainers else 0.0
+    overlap = time_of(step) / sum(apart)
+    return BlockCosts(_with_sum(overlap * apart[0], teacher), _with_sum(overlap * apart[1], student))
+
+
+def _with_sum(total: float, parts: Sequence[float]) -> tuple[float, ...]:
+    return tuple(total * part / max(sum(parts), _TINY_S) for part in parts)
+
+
+def _teacher_seconds(
+    chain: Chain, batch: Mapping[int, Tensor], time_of: Callable[[Callable[[], object]], float]
+) -> list[float]:
+    if chain.divisible:
+        return [
+            time_of(partial(chain.run, batch[index], first=index, last=index + 1, keep=(index + 1,)))
+            for index in range(len(chain.blocks))
+        ]
+    return [seconds for seconds, _ in chain.counted(batch[0], partial(_now, batch[0].device))]
+
+
+def _sustained(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one of many calls that nobody waits for, the median of several spells."""
+    for _ in range(WARM_UPS + 2):  # until it is captured, and once more
+        call()
+    number = max(1, int(SPELL_S / max(_seconds(call, device), _TINY_S)))
+    spells = [_seconds(partial(_repeat, call, number), device) / number for _ in range(SPELLS)]
+    return statistics.median(spells)
+
+
+def _repeat(call: Callable[[], object], number: int) -> None:
+    for _ in range(number):
+        call()
 
 
 def step_bytes(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ MAX_GRAPHS = 4  # kept at a time; the set of boundaries changes when a block fin
 
 
 class GraphedChain(Chain):
-    """`chain`, run as CUDA graphs."""
+    """`chain`, run as CUDA graphs. They may share memory: one runs at a time, and what it has found is copied."""
 
     def __init__(self, chain: Chain, capture: Capture) -> None:
         self._chain, self._capture = chain, capture

@@ -172,7 +172,7 @@ def _rank_memory(plan: Plan, memory: Memory, rank: int) -> int:
         if rank >= plan.teacher_ranks or plan.teacher_ranks > 1:
             needed += memory.receiving(memory.activations(blocks))
         if rank < plan.teacher_ranks:
-            needed += memory.teaching + memory.activations([*blocks, *elsewhere])
+            needed += memory.teaching(memory.activations([*blocks, *elsewhere]))
             needed += memory.sending(memory.activations(elsewhere)) if elsewhere else 0
         return needed
     if not plan.starts or not blocks:

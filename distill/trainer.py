@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from distill.checkpoint import Checkpoint, block_name, contiguous
-from distill.graphs import Captured, Lane, Work, cuda_capture
+from distill.graphs import Captured, Work, cuda_capture
+from distill.lanes import Lane
 from distill.losses import BLOCK_LOSSES, relative_error
 from distill.stopwatch import Stopwatch
 
@@ -90,7 +91,15 @@ def make_optimizer(module: nn.Module, options: TrainerOptions, device: torch.dev
         return torch.optim.SGD(
             parameters, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
         )
-    return torch.optim.RMSprop(parameters, lr=options.lr, alpha=options.smoothing, weight_decay=options.weight_decay)
+    optimizer = torch.optim.RMSprop(
+        parameters,
+        lr=lr,
+        alpha=options.smoothing,
+        weight_decay=options.weight_decay,
+        capturable=device.type == "cuda",  # from the start: else it counts its steps on the CPU, where no graph can
+    )
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, by intent
+    return optimizer
 
 
 class BlockTrainer:
@@ -202,31 +211,20 @@ class BlockTrainer:
         """Return the work as a CUDA graph, where this block's lane captures."""
         if not self.lane.captures:
             return work
-        # PyTorch's rmsprop counts its steps on the CPU, unless every step of it is captured
-        if self._options.optimizer == "rmsprop":
-            return self._followed(work)
         capture = cuda_capture(self.lane)
 
         def capture_update(work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
-            for group in self._optimizer.param_groups:
+            groups = self._optimizer.param_groups
+            before = [group.get("capturable", False) for group in groups]
+            for group in groups:
                 group["capturable"] = True  # only now: PyTorch warns of steps that could be captured and are not
             try:
                 return capture(work)
             finally:
-                for group in self._optimizer.param_groups:
-                    group["capturable"] = False
+                for group, value in zip(groups, before, strict=True):
+                    group["capturable"] = value
 
-        return Captured(work, name=f"block {self.name}", capture=capture_update, copied=self.lane.let_go)
-
-    def _followed(self, work: Work) -> Work:
-        """Return the work, which the main stream waits for before it goes on: it reads its inputs to its end."""
-
-        def run(*inputs: Tensor) -> Sequence[Tensor]:
-            results = work(*inputs)
-            self.lane.let_go()
-            return results
-
-        return run
+        return Captured(work, name=f"block {self.name}", capture=capture_update, lane=self.lane)
 
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
@@ -311,11 +309,9 @@ class BlockTrainer:
         self._finite = finite
 
     def _restored(self, value: Tensor, parameter: Tensor) -> Tensor:
-        """Fused updates walk through memory, so state must have its parameter's own strides; fused Adam counts its
-        steps on the parameters' device, the others on the CPU."""
-        if value.shape == parameter.shape:
-            return torch.empty_like(parameter).copy_(value)
-        return value.to(self.device) if self._options.optimizer == "adam" else value
+        """Fused updates walk through memory, so state must have its parameter's own strides; steps are counted on the
+        parameters' device (see make_optimizer)."""
+        return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.to(self.device)
 
     def _snapshot(self) -> Checkpoint:
         self.lane.join()

@@ -42,11 +42,9 @@ class Edge:
     def connect(self, store: Store, rank: int, *, backend: str = "gloo") -> PairGroup:
         """Return the two-rank group of this edge as seen from `rank` (one of the two). Blocks until both call it."""
         prefix = dist.PrefixStore(f"edge/{self.generation}/{self.name}/{self.source}-{self.target}/{backend}", store)
-        position, timeout = int(rank == self.target), timedelta(seconds=self.timeout_s)
+        position = int(rank == self.target)
         try:
-            if backend == "nccl":
-                return dist.ProcessGroupNCCL(prefix, position, 2, timeout)  # type: ignore[arg-type]
-            return dist.ProcessGroupGloo(prefix, position, 2, timeout)
+            return make_group(prefix, position, 2, backend=backend, timeout_s=self.timeout_s)
         except RuntimeError as error:
             other = self.source if rank == self.target else self.target
             raise TransportError(f"rank {rank}: could not connect to rank {other}: {_reason(error)}") from error
@@ -58,6 +56,20 @@ class Edge:
             f"rank {rank}: {doing} rank {other} failed ({_reason(error)}); read logs/rank{other}.log, "
             f"or raise plan.timeout_s ({self.timeout_s:g} s) if that rank was only slow"
         )
+
+
+def make_group(store: Store, rank: int, size: int, *, backend: str, timeout_s: float) -> PairGroup:
+    """Return the process group of `size` ranks that meet in `store`, as seen from `rank`; blocks until all have come.
+
+    NCCL's is the class that takes its device from the tensors it is given (the default of torch 2.15's "nccl" takes it
+    from LOCAL_RANK instead), and its streams from the pool of high priority, where none of ours lie (lanes.py).
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if backend != "nccl":
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def _reason(error: BaseException) -> str:
@@ -95,11 +107,10 @@ class Averager:
         self, store: Store, *, rank: int, group: Sequence[int], share: float, timeout_s: float, backend: str
     ) -> None:
         """For `rank`, which has this share of the rows, and its group. Blocks until all of them have made theirs."""
-        prefix, timeout = dist.PrefixStore(f"average/{backend}", store), timedelta(seconds=timeout_s)
-        make = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
+        prefix = dist.PrefixStore(f"average/{backend}", store)
         self._rank, self._share, self._timeout_s = rank, share, timeout_s
         self._others = [peer for peer in group if peer != rank]
-        self._group: Any = make(prefix, group.index(rank), len(group), timeout)  # type: ignore[arg-type]
+        self._group = make_group(prefix, group.index(rank), len(group), backend=backend, timeout_s=timeout_s)
 
     def __call__(self, tensors: list[Tensor]) -> Callable[[], None]:
         """Begin to average; what is returned waits for the means and puts them in the tensors' places. All ranks must

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.graphs import Lane
+from distill.lanes import Lane
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 
 CPU = torch.device("cpu")

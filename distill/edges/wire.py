@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.blocks import Boundary
+from distill.lanes import own_stream
 from distill.transport import Edge, PairGroup, Store
 
 HEADER_FIELDS = 5  # generation, step, check, rows, number of boundaries; then the boundaries
@@ -24,10 +25,11 @@ class Wire:
     tensors go through memory that ranks of one host share."""
 
     def __init__(self, *, device: torch.device, backend: str, shared_memory: bool = True) -> None:
+        """One of these serves all edges of a rank: it takes one of the device's few streams for itself."""
         self.device = device
         self.backend = backend
         self.shared_memory = shared_memory and device.type == "cpu" and hasattr(os, "memfd_create")
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = own_stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from distill.blocks import Chain
-from distill.choices import OptimizerName
+from distill.choices import OptimizerName, Stop
 from distill.config import JobConfig
 from distill.control import ranks_of
 from distill.cost import MakeTrainer, step_bytes
 from distill.errors import ConfigError
+from distill.graphed_teacher import MAX_GRAPHS
 from distill.host import available_memory
 from distill.job.context import Context
 from distill.job.materials import Blocks
+from distill.lanes import NUM_LANES
 from distill.memory import Memory
 from distill.peak_memory import used_memory
 from distill.plan import Costs, Plan, Span, memory_of
@@ -40,13 +42,18 @@ def find_memory(
 ) -> Memory:
     """Return what plans are to reckon with; every rank is taken to have what this one has now and may have. What of the
     peak while costs were measured (None: they were not) is more than expected, the allocator holds on to."""
+    options = context.config.distill
+    graphs = context.device.type == "cuda" and options.cuda_graphs
     memory = Memory(
         resident=used_memory(context.device),
-        student=tuple(COPIES[context.config.distill.optimizer] * size for size in student_bytes),
+        student=tuple(COPIES[options.optimizer] * size for size in student_bytes),
         step=step_bytes(chain, make_trainer, sample),
         boundary=tuple(boundary.nbytes for boundary in chain.boundaries),
         window=context.config.plan.window,
         limit=memory_limit(context),
+        lanes=NUM_LANES if graphs else 0,
+        # a graph for every set of blocks that still train: another one whenever a block has stopped early
+        teacher_graphs=(MAX_GRAPHS if options.stop is Stop.plateau else 1) if graphs else 0,
     )
     held = 0 if peak_bytes is None else max(0, peak_bytes - memory.resident - memory.measuring)
     return replace(memory, held=held)
@@ -83,7 +90,7 @@ def memory_limit(context: Context) -> int:
         return int(wanted * 2**30)
     if context.device.type == "cuda":
         on_one = math.ceil(num_local / torch.cuda.device_count())  # ranks go round the GPUs
-        return int(torch.cuda.mem_get_info(context.device)[1]) // on_one
+        return used_memory(context.device) + int(torch.cuda.mem_get_info(context.device)[0]) // on_one
     return used_memory(context.device) + available_memory() // num_local
 
 

@@ -22,17 +22,18 @@ from distill.cost import (
     flop_costs,
     measured_costs,
     slowness,
+    sustained_costs,
 )  # fmt: skip
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json, write_text
-from distill.graphs import Lane, lanes
 from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.links import find_network
 from distill.job.materials import Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
+from distill.lanes import Lane, lanes
 from distill.ledger import Ledger
 from distill.memory import Memory
 from distill.peak_memory import PeakMemory
@@ -172,7 +173,10 @@ def _measure(
     for peer in range(context.world_size):
         control.wait(f"measuring/{peer}", peer=peer, purpose="start of the measurement")
     _, _, local_rank, num_local = ranks_of(os.environ)
-    own = measured_costs(blocks.chain, trainers.fresh, sample, steps=steps, ahead=local_rank / num_local)
+    if context.device.type == "cuda":
+        own = sustained_costs(blocks.chain, trainers.fresh, sample)
+    else:
+        own = measured_costs(blocks.chain, trainers.fresh, sample, steps=steps, ahead=local_rank / num_local)
     control.set(f"costs/{context.rank}", asdict(own))
     if not context.leads:
         return None

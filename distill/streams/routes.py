@@ -114,6 +114,7 @@ class Streams:
         self._setting, self._finished_elsewhere, self._wake = setting, finished_elsewhere, wake
         self._hand_over, self._moved = hand_over, moved
         self._rank = setting.control.rank
+        self._wire = Wire(device=setting.device, backend=setting.wire_backend, shared_memory=setting.shared_memory)
         self._giver: Giver | None = None
         self._taker: Taker | None = None
         if setting.steals:
@@ -362,8 +363,3 @@ class Streams:
             trace=setting.trace,
             on_arrival=self._wake.set,
         )
-
-    @property
-    def _wire(self) -> Wire:
-        setting = self._setting
-        return Wire(device=setting.device, backend=setting.wire_backend, shared_memory=setting.shared_memory)

@@ -21,6 +21,7 @@ from distill.cost import (
     measured_costs,
     slowness,
     step_bytes,
+    sustained_costs,
 )  # fmt: skip
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.training import NotedLane
@@ -62,7 +63,30 @@ def test_measured_seconds_are_positive_where_there_is_work() -> None:
     assert found.student[1] == 0.0
 
 
-@pytest.mark.parametrize("costs", [flop_costs, partial(measured_costs, steps=1), step_bytes])
+def test_sustained_costs_are_those_of_whole_steps_in_the_proportions_of_the_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_chain = chain()
+    num_blocks = len(cut_chain.blocks)
+    replaced = [block for block in range(num_blocks) if trainer(cut_chain, block)]
+    blocks = [1.0 + block for block in range(num_blocks)] + [2.0 + block for block in replaced]
+    together = [8.0, 12.0, 10.0]  # the teacher, all students, and both, which overlap
+    answers = iter([*blocks, *together])
+
+    def timed(call: Callable[[], object], **_: object) -> float:
+        call()
+        return next(answers)
+
+    monkeypatch.setattr(cost, "_sustained", timed)
+    found = sustained_costs(cut_chain, partial(trainer, cut_chain), SAMPLE)
+    assert sum(found.teacher) == pytest.approx(4.0)
+    assert sum(found.student) == pytest.approx(6.0)
+    assert found.teacher[1] / found.teacher[0] == pytest.approx(2.0)
+    assert [block for block, seconds in enumerate(found.student) if seconds] == replaced
+    assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("costs", [sustained_costs, flop_costs, partial(measured_costs, steps=1), step_bytes])
 def test_steps_are_tried_on_their_lanes(monkeypatch: pytest.MonkeyPatch, costs: Callable[..., object]) -> None:
     lane, cut_chain, seen = NotedLane(), chain(), set()
 

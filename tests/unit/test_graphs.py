@@ -6,16 +6,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from distill import lanes
 from distill.chain import Granularity, cut
 from distill.graphed_teacher import MAX_GRAPHS, GraphedChain
-from distill.graphs import WARM_UPS, Captured, Lane, cuda_capture
+from distill.graphs import WARM_UPS, Captured, cuda_capture
+from distill.lanes import Lane
 
 
 class Recorder:
@@ -59,13 +63,42 @@ def test_what_it_returns_is_not_its_own_buffer() -> None:
 def test_inputs_may_be_overwritten_once_they_are_copied() -> None:
     source = images(0)
 
-    def copied() -> None:
-        source.zero_()
+    class MainStreamGoesOn(Lane):
+        @contextmanager
+        def left(self, after: object) -> Iterator[None]:
+            yield
+            source.zero_()
 
-    captured = Captured(lambda x: [x + 1], name="work", capture=Recorder(), copied=copied)
+    captured = Captured(lambda x: [x + 1], name="work", capture=Recorder(), lane=MainStreamGoesOn())
     for step in range(WARM_UPS + 2):
         source.copy_(images(step))
         assert torch.equal(captured(source)[0], images(step) + 1)
+
+
+class TestStreams:
+    """With a pool of three streams, handed out in turn, in the place of CUDA's."""
+
+    class Stream:
+        def __init__(self, number: int) -> None:
+            self.cuda_stream, self.device = number, SimpleNamespace(index=0)
+
+    @pytest.fixture(autouse=True)
+    def pool(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        numbers = cycle(range(3))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: self.Stream(next(numbers)))
+        monkeypatch.setattr(lanes, "_in_use", WeakValueDictionary())
+
+    def test_no_stream_is_handed_out_twice(self) -> None:
+        kept = [lanes.own_stream(torch.device("cuda", 0)) for _ in range(3)]
+        assert {stream.cuda_stream for stream in kept} == {0, 1, 2}
+        with pytest.raises(RuntimeError, match="streams of cuda:0 are taken"):
+            lanes.own_stream(torch.device("cuda", 0))
+
+    def test_one_that_was_given_up_is_free_again(self) -> None:
+        kept = [lanes.own_stream(torch.device("cuda", 0)) for _ in range(3)]
+        del kept[1]
+        gc.collect()
+        assert lanes.own_stream(torch.device("cuda", 0)).cuda_stream == 1
 
 
 def test_another_form_is_captured_anew() -> None:
@@ -133,7 +166,7 @@ class TestCudaCapture:
             seen.append(gc.isenabled())
             return []
 
-        cuda_capture()(work)
+        cuda_capture(Lane())(work)
         assert seen == [False]
         assert gc.isenabled()
 
@@ -142,7 +175,7 @@ class TestCudaCapture:
             raise RuntimeError("operation not permitted")
 
         with pytest.raises(RuntimeError, match="not permitted"):
-            cuda_capture()(fails)
+            cuda_capture(Lane())(fails)
         assert asked["restored"] == "the main stream"
         assert gc.isenabled()
 

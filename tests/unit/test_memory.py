@@ -59,6 +59,14 @@ def test_what_the_allocator_holds_back_is_reckoned_with_where_blocks_train() -> 
     assert limited.room(sends=True) == replace(limited, held=500, limit=5500).room(sends=True)
 
 
+def test_captured_graphs_keep_copies_and_a_step_on_every_lane() -> None:
+    captured = replace(MEMORY, lanes=2, teacher_graphs=1)
+    [plain] = memory_of(plan("broadcast", (0, 1, 2)), MEMORY)
+    [found] = memory_of(plan("broadcast", (0, 1, 2)), captured)
+    inputs, step, teacher = 110 + 11 + 3, 6 + 7 - 7, 100 + 113
+    assert found - plain == inputs + step + teacher
+
+
 def test_measuring_takes_all_students_one_step_and_the_teacher() -> None:
     assert MEMORY.measuring == 10 + 20 + 30 + 7 + 3 * 100 + 100 + 110
 
@@ -172,8 +180,10 @@ def test_ranks_that_share_a_gpu_share_its_memory(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 60))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (48, 60))
     job: Any = SimpleNamespace(
         config=SimpleNamespace(plan=SimpleNamespace(memory_gib=None)), device=torch.device("cuda", 0)
     )
-    assert memory_limit(job) == 60 // share
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert memory_limit(job) == 5 + 48 // share, "what it has taken, and its share of what is free"

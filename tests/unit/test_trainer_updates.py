@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.graphs import Lane
 from distill.trainer import BlockTrainer, TrainerOptions, learning_rate
 from tests.training import CPU, batch, look, module, same_bits, train, trainer, weights
 
@@ -94,18 +93,6 @@ class TestUpdate:
 
         assert moved() > 1.0
         assert moved(clip_norm=0.01) == pytest.approx(0.01, rel=1e-3)
-
-    def test_an_update_that_is_never_captured_keeps_its_inputs_until_its_end(self) -> None:
-        class Side(Lane):
-            captures = True  # type: ignore[assignment]
-            let_go = mock.Mock(side_effect=lambda: moved.append(not same_bits(weights(one), before)))
-
-        moved: list[bool] = []
-        options = TrainerOptions(optimizer="rmsprop")
-        one = BlockTrainer(0, "layer", module(), budget=5, device=CPU, options=options, lane=Side())
-        before = weights(one)
-        train(one, 1)
-        assert moved == [True]
 
     def test_bf16_trains_with_float32_weights(self) -> None:
         one, exact = trainer(budget=30, lr=1e-2, amp="bf16"), trainer(budget=30, lr=1e-2)
