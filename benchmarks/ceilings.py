@@ -27,7 +27,7 @@ from distill.chain import Chain, Granularity, cut
 from distill.counting import Recorder
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import WARM_UPS, cuda_capture
-from distill.lanes import Lane, lanes, own_stream
+from distill.lanes import Lane, lanes
 from distill.precision import Bf16Chain
 from distill.teachers import build_architecture
 from distill.trainer import BlockTrainer, TrainerOptions
@@ -119,7 +119,7 @@ def _network(name: str, device: torch.device, ceilings: dict[str, float], args: 
         _block(chain, trainers.get(index), images if index == 0 else None, ceilings, args, index=index)
         for index in range(max(trainers) + 1)
     ]
-    teacher = GraphedChain(chain, cuda_capture(Lane(own_stream(device)))) if on_cuda else chain
+    teacher = GraphedChain(chain, cuda_capture(Lane(device))) if on_cuda else chain
     keep = set(trainers) | {block + 1 for block in trainers}
 
     def step() -> None:
@@ -157,7 +157,7 @@ def _block(
     found: dict[str, float] = {}
     target = chain.run_block(index, x)
     _count(lambda: chain.run_block(index, x), found)
-    teacher = GraphedChain(chain, cuda_capture(Lane(own_stream(device)))) if device.type == "cuda" else chain
+    teacher = GraphedChain(chain, cuda_capture(Lane(device))) if device.type == "cuda" else chain
     seconds = summary(
         _times(lambda: teacher.run(x, first=index, last=index + 1, keep=(index + 1,)), device, args.seconds)
     )["median"]

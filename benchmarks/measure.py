@@ -104,12 +104,14 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit of this repository; of a copy without its history, what COMMIT says."""
+    """Return what COMMIT says, where what is measured is a copy without its history; else this repository's commit."""
+    if said := os.environ.get("COMMIT"):
+        return said
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "distill", "conf") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
 
 
 def _git(*arguments: str) -> str:

@@ -28,7 +28,7 @@ from distill.chain import Chain, Granularity, cut
 from distill.data import Augment, Dataset, open_dataset
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import cuda_capture
-from distill.lanes import Lane, lanes, own_stream
+from distill.lanes import Lane, lanes
 from distill.plan import Span
 from distill.precision import Bf16Chain
 from distill.protocol import Checks, Feed
@@ -154,7 +154,7 @@ def _ours(
     options = TrainerOptions(lr=LR, amp=amp)
     on_cuda = device.type == "cuda"
     sides = lanes(device) if on_cuda else [Lane()]
-    chain = GraphedChain(chain, cuda_capture(Lane(own_stream(device)))) if on_cuda else chain
+    chain = GraphedChain(chain, cuda_capture(Lane(device))) if on_cuda else chain
     trainers = {
         block: BlockTrainer(
             block,

@@ -106,16 +106,16 @@ def measured_costs(
     return BlockCosts(tuple(scale * seconds for seconds in teacher), tuple(scale * seconds for seconds in student))
 
 
-def sustained_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
+def sustained_costs(chain: Chain, make_trainer: MakeTrainer, images: Callable[[], Tensor]) -> BlockCosts:
     """Return seconds per block on a GPU, as training runs it: from captured graphs, one batch after another without
-    waiting for the device. Blocks in the proportions of what each takes alone; the sum is that of whole steps, in which
-    teacher and students overlap.
+    waiting for the device, `images` making each batch there. Blocks in the proportions of what each takes alone; the
+    sum is that of whole steps, in which batches, teacher and students overlap.
     """
     last = len(chain.blocks)
     trainers = {index: trainer for index in range(last) if (trainer := make_trainer(index))}
 
     def teach() -> dict[int, Tensor]:
-        return chain.run(sample, last=last, keep=range(last + 1))
+        return chain.run(images(), last=last, keep=range(last + 1))
 
     def learn(blocks: Iterable[int]) -> None:
         for index in blocks:
@@ -127,7 +127,7 @@ def sustained_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> 
         learn(trainers)
 
     batch = teach()
-    time_of = partial(_sustained, device=sample.device)
+    time_of = partial(_sustained, device=batch[0].device)
     teacher = _teacher_seconds(chain, batch, time_of)
     student = [time_of(partial(learn, [index])) if index in trainers else 0.0 for index in range(last)]
     apart = time_of(teach), time_of(partial(learn, trainers)) if trainers else 0.0

@@ -6,39 +6,43 @@ knowing it makes them wait for one another, and what one of them is given lands 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakValueDictionary
 
 import torch
 
 NUM_LANES = 4  # streams for the blocks of a rank
 _POOL = 32  # PyTorch's streams of one priority
 
-# those in use in this process, by device and number; the pool is the process's too
-_in_use: WeakValueDictionary[tuple[int, int], torch.cuda.Stream] = WeakValueDictionary()
+_in_use: set[tuple[int, int]] = set()  # by device and number; the pool is this process's too
 
 
-def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream that nobody else has from here as long as the caller keeps it. NCCL's groups take theirs from the
-    pool of high priority (transport.py). Raises RuntimeError when all are taken."""
+def own_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
+    """Return a stream that nobody else has from here as long as `owner` lives. NCCL's groups take theirs from the pool
+    of high priority (transport.py). Raises RuntimeError when all are taken.
+
+    The owner and not the stream is watched: weak references to streams crash torch 2.11 when they outlive them.
+    """
     for _ in range(_POOL):
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         key = (stream.device.index, stream.cuda_stream)
         if key not in _in_use:
-            _in_use[key] = stream
+            _in_use.add(key)
+            weakref.finalize(owner, _in_use.discard, key)
             return stream
     raise RuntimeError(f"all {_POOL} streams of {device} are taken")
 
 
 class Lane:
-    """A stream beside the main one, on which some blocks train; without a stream, the main one itself (any device)."""
+    """A stream beside the main one of a CUDA device, on which some blocks train; without a device, the main stream
+    itself, wherever that is."""
 
-    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
-        self.stream = stream
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.stream = None if device is None else own_stream(device, self)
         self._main: torch.cuda.Stream | None = None
         # Graphs of one lane never run at the same time and keep nothing, so that they may share their memory.
-        self.pool = None if stream is None else torch.cuda.graph_pool_handle()
+        self.pool = None if device is None else torch.cuda.graph_pool_handle()
 
     @property
     def captures(self) -> bool:
@@ -85,4 +89,4 @@ class Lane:
 
 def lanes(device: torch.device) -> list[Lane]:
     """Return the lanes of a rank on a CUDA device: to be made once, as there are not many streams."""
-    return [Lane(own_stream(device)) for _ in range(NUM_LANES)]
+    return [Lane(device) for _ in range(NUM_LANES)]

@@ -29,7 +29,7 @@ class Wire:
         self.device = device
         self.backend = backend
         self.shared_memory = shared_memory and device.type == "cpu" and hasattr(os, "memfd_create")
-        self.stream = own_stream(device) if device.type == "cuda" else None
+        self.stream = own_stream(device, self) if device.type == "cuda" else None
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import cuda_capture
 from distill.job.context import Context
-from distill.lanes import Lane, own_stream
+from distill.lanes import Lane
 from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Recipe
 from distill.report.markup import show_count
@@ -159,7 +159,7 @@ def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modu
     if config.teacher.amp is Amp.bf16:
         chain = Bf16Chain(chain)
     if device.type == "cuda" and config.distill.cuda_graphs:
-        chain = GraphedChain(chain, cuda_capture(Lane(own_stream(device))))
+        chain = GraphedChain(chain, cuda_capture(Lane(device)))
     recipe = make_recipe(config)
     names = [block.name for block in chain.blocks]
     chosen = _matching("blocks.include", config.blocks.include, names)

@@ -113,7 +113,7 @@ def make_plan(
     peak, peak_bytes = PeakMemory(context.device), None
     measured = None
     if context.config.plan.cost is Cost.measured:
-        measured = _measure(context, blocks, trainers, sample, steps=step_budget(context.config, dataset))
+        measured = _measure(context, dataset, blocks, trainers, steps=step_budget(context.config, dataset))
         peak_bytes = peak.read()
     network = find_network(context)
     memory = None
@@ -165,7 +165,7 @@ def _show_ranking(context: Context, plans: Sequence[Plan]) -> None:
 
 
 def _measure(
-    context: Context, blocks: Blocks, trainers: Trainers, sample: torch.Tensor, *, steps: int
+    context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers, *, steps: int
 ) -> tuple[BlockCosts, tuple[float, ...]] | None:
     """Return every block's mean seconds over the ranks and how slow each rank is, on rank 0; None elsewhere."""
     control = context.control
@@ -174,8 +174,9 @@ def _measure(
         control.wait(f"measuring/{peer}", peer=peer, purpose="start of the measurement")
     _, _, local_rank, num_local = ranks_of(os.environ)
     if context.device.type == "cuda":
-        own = sustained_costs(blocks.chain, trainers.fresh, sample)
+        own = sustained_costs(blocks.chain, trainers.fresh, lambda: dataset.train_batch(0).images)
     else:
+        sample = dataset.train_batch(0).images
         own = measured_costs(blocks.chain, trainers.fresh, sample, steps=steps, ahead=local_rank / num_local)
     control.set(f"costs/{context.rank}", asdict(own))
     if not context.leads:

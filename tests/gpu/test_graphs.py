@@ -12,7 +12,7 @@ from distill.chain import Chain, Granularity, cut
 from distill.data import Dataset
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import WARM_UPS, Captured, cuda_capture
-from distill.lanes import Lane, lanes, own_stream
+from distill.lanes import Lane, lanes
 from distill.precision import Bf16Chain
 from distill.teachers import build_architecture
 from distill.trainer import BlockTrainer, TrainerOptions
@@ -160,7 +160,7 @@ def test_a_long_update_holds_up_no_other_lane() -> None:
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_a_captured_teacher_gives_what_a_plain_one_gives(amp: str) -> None:
     plain = Bf16Chain(chain()) if amp == "bf16" else chain()
-    graphed = GraphedChain(plain, cuda_capture(Lane(own_stream(torch.device("cuda")))))
+    graphed = GraphedChain(plain, cuda_capture(Lane(torch.device("cuda"))))
     found = [graphed.run(images(step), last=10, keep=(0, 3, 10)) for step in range(STEPS)]
     assert all(one._replay is not None for one in graphed._graphs.values()), "nothing was captured"
     for step, boundaries in enumerate(found):

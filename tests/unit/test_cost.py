@@ -78,7 +78,7 @@ def test_sustained_costs_are_those_of_whole_steps_in_the_proportions_of_the_bloc
         return next(answers)
 
     monkeypatch.setattr(cost, "_sustained", timed)
-    found = sustained_costs(cut_chain, partial(trainer, cut_chain), SAMPLE)
+    found = sustained_costs(cut_chain, partial(trainer, cut_chain), lambda: SAMPLE)
     assert sum(found.teacher) == pytest.approx(4.0)
     assert sum(found.student) == pytest.approx(6.0)
     assert found.teacher[1] / found.teacher[0] == pytest.approx(2.0)
@@ -86,7 +86,11 @@ def test_sustained_costs_are_those_of_whole_steps_in_the_proportions_of_the_bloc
     assert next(answers, None) is None
 
 
-@pytest.mark.parametrize("costs", [sustained_costs, flop_costs, partial(measured_costs, steps=1), step_bytes])
+def sustained(chain: Chain, made: Callable[[int], BlockTrainer | None], sample: Tensor) -> BlockCosts:
+    return sustained_costs(chain, made, lambda: sample)
+
+
+@pytest.mark.parametrize("costs", [sustained, flop_costs, partial(measured_costs, steps=1), step_bytes])
 def test_steps_are_tried_on_their_lanes(monkeypatch: pytest.MonkeyPatch, costs: Callable[..., object]) -> None:
     lane, cut_chain, seen = NotedLane(), chain(), set()
 
@@ -103,6 +107,7 @@ def test_steps_are_tried_on_their_lanes(monkeypatch: pytest.MonkeyPatch, costs: 
 
     monkeypatch.setattr(BlockTrainer, "update", update)
     monkeypatch.setattr(cost, "BUDGET_S", 0.0)
+    monkeypatch.setattr(cost, "SPELL_S", 0.0)
     costs(cut_chain, made, SAMPLE)
     assert seen == {True}
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 
 from distill import lanes
 from distill.chain import Granularity, cut
+from distill.edges.wire import Wire
 from distill.graphed_teacher import MAX_GRAPHS, GraphedChain
 from distill.graphs import WARM_UPS, Captured, cuda_capture
 from distill.lanes import Lane
+
+GPU = torch.device("cuda", 0)
 
 
 class Recorder:
@@ -86,19 +88,22 @@ class TestStreams:
     def pool(self, monkeypatch: pytest.MonkeyPatch) -> None:
         numbers = cycle(range(3))
         monkeypatch.setattr(torch.cuda, "Stream", lambda _: self.Stream(next(numbers)))
-        monkeypatch.setattr(lanes, "_in_use", WeakValueDictionary())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(lanes, "_in_use", set())
 
     def test_no_stream_is_handed_out_twice(self) -> None:
-        kept = [lanes.own_stream(torch.device("cuda", 0)) for _ in range(3)]
-        assert {stream.cuda_stream for stream in kept} == {0, 1, 2}
+        kept = [Lane(GPU) for _ in range(3)]
+        assert {lane.stream.cuda_stream for lane in kept if lane.stream} == {0, 1, 2}
         with pytest.raises(RuntimeError, match="streams of cuda:0 are taken"):
-            lanes.own_stream(torch.device("cuda", 0))
+            Wire(device=GPU, backend="gloo")
 
     def test_one_that_was_given_up_is_free_again(self) -> None:
-        kept = [lanes.own_stream(torch.device("cuda", 0)) for _ in range(3)]
+        kept = [Lane(GPU) for _ in range(3)]
         del kept[1]
         gc.collect()
-        assert lanes.own_stream(torch.device("cuda", 0)).cuda_stream == 1
+        stream = Wire(device=GPU, backend="gloo").stream
+        assert stream is not None
+        assert stream.cuda_stream == 1
 
 
 def test_another_form_is_captured_anew() -> None:
@@ -148,7 +153,6 @@ class TestCudaCapture:
         for name, stand_in in {
             "graph": graph,
             "CUDAGraph": lambda: SimpleNamespace(replay=None),
-            "graph_pool_handle": lambda: self.POOL,
             "current_stream": lambda: "the main stream",
             "set_stream": lambda stream: asked.update(restored=stream),
         }.items():
@@ -156,7 +160,9 @@ class TestCudaCapture:
         return asked
 
     def test_a_lane_captures_on_its_own_stream_and_in_its_own_memory(self, asked: dict[str, Any]) -> None:
-        cuda_capture(Lane(self.STREAM))(list)  # type: ignore[arg-type]
+        lane: Any = Lane()
+        lane.stream, lane.pool = self.STREAM, self.POOL
+        cuda_capture(lane)(list)
         assert asked == {"stream": self.STREAM, "pool": self.POOL, "capture_error_mode": "thread_local"}
 
     def test_nothing_is_collected_meanwhile(self, asked: dict[str, Any]) -> None:
