@@ -4,6 +4,7 @@ whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from distill.files import write_bytes
+from distill.files import DamagedFileError, read_bytes, sealed, unsealed, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -46,36 +48,43 @@ class Checkpoint:
 class CheckpointFolder:
     """checkpoints/<name>.safetensors of one run directory; a block's owner writes, whoever owns it next reads."""
 
-    def __init__(self, run_dir: Path, *, generation: int) -> None:
+    def __init__(self, run_dir: Path, *, generation: int, origin: str = "") -> None:
+        """`origin` says what the work began with; what began with something else is not taken up."""
         self._folder = run_dir / "checkpoints"
-        self._generation = generation
+        self._generation, self._origin = generation, origin
 
     def file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint in the place of the earlier one of that name."""
+        tensors = checkpoint.tensors
         facts = {
-            "name": checkpoint.name,
             "step": checkpoint.step,
             "progress": checkpoint.progress,
             "generation": self._generation,
+            "origin": self._origin,
+            "tensors": _digest(tensors),
         }
-        write_bytes(self.file(checkpoint.name), save(checkpoint.tensors, {"checkpoint": json.dumps(facts)}))
+        path = self.file(checkpoint.name)
+        write_bytes(path, save(tensors, {"checkpoint": json.dumps(sealed(facts, path.name), allow_nan=False)}))
 
     def load(self, name: str) -> Checkpoint | None:
-        """Return the checkpoint of that name, or None where there is none that can be read."""
+        """Return the checkpoint of that name, or None where there is none that can be believed."""
         path = self.file(name)
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["checkpoint"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            log.warning("checkpoint %s cannot be read (%s); it starts again", path.name, error)
+            facts, tensors = _read(path)
+        except DamagedFileError as damage:
+            if path.is_dir():
+                raise
+            log.warning("checkpoint %s; it starts again", damage)
             return None
-        return Checkpoint.of(facts["name"], facts["step"], tensors, facts["progress"])
+        if facts["origin"] != self._origin:
+            log.warning("checkpoint %s: of another run, or of another teacher; it starts again", path)
+            return None
+        return Checkpoint.of(name, facts["step"], tensors, facts["progress"])
 
     def remove(self, name: str) -> None:
         """Forget a checkpoint: what it was for is done."""
@@ -94,3 +103,26 @@ def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a checkpoint's file says and its tensors. Raises DamagedFileError."""
+    content = read_bytes(path)
+    try:
+        length = int.from_bytes(content[:8], "little")  # of the header, which begins a safetensors file
+        header = json.loads(content[8 : 8 + length])
+        facts, tensors = unsealed(header["__metadata__"]["checkpoint"], path.name), load(content)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise DamagedFileError(path, f"damaged ({error})") from error
+    if facts["tensors"] != _digest(tensors):
+        raise DamagedFileError(path, "damaged: its tensors are not those that were written")
+    return facts, tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

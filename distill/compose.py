@@ -17,6 +17,7 @@ from distill.choices import Stage
 from distill.config import JobConfig, LaunchConfig, from_yaml, load, setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError
+from distill.files import DamagedFileError, read_commented
 
 VERSION_BASE = "1.3"
 RUN = "run="  # the shorthand for a run directory; `run` itself is a section and takes no value
@@ -93,7 +94,10 @@ def _of_run(folder: str) -> JobConfig:
     if not path.is_file():
         raise ConfigError("run", folder, "a run directory: there is no resolved.yaml in it")
     try:
-        return from_yaml(path.read_text())
+        return from_yaml(read_commented(path))
+    except DamagedFileError as damage:
+        again = "the command that started the run writes it anew; settings for this one are given beside run="
+        raise ConfigError("run", folder, f"the directory of a run; {damage} ({again})") from damage
     except (ConfigError, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError("run", folder, f"a run that this version can read; in its resolved.yaml: {error}") from error
 

@@ -5,13 +5,14 @@ What could not be read is absent (None) with its reason, never zero. distill/met
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from distill.files import DamagedFileError, read_lines
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
@@ -113,7 +114,10 @@ class _Account:
     def add(self, file: Path) -> None:
         """Take in a host's file; lines that are damaged are passed over."""
         attempts: dict[int, _Attempt] = {}
-        for line in _lines(file):
+        for line in read_lines(file):
+            if isinstance(line, DamagedFileError):
+                self._notes[f"{file.name}: damaged lines are left out"] = None
+                continue
             try:
                 generation = int(line["generation"])
                 self._last_attempt = max(self._last_attempt, generation)
@@ -202,14 +206,6 @@ class _Account:
             "idle_devices_joules": of("gpu", busy=False),
             "ranks": {str(rank): joules for rank, joules in sorted(self._ranks[stage].items()) if joules > 0},
         }
-
-
-def _lines(file: Path) -> Iterator[Any]:
-    for text in file.read_text(errors="replace").splitlines():
-        try:
-            yield json.loads(text)
-        except ValueError:
-            continue
 
 
 def _amount(value: Any) -> float:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from distill.checkpoint import contiguous
 from distill.errors import DistillError
-from distill.files import write_bytes, write_json
+from distill.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
 from distill.recipes import RECIPES, replace_convolutions
 from distill.teachers import build_architecture
 
@@ -49,9 +48,9 @@ class StudentCard:
 
 def save_student(folder: Path, student: nn.Module, card: StudentCard) -> Path:
     """Write student.safetensors and student.json into `folder`; return the path of the weights."""
-    path = folder / "student.safetensors"
-    write_bytes(path, save(contiguous(student.state_dict())))
-    write_json(folder / "student.json", asdict(card))
+    path, content = folder / "student.safetensors", save(contiguous(student.state_dict()))
+    write_bytes(path, content)
+    write_json(folder / "student.json", asdict(card) | {"weights_sha256": hashlib.sha256(content).hexdigest()})
     return path
 
 
@@ -68,14 +67,15 @@ def load_student(path: str | Path) -> nn.Module:
         if not file.exists():
             raise DistillError(f"no student at {given}: {file.name} is missing; finished runs have both files")
     try:
-        card = json.loads(card_path.read_text())
-        state = load_file(weights)
-    except (ValueError, SafetensorError) as error:
-        raise DistillError(f"{card_path} or {weights.name} is damaged ({error}); copy both again") from error
+        card, content = read_json(card_path), read_bytes(weights)
+    except DamagedFileError as damage:
+        raise DistillError(f"{damage}; copy student.json and student.safetensors again") from damage
     if card.get("format") != FORMAT:
         raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads format {FORMAT}")
+    if hashlib.sha256(content).hexdigest() != card["weights_sha256"]:
+        raise DistillError(f"{weights}: damaged, or not the weights that {card_path.name} is about; copy both again")
     student = build_architecture(**card["architecture"])
     recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
     replace_convolutions(student, card["replaced"], recipe)
-    student.load_state_dict(state)
+    student.load_state_dict(load(content))
     return student.eval()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from distill.devices import Cluster, Device, described, load_cluster
 from distill.errors import ConfigError, DistillError
-from distill.files import read_json
+from distill.files import DamagedFileError, read_json
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
 from distill.planning.strategies import PLANNERS
@@ -201,10 +201,8 @@ def measured(run_dir: Path, *, speed: float, steps: int | None) -> tuple[Costs, 
     try:
         costs: Any = read_json(run_dir / "costs.json")
         plan: Any = read_json(run_dir / "plan.json")
-    except ValueError as error:
-        raise DistillError(
-            f"{run_dir}: its plan cannot be read ({error}); plan again (stage=plan run.dir=NEW ...)"
-        ) from error
+    except DamagedFileError as damage:
+        raise DistillError(f"{damage}; plan again (stage=plan run.dir=NEW ...)") from damage
     if costs is None or plan is None:
         raise DistillError(f"{run_dir}: no plan is there; expected a run directory (python -m distill stage=plan ...)")
     if "network" not in costs:

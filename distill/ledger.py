@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
-from distill.files import DiskError, write_bytes
+from distill.files import DamagedFileError, append_json, json_line, read_bytes, read_lines, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +19,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Entry:
     """One finished block. `status` is "finished", or "diverged" when its loss became NaN or infinite at step
-    `diverged_at` and the last finite weights were kept. Relative errors have no unit; seconds are of training alone."""
+    `diverged_at` and the last finite weights were kept. Relative errors have no unit; seconds are of training alone.
+    `origin` says what it was trained from; it is the ledger's."""
 
     block: int
     name: str
@@ -35,33 +35,61 @@ class Entry:
     generation: int = 0
     diverged_at: int | None = None
     rel_error_held_out: float | None = None
+    origin: str = ""
 
 
 class Ledger:
     """The finished blocks of one run directory. Only rank 0 writes it."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, origin: str = "") -> None:
+        """Read what is there; what is damaged, or was trained from something else than `origin`, is not believed."""
         self._path = run_dir / "ledger.jsonl"
-        self._blocks = run_dir / "blocks"
+        self._run_dir = run_dir
+        self._origin = origin
+        self._untidy = False  # lines that are not believed stand in the file
         self.entries: dict[int, Entry] = {}
-        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
-            self._believe(line)
+        for line in read_lines(self._path):
+            if isinstance(line, DamagedFileError):
+                self._doubt(f"{line}; its block is trained again", line.path)
+            else:
+                self._take(line)
+        for entry in list(self.entries.values()):
+            self._check(entry)
 
-    def _believe(self, line: str) -> None:
-        """Take a line of the file for true only if it is whole and its block's file has the recorded checksum."""
+    def _take(self, line: dict[str, Any]) -> None:
         try:
-            entry = Entry(**json.loads(line))
-            found = hashlib.sha256(self.file(entry.block).read_bytes()).hexdigest()
-        except (ValueError, TypeError, OSError) as error:
-            log.warning("ledger: a line is not usable and its block will be trained again (%s)", error)
+            entry = Entry(**line)
+        except TypeError as error:
+            self._doubt(f"a line is of another version and its block is trained again ({error})", self._path)
             return
-        if found != entry.sha256:
-            log.warning("ledger: blocks/%02d.safetensors is damaged; the block will be trained again", entry.block)
+        self.entries[entry.block] = entry  # of two the later: its block had to be trained again
+
+    def _check(self, entry: Entry) -> None:
+        """Forget a block that was trained from something else, or whose file has not the recorded checksum."""
+        if entry.origin != self._origin:
+            self._doubt(f"block {entry.block:02d} was trained in another run or from another teacher", self._path)
+            del self.entries[entry.block]
             return
-        self.entries[entry.block] = entry
+        try:
+            self._content(entry)
+        except DamagedFileError as damage:
+            self._doubt(f"{damage}; the block is trained again", damage.path)
+            del self.entries[entry.block]
+
+    def _doubt(self, why: str, path: Path) -> None:
+        """Say what is not believed. Raises DamagedFileError where nothing can be written in its place."""
+        if path.is_dir():
+            raise DamagedFileError(path, "a folder is in its place; remove it")
+        self._untidy = True
+        log.warning("ledger: %s", why)
 
     def file(self, block: int) -> Path:
-        return self._blocks / f"{block:02d}.safetensors"
+        return self._run_dir / block_file(block)
+
+    @property
+    def files(self) -> list[str]:
+        """The names of everything that holds it, within the run directory."""
+        return [self._path.name, *map(block_file, sorted(self.entries))]
 
     def record(self, entry: Entry, blob: bytes) -> Entry:
         """Write a block's weights (safetensors bytes), then its line. Returns the entry with its checksum.
@@ -71,19 +99,29 @@ class Ledger:
         if entry.block in self.entries:
             return self.entries[entry.block]
         load(blob)  # never record what cannot be read back
-        entry = Entry(**{**asdict(entry), "sha256": hashlib.sha256(blob).hexdigest()})
+        entry = replace(entry, sha256=hashlib.sha256(blob).hexdigest(), origin=self._origin)
         write_bytes(self.file(entry.block), blob)
-        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # a crash left half a line
-        try:
-            with self._path.open("a") as stream:
-                stream.write("\n" * torn + json.dumps(asdict(entry)) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise DiskError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if self._untidy:
+            believed = [*self.entries.values(), entry]
+            write_text(self._path, "".join(json_line(asdict(one), self._path.name) for one in believed))
+            self._untidy = False
+        else:
+            append_json(self._path, asdict(entry))
         self.entries[entry.block] = entry
         return entry
 
     def weights(self, block: int) -> dict[str, Tensor]:
-        """Return the state dict of a finished block, on the CPU."""
-        return load_file(self.file(block))
+        """Return the state dict of a finished block, on the CPU. Raises DamagedFileError."""
+        return load(self._content(self.entries[block]))
+
+    def _content(self, entry: Entry) -> bytes:
+        path = self.file(entry.block)
+        content = read_bytes(path)
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise DamagedFileError(path, "damaged: it is not the file that the ledger has recorded")
+        return content
+
+
+def block_file(block: int) -> str:
+    """Return the name of a block's file within the run directory."""
+    return f"blocks/{block:02d}.safetensors"

@@ -7,9 +7,7 @@ one line a reading; distill/energy.py sums it up.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import threading
 import time
@@ -20,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from distill.counters import Counter, CounterError, Counters, bare_uuid
+from distill.files import DiskError, append_json
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +158,6 @@ class Meter:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         try:
-            with self._path.open("a+b") as stream:
-                end = stream.seek(0, os.SEEK_END)
-                stream.seek(max(0, end - 1))
-                torn = stream.read(1) not in (b"", b"\n")  # a crash left half a line
-                stream.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-        except OSError as error:
-            log.warning("energy: a reading is lost: cannot write %s (%s)", self._path, error.strerror or error)
+            append_json(self._path, record)
+        except DiskError as error:
+            log.warning("energy: a reading is lost: %s", error)

@@ -30,7 +30,7 @@ from distill.choices import Stage
 from distill.compose import compose, register_schema
 from distill.config import JobConfig, load
 from distill.errors import ConfigError, DistillError
-from distill.files import read_json, write_json
+from distill.files import DamagedFileError, read_json, write_json
 from distill.fingerprint import identity, run_directory
 from distill.launcher import Outcome, launch
 from distill.report import comparison_table, write_comparison
@@ -113,9 +113,12 @@ def is_finished(config: JobConfig) -> bool:
     """Whether the run directory holds all that this configuration asks for, made from this configuration."""
     run = RunDirectory(run_directory(config))
     last = {Stage.all: "deliver", Stage.distill: "distill", Stage.teacher: "teacher"}.get(config.stage)
-    if last is None or read_json(run.path / "identity.json") != identity(config):
-        return False
-    return run.result(last) is not None
+    try:
+        if last is None or read_json(run.path / "identity.json") != identity(config):
+            return False
+    except DamagedFileError:
+        return False  # the job tells of it
+    return run.result(last) is not None and not any(run.damaged())
 
 
 def _refuse_shared(jobs: Sequence[Job]) -> None:

@@ -5,7 +5,6 @@ Knows no torch: on a GPU the clock is handed in. Times are seconds of the epoch 
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from distill.files import write_text
+from distill.files import DamagedFileError, read_json, write_json
 
 # stage: a stage of the job. Training thread: teacher (also reading what it computed before), student, wait (for a
 # batch, or for a free slot at a receiver), record (the teacher's activations, before the stage).
@@ -141,8 +140,8 @@ class Trace:
                 self._rank, self._generation, self._started_s, {n: name for name, n in self._threads.items()},
                 self._kept.spans(), self._totals, self._kept.steps_skipped,
             )  # fmt: skip
-            content = json.dumps(asdict(whole))
-        write_text(folder / f"rank{self._rank}.{self._generation}.json", content)
+            content = asdict(whole)
+        write_json(folder / f"rank{self._rank}.{self._generation}.json", content, indent=None)
         (folder / f"rank{self._rank}.{self._generation - KEPT_ATTEMPTS}.json").unlink(missing_ok=True)
         self._saved = time.monotonic()
 
@@ -233,11 +232,11 @@ def read(run_dir: Path) -> list[RankTrace]:
     found = []
     for file in (run_dir / "traces").glob("rank*.json"):
         try:
-            raw = json.loads(file.read_text())
+            raw = read_json(file)
             raw["spans"] = [TimeSpan(**span) for span in raw["spans"]]
             raw["threads"] = {int(thread): name for thread, name in raw["threads"].items()}
             found.append(RankTrace(**raw))
-        except (ValueError, TypeError, KeyError):
+        except (DamagedFileError, TypeError, KeyError):
             continue
     return sorted(found, key=lambda trace: (trace.generation, trace.rank))
 
@@ -268,7 +267,7 @@ def write_perfetto(run_dir: Path) -> Path:
     skipped = {f"rank {trace.rank}": trace.steps_skipped for trace in traces if trace.steps_skipped}
     path = run_dir / "trace.json"
     other = {"started_s": origin, "steps_not_recorded": skipped}
-    write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}))
+    write_json(path, {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}, indent=None)
     return path
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distill.files import json_line, write_json
 from distill.trace import RankTrace, TimeSpan
 
 EVIL = "<script>alert('x')</script> & \"co\""
@@ -61,21 +62,27 @@ def energy() -> dict[str, Any]:
     }
 
 
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a .jsonl file as the package does."""
+    with path.open("a") as file:
+        file.writelines(json_line(line, path.name) for line in lines)
+
+
 def run_directory(folder: Path, content: dict[str, Any] | None, *, readings: int = 5) -> Path:
     """A run with these metrics (None: it has none yet) and this many readings of every block."""
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
     (folder / "resolved.yaml").write_text("stage: all\nlaunch:\n  nproc_per_node: 2\nrun:\n  dir: null\n")
     if content is not None:
-        (folder / "metrics.json").write_text(json.dumps(content))
+        write_json(folder / "metrics.json", content)
     blocks = (content or metrics()).get("blocks", [])
     for rank in {one["rank"] for one in blocks}:
         lines = [
-            json.dumps({"block": one["block"], "step": 20 * step, "relative_error": 0.9 / step, "seconds": 0.1 * step})
+            {"block": one["block"], "step": 20 * step, "relative_error": 0.9 / step, "seconds": 0.1 * step}
             for one in blocks
             if one["rank"] == rank
             for step in range(1, readings + 1)
         ]
-        (folder / "metrics" / f"rank{rank}.jsonl").write_text("".join(line + "\n" for line in lines))
+        write_lines(folder / "metrics" / f"rank{rank}.jsonl", lines)
     return folder
 
 
@@ -89,8 +96,8 @@ def planned(folder: Path, *, blocks: int, ranks: int, budget: int = 200) -> Path
     seconds = {"teacher": [0.001] * blocks, "student": [0.004] * blocks}
     flops = {"teacher": [3e6] * blocks, "student": [5e6] * blocks}
     names = [f"layer{b}.0" for b in range(blocks)]
-    (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "costs.json").write_text(json.dumps({"blocks": names, "seconds": seconds, "flops": flops}))
+    write_json(folder / "plan.json", plan)
+    write_json(folder / "costs.json", {"blocks": names, "seconds": seconds, "flops": flops})
     return folder
 
 
@@ -114,7 +121,7 @@ def traced(
         totals = {"student": {"seconds": work, "count": steps}, "wait": {"seconds": work / 9, "count": steps}}
         trace = RankTrace(rank, generation, START_S, {0: "MainThread", 1: "edge", 2: "ledger"}, spans, totals,
                           steps - len(kept))  # fmt: skip
-        (folder / "traces" / f"rank{rank}.{generation}.json").write_text(json.dumps(asdict(trace)))
+        write_json(folder / "traces" / f"rank{rank}.{generation}.json", asdict(trace))
     return folder
 
 
@@ -125,11 +132,11 @@ def huge(folder: Path) -> Path:
     run_directory(folder, metrics(blocks=blocks, distill=metrics()["distill"] | ranks, energy=energy()), readings=0)
     for rank in range(64):
         lines = [
-            json.dumps({"block": one["block"], "step": s, "relative_error": 0.5 / s + 0.01 * math.sin(s) ** 2 + 0.001})
+            {"block": one["block"], "step": s, "relative_error": 0.5 / s + 0.01 * math.sin(s) ** 2 + 0.001}
             for one in blocks
             if one["rank"] == rank
             for s in range(1, 201)
         ]
-        (folder / "metrics" / f"rank{rank}.jsonl").write_text("\n".join(lines))
+        write_lines(folder / "metrics" / f"rank{rank}.jsonl", lines)
     planned(folder, blocks=200, ranks=64)
     return traced(folder, ranks=64, steps=3000, per_step=4, kept_every=8)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from distill.assemble import assemble, recalibrate
@@ -14,8 +14,8 @@ from distill.checkpoint import contiguous
 from distill.data import Dataset
 from distill.files import write_bytes
 from distill.job.context import Context
-from distill.job.materials import Blocks
-from distill.ledger import Ledger
+from distill.job.materials import TEACHER, Blocks
+from distill.ledger import Ledger, block_file
 from distill.report.markup import show_count
 
 
@@ -24,7 +24,7 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 
     def work() -> dict[str, Any]:
         start = time.monotonic()
-        ledger = Ledger(context.run.path)
+        ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
         weights = [ledger.weights(block) for block in sorted(blocks.replaced)]
         student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=weights)
         save_network(context, "assembled", student)
@@ -37,7 +37,8 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         context.say(f"assembled {show_count(len(weights), 'student block')}; {norms}")
         return {"seconds": time.monotonic() - start}
 
-    context.lead("assemble", work)
+    made = ["assembled.safetensors", "recalibrated.safetensors"]
+    context.lead("assemble", work, made=made, used=[TEACHER, *map(block_file, blocks.replaced)])
 
 
 def save_network(context: Context, name: str, network: nn.Module) -> None:
@@ -48,6 +49,6 @@ def save_network(context: Context, name: str, network: nn.Module) -> None:
 def load_student_state(context: Context, name: str, teacher: nn.Module, blocks: Blocks) -> nn.Module:
     """Return the student with the weights of NAME.safetensors, on the device, in eval mode."""
     student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=())
-    student.load_state_dict(load_file(context.run.path / f"{name}.safetensors"))
+    student.load_state_dict(load(context.run.read(f"{name}.safetensors")))
     student.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return student.eval()

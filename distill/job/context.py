@@ -79,14 +79,15 @@ class Context:
             self.control.set(f"completed/{stage}", {"result": self.run.result(stage)})
         return self.control.wait(f"completed/{stage}", peer=0, purpose=f"state of stage {stage}")["result"]
 
-    def lead(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Let rank 0 alone do a stage's work, unless it is complete; every rank returns the recorded result."""
+    def lead(self, stage: str, work: Callable[[], Any], *, made: Sequence[str] = (), used: Sequence[str] = ()) -> Any:
+        """Let rank 0 alone do a stage's work, unless it is complete; every rank returns the recorded result. The work
+        makes and uses these files of the run directory."""
         result = self.completed(stage)
         if result is not None:
             return result
         if self.leads:
             result = work()
-            self.run.complete(stage, result)
+            self.run.complete(stage, result, made=made, used=used)
             self.control.set(f"result/{stage}", {"result": result})
             return result
         return self.control.wait(f"result/{stage}", peer=0, purpose=f"end of stage {stage}")["result"]

@@ -27,7 +27,7 @@ from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint, identity
 from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
-from distill.job.materials import Blocks, architecture_of
+from distill.job.materials import TEACHER, Blocks, architecture_of
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report
@@ -47,7 +47,8 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
     if options.epochs == 0 or context.completed("finetune") is not None:
         return
     student = load_student_state(context, "recalibrated", teacher, blocks)
-    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
+    origin = context.run.origin(TEACHER, "recalibrated.safetensors")
+    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
     course: list[dict[str, float]] = []
 
     def report(epoch: int, loss: float, seconds: float) -> None:
@@ -77,7 +78,9 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
     if context.leads:
         save_network(context, "finetuned", student)
         checkpoints.remove("finetune")
-        context.run.complete("finetune", {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)})
+        result = {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)}
+        used = [TEACHER, "recalibrated.safetensors"]
+        context.run.complete("finetune", result, made=["finetuned.safetensors"], used=used)
 
 
 def final_state(context: Context) -> str:
@@ -90,9 +93,8 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     if context.completed("evaluate") is not None:
         return
     results: dict[str, dict[str, float]] = {}
-    for name in ("teacher", "assembled", "recalibrated", "finetuned"):
-        if name == "finetuned" and context.config.finetune.epochs == 0:
-            continue
+    names = ["teacher", "assembled", "recalibrated"] + ["finetuned"] * (context.config.finetune.epochs > 0)
+    for name in names:
         network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
         share = dataset.test_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
         context.control.set(f"hits/{name}/{context.rank}", asdict(count_hits(network, share)))
@@ -102,7 +104,7 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
                 total += Hits(**context.control.wait(f"hits/{name}/{rank}", peer=rank, purpose=f"accuracy of {name}"))
             results[name] = total.percent() | {"images": total.images}
     if context.leads:
-        context.run.complete("evaluate", results)
+        context.run.complete("evaluate", results, used=[f"{name}.safetensors" for name in names])
 
 
 def refuse_unfinished(config: JobConfig, run: RunDirectory) -> None:
@@ -122,6 +124,9 @@ def refuse_unfinished(config: JobConfig, run: RunDirectory) -> None:
                 f"{run.path}: nothing to deliver yet, its stage {stage} is not complete; "
                 f"finish it with: python -m distill run={run.path}"
             )
+    for stage, damage in run.damaged():
+        if stage != "deliver":
+            raise DistillError(f"{damage}; its stage {stage} is done again by: python -m distill run={run.path}")
 
 
 def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
@@ -151,7 +156,10 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
-        run.complete("deliver", {"student": "student.safetensors"})
+        made = ["student.safetensors", "student.json", "metrics.json"]
+        made += [export["file"] for export in exports.values() if export["status"] == "ok"]
+        used = [TEACHER, f"{final_state(context)}.safetensors"]
+        run.complete("deliver", {"student": "student.safetensors"}, made=made, used=used)
     metrics = read_json(run.path / "metrics.json")
     context.console.print(result_table(metrics))
     for block in metrics["blocks"]:
@@ -190,7 +198,7 @@ def _tell_exports(context: Context, exports: Mapping[str, Mapping[str, Any]]) ->
 def _metrics(
     context: Context, dataset: Dataset, teacher: nn.Module, student: nn.Module, blocks: Blocks
 ) -> dict[str, Any]:
-    run, ledger = context.run, Ledger(context.run.path)
+    run, ledger = context.run, Ledger(context.run.path, origin=context.run.origin(TEACHER))
     accuracy = run.result("evaluate")
     modules = dict(teacher.named_modules())
     replaced = blocks.replaced_paths

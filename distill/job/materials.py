@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from distill.chain import Chain, Granularity, cut
@@ -31,6 +31,8 @@ from distill.report.markup import show_count
 from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
 
 log = logging.getLogger(__name__)
+
+TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was trained here
 
 
 def open_data(config: JobConfig, device: torch.device) -> Dataset:
@@ -96,8 +98,8 @@ def train_teacher(context: Context, dataset: Dataset, teacher: nn.Module) -> Non
     """
     if context.config.teacher.fit_epochs > 0:
         with context.during("teacher"):
-            context.lead("teacher", lambda: _fit_teacher(context, dataset, teacher))
-        teacher.load_state_dict(load_file(context.run.path / "teacher.safetensors"))
+            context.lead("teacher", lambda: _fit_teacher(context, dataset, teacher), made=[TEACHER])
+        teacher.load_state_dict(load(context.run.read(TEACHER)))
     teacher.eval().requires_grad_(False)
 
 
@@ -113,7 +115,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
         context.scalars.add("epochs/teacher_loss", loss, epoch)
         context.say(f"teacher: epoch {epoch} of {epochs}, loss {loss:.4f}, {seconds:.1f} s")
 
-    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
+    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=context.run.origin())
     fit(
         network.requires_grad_(True),
         dataset,
@@ -125,7 +127,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
         name="teacher",
         report=report,
     )
-    write_bytes(context.run.path / "teacher.safetensors", save(contiguous(network.state_dict())))
+    write_bytes(context.run.path / TEACHER, save(contiguous(network.state_dict())))
     checkpoints.remove("teacher")
     return {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)}
 

@@ -27,11 +27,11 @@ from distill.cost import (
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
-from distill.files import write_json, write_text
+from distill.files import write_json
 from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.links import find_network
-from distill.job.materials import Blocks
+from distill.job.materials import TEACHER, Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.lanes import Lane, lanes
 from distill.ledger import Ledger
@@ -120,7 +120,7 @@ def make_plan(
     if context.leads:
         assert flops is not None
         seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
-        ledger = Ledger(context.run.path)
+        ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
         spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
         names = _candidates(context, blocks)
         sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
@@ -130,7 +130,7 @@ def make_plan(
         plans = fitting_plans(context, names, costs, spans)
         _show_ranking(context, plans)
         plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])
-        write_text(context.run.path / "plan.json", plan.to_json())
+        write_json(context.run.path / "plan.json", asdict(plan))
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
         _show(context, blocks, plan, seconds, flops)
         show_memory(context, plan, costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -24,7 +25,7 @@ from distill.control import Control, LeaderFailedError, StoreAddress, ranks_of
 from distill.data import Dataset
 from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
-from distill.files import DiskError, write_json
+from distill.files import DiskError, open_to_add, write_text
 from distill.fingerprint import identity, run_directory
 from distill.job.assembly import assemble_student
 from distill.job.caching import is_cached, refuse_too_large, tell_unused
@@ -91,7 +92,7 @@ def _leave_word(reason: str) -> None:
     if path:
         facts = {"timestamp": str(int(time.time())), "py_callstack": traceback.format_exc()}
         with suppress(DiskError):  # a full disk may be the very reason
-            write_json(Path(path), {"message": {"message": reason, "extraInfo": facts}})
+            write_text(Path(path), json.dumps({"message": {"message": reason, "extraInfo": facts}}))
 
 
 def _tell(error: DistillError, control: Control) -> None:
@@ -170,7 +171,8 @@ def _claim(config: JobConfig, control: Control, device: torch.device) -> Context
     """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
     if control.rank == 0:
         path = run_directory(config)
-        generation = RunDirectory(path).claim(identity(config), to_yaml(config))
+        claimed = RunDirectory(path)
+        generation = claimed.claim(identity(config), to_yaml(config))
         control.set("run", {"dir": str(path), "generation": generation})
     run = control.wait("run", peer=0, purpose="run directory")
     control.generation = run["generation"]
@@ -181,6 +183,8 @@ def _claim(config: JobConfig, control: Control, device: torch.device) -> Context
     context = Context(config, control, directory, device, Console(), trace, scalars)
     _log_to(context)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
+    for damage in claimed.mended if control.rank == 0 else ():
+        log.warning("%s", damage)
     return context
 
 
@@ -203,7 +207,9 @@ def _log_to(context: Context) -> None:
     root = logging.getLogger("distill")
     root.setLevel(logging.INFO)
     root.propagate = False
-    file = logging.FileHandler(context.run.path / "logs" / f"rank{context.rank}.log")
+    path = context.run.path / "logs" / f"rank{context.rank}.log"
+    open_to_add(path).close()  # an error in our words, where it cannot be written
+    file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if context.rank == 0:

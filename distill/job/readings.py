@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from distill.control import Control
+from distill.files import json_line, open_to_add
 from distill.job.context import Context
 from distill.trainer import Reading
 
@@ -22,14 +22,15 @@ class Readings:
 
     def __init__(self, context: Context, names: Sequence[str]) -> None:
         self._context, self._names = context, names
-        self._file = (context.run.path / "metrics" / f"rank{context.rank}.jsonl").open("a")
+        self._path = context.run.path / "metrics" / f"rank{context.rank}.jsonl"
+        self._file = open_to_add(self._path)
         self._latest: dict[int, dict[str, float]] = {}
         self._shares = _Shares(context)
 
     def add(self, reading: Reading) -> None:
         context, values = self._context, asdict(reading)
         record = values | {"generation": context.control.generation, "time_s": time.time()}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json_line(record, self._path.name))
         self._file.flush()
         self._latest[reading.block] = values
         context.control.set(f"readings/{context.rank}", self._latest)

@@ -15,7 +15,7 @@ from distill.control import ranks_of
 from distill.data import Dataset
 from distill.job.caching import Caching, is_cached, students_dtype
 from distill.job.context import Context
-from distill.job.materials import Blocks
+from distill.job.materials import TEACHER, Blocks
 from distill.job.planning import Trainers, make_plan, step_budget
 from distill.job.readings import Readings, latest_readings
 from distill.ledger import Entry, Ledger
@@ -38,7 +38,8 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     plateau = config.distill.stop is Stop.plateau
     checks = Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks()
     caching = Caching(context, dataset, teacher, blocks) if is_cached(config) else None
-    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation)
+    origin = context.run.origin(TEACHER)
+    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
     makers = Trainers(context, blocks, checkpoints, budget=budget)
     with context.during("plan"):
         plan, memory = make_plan(context, dataset, blocks, makers, caching)
@@ -79,7 +80,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
 
 
 def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any], caching: Caching | None) -> None:
-    plan, ledger = session.plan, Ledger(context.run.path)
+    plan, ledger = session.plan, Ledger(context.run.path, origin=context.run.origin(TEACHER))
     with _display(context, blocks, plan, batch_size=session.dataset.batch_size) as display:
 
         def recorded(entry: Entry) -> None:
@@ -94,7 +95,8 @@ def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any
     resumed = any(span.first > 0 for span in plan.spans) or len(plan.spans) < len(blocks.replaced)
     images = steps * session.dataset.batch_size
     cache = caching.result(plan) if caching is not None else None
-    context.run.complete("distill", _result(plan, report, images=images, resumed=resumed, cache=cache))
+    result = _result(plan, report, images=images, resumed=resumed, cache=cache)
+    context.run.complete("distill", result, made=ledger.files, used=[TEACHER])
     if caching is not None:
         caching.remove()
     context.say(

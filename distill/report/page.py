@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from distill.report.style import STYLE
 from distill.report.tables import result_rows
 from distill.report.timeline import time_line
 
+log = logging.getLogger(__name__)
+
 
 def write_report(run_dir: Path, path: Path | None = None) -> Path:
     """Draw a run's page from its directory, whatever is there yet; return its path (report.html in the directory).
@@ -25,6 +28,8 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     run = Run(run_dir)
     path = path or run_dir / "report.html"
     write_text(path, document(run.title, run_page(run)))
+    for damage in run.damaged:
+        log.warning("report: left out: %s", damage)
     return path
 
 
@@ -45,9 +50,8 @@ def run_page(run: Run) -> Markup:
     metrics = run.metrics
     results = table(("", "teacher", "student", "ratio"), result_rows(metrics)) if run.finished else Markup()
     fits = fit_courses(run)
-    return join(
-        headline(run),
-        what_stopped(run),
+    top = join(headline(run), what_stopped(run))
+    rest = join(
         section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
         section("Exports", _exports(metrics.get("exports")),
                 note="Each file was loaded afresh and compared with the student."),
@@ -63,6 +67,9 @@ def run_page(run: Run) -> Markup:
         section("Configuration", folded("Every setting, as it was resolved", tag("pre", run.settings_text, tabindex=0)))
         if run.settings_text else Markup(),
     )  # fmt: skip
+    return join(
+        top, section("Damaged files, left out", tag("pre", "\n".join(run.damaged))) if run.damaged else Markup(), rest
+    )
 
 
 def _exports(exports: Any) -> Markup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from distill.energy import summarize
 from distill.errors import DistillError
+from distill.files import DamagedFileError, read_bytes, read_json, read_lines
 from distill.report.markup import finite
 from distill.trace import RankTrace
 from distill.trace import read as read_traces
@@ -58,23 +59,29 @@ class Run:
         if not is_run(path):
             raise NoRunError(f"{path}: no run is there; expected {EXPECTED}")
         self.path = path
+        self.damaged: list[str] = []  # what has been left out so far, in words
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        return _mapping(_json(self.path / "metrics.json"))
+        """What was delivered; nothing where the file is not the one that the deliver stage has recorded."""
+        recorded = _mapping(self._json("stages/deliver.json").get("made")).get("metrics.json")
+        content = self._content("metrics.json") if recorded else None
+        if content is not None and hashlib.sha256(content).hexdigest() != recorded:
+            self.damaged.append(f"{self.path / 'metrics.json'}: damaged, or another run's")
+            return {}
+        return self._json("metrics.json")
 
     @cached_property
     def costs(self) -> dict[str, Any]:
-        return _mapping(_json(self.path / "costs.json"))
+        return self._json("costs.json")
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        return _mapping(_json(self.path / "plan.json"))
+        return self._json("plan.json")
 
     @cached_property
     def settings_text(self) -> str:
-        file = self.path / "resolved.yaml"
-        return file.read_text(errors="replace") if file.exists() else ""
+        return (self._content("resolved.yaml") or b"").decode(errors="replace")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -89,12 +96,12 @@ class Run:
     @cached_property
     def stages(self) -> dict[str, dict[str, Any]]:
         """What the complete stages recorded."""
-        found = {stage: _json(self.path / "stages" / f"{stage}.json") for stage in STAGES}
-        return {stage: _mapping(result) for stage, result in found.items() if result is not None}
+        found = {stage: self._json(f"stages/{stage}.json") for stage in STAGES}
+        return {stage: _mapping(record.get("result")) for stage, record in found.items() if record}
 
     @cached_property
     def attempts(self) -> int:
-        return int(finite(_json(self.path / "generation.json")) or 1)
+        return int(finite(self._json("generation.json").get("generation")) or 1)
 
     @cached_property
     def traces(self) -> list[RankTrace]:
@@ -105,12 +112,15 @@ class Run:
 
     @cached_property
     def all_traces(self) -> list[RankTrace]:
-        return read_traces(self.path)
+        found, files = read_traces(self.path), len([*(self.path / "traces").glob("rank*.json")])
+        if len(found) < files:
+            self.damaged.append(f"{self.path / 'traces'}: {files - len(found)} of {files} files are damaged")
+        return found
 
     @cached_property
     def ledger(self) -> dict[int, dict[str, Any]]:
         """The finished blocks, by index; where a block was recorded again, its last line."""
-        lines = [*_lines(self.path / "ledger.jsonl")] or self.metrics.get("blocks", [])
+        lines = [*self._lines("ledger.jsonl")] or self.metrics.get("blocks", [])
         return {int(line["block"]): line for line in lines if finite(line.get("block")) is not None}
 
     @property
@@ -160,7 +170,7 @@ class Run:
         every = [
             (int(re.sub(r"\D", "", file.stem) or 0), line)
             for file in sorted((self.path / "metrics").glob("rank*.jsonl"))
-            for line in _lines(file)
+            for line in self._lines(f"metrics/{file.name}")
             if finite(line.get("block")) is not None and finite(line.get("step")) is not None
         ]
         for rank, line in sorted(every, key=lambda item: item[1].get("generation") or 0):
@@ -173,7 +183,7 @@ class Run:
         begun = self._attempt_begun()
         found = []
         for file in self.logs:
-            lines = file.read_text(errors="replace").splitlines()
+            lines = self._log(file)
             told = [
                 n for n, line in enumerate(lines) if re.search(r"\] (ERROR|CRITICAL) ", line) and line[:19] >= begun
             ]
@@ -190,7 +200,7 @@ class Run:
     @cached_property
     def last_lines(self) -> list[tuple[str, list[str]]]:
         """(log file, its last lines) of every rank."""
-        return [(f"logs/{f.name}", f.read_text(errors="replace").splitlines()[-LAST_LINES:]) for f in self.logs]
+        return [(f"logs/{f.name}", self._log(f)[-LAST_LINES:]) for f in self.logs]
 
     @cached_property
     def logs(self) -> list[Path]:
@@ -206,7 +216,7 @@ class Run:
         """The time, as the logs write it, at which the latest attempt claimed the directory."""
         begun = ""
         for file in self.logs[:1]:
-            for line in file.read_text(errors="replace").splitlines():
+            for line in self._log(file):
                 if re.search(r"run directory: .* \(attempt \d+\)$", line):
                     begun = line[:19]
         return begun
@@ -253,10 +263,42 @@ class Run:
                 found[stage] = best
         return found
 
+    def _json(self, name: str) -> dict[str, Any]:
+        """The object in a file; none where there is no such file, or a damaged one."""
+        try:
+            return _mapping(read_json(self.path / name))
+        except DamagedFileError as damage:
+            self._leave_out(damage)
+            return {}
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a .jsonl file; what is damaged, or half written by a killed rank, is left out."""
+        for line in read_lines(self.path / name):
+            if isinstance(line, DamagedFileError):
+                self._leave_out(line)
+            else:
+                yield line
+
+    def _log(self, file: Path) -> list[str]:
+        return (self._content(f"logs/{file.name}") or b"").decode(errors="replace").splitlines()
+
+    def _content(self, name: str) -> bytes | None:
+        if not (self.path / name).exists():
+            return None
+        try:
+            return read_bytes(self.path / name)
+        except DamagedFileError as damage:
+            self._leave_out(damage)
+            return None
+
+    def _leave_out(self, damage: DamagedFileError) -> None:
+        if str(damage) not in self.damaged:
+            self.damaged.append(str(damage))
+
 
 def is_run(path: Path) -> bool:
     """Whether a run has been there."""
-    return any((path / name).is_file() for name in MARKS)
+    return any((path / name).exists() for name in MARKS)
 
 
 def runs_below(path: Path, *, depth: int = 4) -> list[Path]:
@@ -292,24 +334,6 @@ def _number(value: Any) -> float:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError):
-        return None
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file; a line that a killed rank left half written is passed over."""
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

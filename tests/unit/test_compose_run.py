@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from distill.choices import Stage
 from distill.compose import compose
 from distill.config import to_yaml
 from distill.errors import ConfigError
+from distill.files import write_commented
 from distill.fingerprint import fingerprint, identity
 
 OF_RUN = ("teacher=resnet18", "data=imagefolder", "data.root=/images", "seed=3", "launch.nproc_per_node=4")
@@ -21,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs") / "seed=3,rank=2"
     folder.mkdir()
     config = compose([*OF_RUN, "stage=plan", "run.dir=elsewhere"])
-    (folder / "resolved.yaml").write_text(to_yaml(config))
+    write_commented(folder / "resolved.yaml", to_yaml(config))
     return str(folder)
 
 
@@ -46,7 +48,7 @@ def test_how_far_it_goes_is_asked_anew(run: str) -> None:
 
 def test_where_its_nodes_met_is_asked_anew(run: str, tmp_path: Path) -> None:
     of_nodes = compose([*OF_RUN, "launch.nnodes=2", "launch.rdzv_endpoint=gone:29999", "launch.local_addr=n1"])
-    (tmp_path / "resolved.yaml").write_text(to_yaml(of_nodes))
+    write_commented(tmp_path / "resolved.yaml", to_yaml(of_nodes))
     assert compose([f"run={tmp_path}"]).launch == compose([f"run={run}"]).launch
 
 
@@ -83,6 +85,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("content", ["distill: {stepz: 3}", "a: [", "seed: three", "\x00"])
 def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "resolved.yaml").write_text(content)
+    write_commented(tmp_path / "resolved.yaml", content)
     told = refusal(f"run={tmp_path}")
     assert told.startswith(f"run: got '{tmp_path}'; expected a run that this version can read")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("seed: 3", "seed: 4"), lambda text: text[:-30]])
+def test_a_configuration_that_is_damaged_or_edited_is_refused(
+    run: str, tmp_path: Path, damage: Callable[[str], str]
+) -> None:
+    (tmp_path / "resolved.yaml").write_text(damage((Path(run) / "resolved.yaml").read_text()))
+    assert f"{tmp_path}/resolved.yaml: damaged, or edited" in refusal(f"run={tmp_path}")

@@ -11,6 +11,7 @@ import pytest
 
 from distill.counters import Counters
 from distill.energy import describe, job_joules, joules_per_image, summarize
+from distill.files import json_line
 from distill.meter import Meter
 from tests.documents import fenced
 from tests.metered import A, B, metered, places, zone
@@ -34,11 +35,12 @@ class TestSummary:
         file = run_dir / "metrics" / "energy-a.jsonl"
         line = json.loads(file.read_text().splitlines()[-1])
         damaged = ["{", "[]", "7", "{}", '{"generation": 1}', "\x00\x01"]
-        damaged += [json.dumps(line | change) for change in ({"joules": {"gpu0": -1.0}}, {"joules": {"gpu0": "x"}})]
-        damaged += [json.dumps(line | {"joules": {"gpu7": 1.0}}), json.dumps(line | {"seconds": float("nan")})]
+        damaged.append(json.dumps(line | {"joules": {"gpu0": 9.0}}))  # not what its checksum says
+        strange = [{"joules": {"gpu0": -1.0}}, {"joules": {"gpu0": "x"}}, {"joules": {"gpu7": 1.0}}]
         with file.open("a") as stream:
             stream.write("\n".join(damaged) + "\n")
-        assert summarize(run_dir) == whole
+            stream.writelines(json_line(line | change, file.name) for change in [*strange, {"seconds": float("nan")}])
+        assert summarize(run_dir) == whole | {"notes": ["energy-a.jsonl: damaged lines are left out"]}
 
     def test_readings_whose_list_of_devices_is_damaged_are_told(
         self, nvml: FakeNvml, run_dir: Path, powercap: Path

@@ -1,6 +1,7 @@
 """The delivered student: what is saved is what is loaded, and what cannot be loaded says why."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 import distill
 from distill.errors import DistillError
 from distill.export import FORMAT, StudentCard, load_student, save_student
+from distill.files import read_json, write_json
 from distill.recipes import Separable, replace_convolutions
 from distill.teachers import build_architecture
 
@@ -85,7 +87,9 @@ def test_the_package_offers_it_by_name(folder: Path) -> None:
 
 
 def test_the_card_is_plain_json(folder: Path, card: StudentCard) -> None:
-    assert json.loads((folder / "student.json").read_text()) == dataclasses.asdict(card) | {"format": FORMAT}
+    written = json.loads((folder / "student.json").read_text())
+    assert {name: written[name] for name in written.keys() - {"weights_sha256", "checksum"}} == dataclasses.asdict(card)
+    assert written["weights_sha256"] == hashlib.sha256((folder / "student.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("missing", ["student.json", "student.safetensors"])
@@ -102,8 +106,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [FORMAT + 1, None])
 def test_a_card_of_another_format_is_refused(folder: Path, form: int | None) -> None:
-    card = json.loads((folder / "student.json").read_text())
-    (folder / "student.json").write_text(json.dumps(card | {"format": form}))
+    write_json(folder / "student.json", read_json(folder / "student.json") | {"format": form})
     with pytest.raises(DistillError, match=rf"student\.json: format {form}, but this version reads format {FORMAT}"):
         load_student(folder)
 

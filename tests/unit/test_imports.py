@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "choices": set(),
     "config": {"choices", "config_errors", "errors"},
     "fingerprint": {"choices", "config"},
-    "compose": {"choices", "config", "config_errors", "errors"},
+    "compose": {"choices", "config", "config_errors", "errors", "files"},
     "launcher": {"compose", "config", "errors", "stopper"},
     "stopper": set(),
     "multirun": {
@@ -59,8 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "device_clock": set(),
     # energy, no torch
     "counters": {"errors"},
-    "meter": {"counters"},
-    "energy": set(),
+    "meter": {"counters", "files"},
+    "energy": {"files"},
     # networks and data
     "blocks": set(),
     "cutting": {"blocks", "errors"},

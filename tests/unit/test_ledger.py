@@ -82,7 +82,8 @@ class TestBelief:
         with caplog.at_level(logging.WARNING):
             again = Ledger(tmp_path)
         assert set(again.entries) == {0}
-        assert "blocks/01.safetensors is damaged; the block will be trained again" in caplog.text
+        assert "blocks/01.safetensors: damaged: it is not the file" in caplog.text
+        assert "the block is trained again" in caplog.text
 
     def test_a_missing_file_is_warned_of_and_its_block_forgotten(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -91,7 +92,7 @@ class TestBelief:
         ledger.record(entry(0), blob(0.0))
         ledger.file(0).unlink()
         assert Ledger(tmp_path).entries == {}
-        assert "its block will be trained again" in caplog.text
+        assert "blocks/00.safetensors: missing; the block is trained again" in caplog.text
 
     @pytest.mark.parametrize("line", ['{"block": 7, "na', "", "[]", "7", '{"block": 7, "surprise": 1}', "\0\0\0"])
     def test_a_line_that_is_not_whole_is_warned_of_and_the_others_believed(
@@ -100,14 +101,14 @@ class TestBelief:
         Ledger(tmp_path).record(entry(0), blob(0.0))
         append(tmp_path, line + "\n")
         assert set(Ledger(tmp_path).entries) == {0}
-        assert "a line is not usable" in caplog.text
+        assert "ledger.jsonl: line 2 is damaged" in caplog.text
 
     def test_bytes_that_are_no_text_are_warned_of(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         Ledger(tmp_path).record(entry(0), blob(0.0))
         with (tmp_path / "ledger.jsonl").open("ab") as file:
             file.write(b"\xff\xfe\n")
         assert set(Ledger(tmp_path).entries) == {0}
-        assert "a line is not usable" in caplog.text
+        assert "ledger.jsonl: line 2 is damaged" in caplog.text
 
     def test_after_a_half_line_the_next_block_is_recorded_durably(self, tmp_path: Path) -> None:
         Ledger(tmp_path).record(entry(0), blob(0.0))

@@ -88,7 +88,8 @@ class TestMeter:
         assert found["stages"]["distill"]["joules"] == 14.0
         assert found["devices"][0]["joules"] == {"distill": 14.0}
         assert found["notes"] == [
-            "attempt 1 ended without a last reading on a, in stage distill: at most 30 s of it are not counted"
+            "energy-a.jsonl: damaged lines are left out",
+            "attempt 1 ended without a last reading on a, in stage distill: at most 30 s of it are not counted",
         ]
 
     def test_two_ranks_on_one_gpu_split_it_and_the_summary_says_so(

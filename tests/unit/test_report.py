@@ -1,7 +1,6 @@
 """The page and the tables of a run, from small made-up run directories."""
 
 import io
-import json
 import math
 import re
 import shlex
@@ -12,12 +11,24 @@ import pytest
 from rich.console import Console
 
 from distill.errors import DistillError
+from distill.files import json_line, write_json
 from distill.plan import Costs, Span
 from distill.planning.strategies import plan_broadcast
 from distill.report import plan_table, result_table, write_report
 from distill.report.headline import go_on_command
 from distill.report.run import Run
-from tests.run_directories import EVIL, block, energy, huge, metrics, network, planned, run_directory, traced
+from tests.run_directories import (
+    EVIL,
+    block,
+    energy,
+    huge,
+    metrics,
+    network,
+    planned,
+    run_directory,
+    traced,
+    write_lines,
+)
 
 
 class Page(HTMLParser):
@@ -121,7 +132,7 @@ class TestFinishedRun:
         epochs = [{"epoch": n, "loss": 1 / n, "seconds": 2.0} for n in (1, 2, 3)]
         run_directory(tmp_path, metrics(finetune={"epochs": epochs, "seconds": 6.0}))
         (tmp_path / "stages").mkdir()
-        (tmp_path / "stages" / "teacher.json").write_text(json.dumps({"epochs": epochs}))
+        write_json(tmp_path / "stages" / "teacher.json", {"result": {"epochs": epochs}, "made": {}, "used": {}})
         page = drawn(tmp_path)
         assert 'aria-label="Fine-tuning: loss from 1 to 0.333 in 3 epochs"' in page.text
         assert 'aria-label="Training the teacher: loss from 1 to 0.333 in 3 epochs"' in page.text
@@ -168,7 +179,7 @@ class TestPoorRecords:
         run_directory(tmp_path, metrics())
         with (tmp_path / "metrics" / "rank0.jsonl").open("a") as file:
             for step, bad in enumerate((math.nan, math.inf, -math.inf, 0.0, None, "x"), start=500):
-                file.write(json.dumps({"block": 0, "step": step, "relative_error": bad}) + "\n")
+                file.write(json_line({"block": 0, "step": step, "relative_error": bad}, "rank0.jsonl"))
         page = drawn(tmp_path)
         assert not re.search(r'[ "](nan|inf|-inf)', page.text.split("</style>")[1])
         assert page.text.count('<path id="c') == 3
@@ -190,14 +201,15 @@ class TestPoorRecords:
         content = metrics()
         run_directory(tmp_path, content)
         del content[key]
-        (tmp_path / "metrics.json").write_text(json.dumps(content))
+        write_json(tmp_path / "metrics.json", content)
         assert "Teacher against student" in drawn(tmp_path).sections
 
     def test_steps_that_were_done_again_count_as_they_were_done_last(self, tmp_path: Path) -> None:
         run_directory(tmp_path, None)
         lines = [{"block": 0, "step": s, "relative_error": e, "generation": g} for s, e, g in
                  ((20, 0.5, 2), (20, 0.9, 1), (40, 0.8, 1), (40, 0.25, 2))]  # fmt: skip
-        (tmp_path / "metrics" / "rank0.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / "metrics" / "rank0.jsonl").unlink(missing_ok=True)
+        write_lines(tmp_path / "metrics" / "rank0.jsonl", lines)
         assert "block 0 0.5 to 0.25" in drawn(tmp_path).words
 
     def test_a_folder_that_is_no_run_is_refused(self, tmp_path: Path) -> None:
@@ -208,9 +220,9 @@ class TestPoorRecords:
 class TestUnfinishedRun:
     def begun(self, folder: Path, log: str = "") -> Path:
         planned(run_directory(folder, None), blocks=3, ranks=2)
-        (folder / "ledger.jsonl").write_text(json.dumps(block(0, "layer0.0")) + "\n")
+        write_lines(folder / "ledger.jsonl", [block(0, "layer0.0")])
         (folder / "stages").mkdir()
-        (folder / "stages" / "teacher.json").write_text("{}")
+        write_json(folder / "stages" / "teacher.json", {"result": {}, "made": {}, "used": {}})
         (folder / "logs").mkdir()
         (folder / "logs" / "rank1.log").write_text(log)
         begin = "2030-01-01 10:00:00,000 [rank 0] INFO distill: run directory: /x (attempt 2)\n"

@@ -1,9 +1,8 @@
 """The simulated clock: it agrees with the arithmetic of plans where that is exact, and knows links and windows."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.devices import DESCRIBED, Device, load_device
+from distill.files import write_json
 from distill.forecast import ENOUGH, main, measured, planned
 from distill.network import Link, Network
 from distill.plan import Costs, Span
@@ -141,13 +141,13 @@ ONE_HOST = Network(hosts=(0, 0))
 def run_directory(folder: Path, network: Network = ONE_HOST) -> Path:
     folder.mkdir()
     plan = plan_broadcast(COSTS, whole(80), 1)
-    (folder / "plan.json").write_text(plan.to_json())
+    write_json(folder / "plan.json", asdict(plan))
     facts = {
         "seconds": {"teacher": COSTS.teacher_s, "student": COSTS.student_s},
         "boundary_bytes": COSTS.boundary_bytes, "student_bytes": [8, 8, 8, 8],
         "network": {"within": network.within.facts(), "between": network.between.facts(), "hosts": network.hosts},
     }  # fmt: skip
-    (folder / "costs.json").write_text(json.dumps(facts))
+    write_json(folder / "costs.json", facts)
     return folder
 
 
@@ -315,13 +315,14 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     assert command(str(tmp_path)) == 2
     assert "no plan is there" in capsys.readouterr().err
     run = run_directory(tmp_path / "run")
-    (run / "costs.json").write_text('{"seconds": {"teacher": [], "student": []}}')
+    write_json(run / "costs.json", {"seconds": {"teacher": [], "student": []}})
     assert command(str(run)) == 2
     assert "written by an older version" in capsys.readouterr().err
     (run / "costs.json").write_text('{"seconds": ')
     assert command(str(run)) == 2
     error = capsys.readouterr().err
-    assert "its plan cannot be read" in error
+    assert "costs.json: damaged (" in error
+    assert "plan again" in error
     assert error.count("\n") == 1
 
 
