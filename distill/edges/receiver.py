@@ -22,7 +22,8 @@ from distill.transport import Edge, PairGroup, Store, TransportError, receive_te
 
 @dataclass
 class Delivery:
-    """A received batch. The tensors live in a ring buffer: they are valid until the next one is taken."""
+    """A received batch; without boundaries only a sign that the sender is alive. The tensors live in a ring buffer:
+    they are valid until the next one is taken."""
 
     address: Address
     boundaries: dict[int, Tensor]
@@ -69,9 +70,7 @@ class BoundaryReceiver:
                 delivery = self._ready.get_nowait()
             except queue.Empty:
                 return False
-            if isinstance(delivery, Delivery) and not delivery.boundaries:
-                self._free.put((delivery.slot, None))  # only a sign of life
-            else:
+            if not _is_sign_of_life(delivery):
                 self._seen.append(delivery)
         return True
 
@@ -85,9 +84,8 @@ class BoundaryReceiver:
                 raise self._edge.broken(self._edge.target, "waiting for a batch from", TimeoutError()) from None
             if isinstance(delivery, TransportError):
                 raise delivery
-            if delivery is None or delivery.boundaries:
+            if not _is_sign_of_life(delivery):
                 break
-            self._free.put((delivery.slot, None))  # only a sign of life
         if delivery is None:
             self._thread.join(self._edge.timeout_s)  # a process that ends while the connection is torn down is aborted
         else:
@@ -155,17 +153,24 @@ class BoundaryReceiver:
         self._on_arrival()
 
     def _receive(self, headers: PairGroup, data: PairGroup) -> Delivery | None:
+        """Return the next batch, in the slot that has been free for longest: the sender counts on their turns, so that
+        signs of life must take none."""
         slot, consumed = self._free.get()
-        header = torch.empty(self._header_size, dtype=torch.int64)
-        headers.recv([header], 0, 0).wait()
-        generation, step, check, rows, count, *rest = header.tolist()
-        if generation == -1:
-            return None
-        if generation != self._edge.generation:
-            raise TransportError(
-                f"rank {self._edge.target}: a message of generation {generation} from rank {self._edge.source} came to "
-                f"generation {self._edge.generation}; an old process is still running"
-            )
+        while True:
+            header = torch.empty(self._header_size, dtype=torch.int64)
+            headers.recv([header], 0, 0).wait()
+            generation, step, check, rows, count, *rest = header.tolist()
+            if generation == -1:
+                return None
+            if generation != self._edge.generation:
+                raise TransportError(
+                    f"rank {self._edge.target}: a message of generation {generation} from rank {self._edge.source} "
+                    f"came to generation {self._edge.generation}; an old process is still running"
+                )
+            if count:
+                break
+            self._ready.put(Delivery(Address(step, check), {}))  # only a sign of life
+            self._on_arrival()
         if consumed is not None:
             consumed.synchronize()
         buffers = {k: self._ring[slot][k][:rows] for k in rest[:count]}
@@ -193,3 +198,7 @@ class BoundaryReceiver:
         if self._wire.staged:
             event.synchronize()  # the pinned buffers are free again
         return buffers, event
+
+
+def _is_sign_of_life(delivery: Delivery | TransportError | None) -> bool:
+    return isinstance(delivery, Delivery) and not delivery.boundaries

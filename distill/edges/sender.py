@@ -38,7 +38,7 @@ class BoundarySender:
         self._num_boundaries = num_boundaries
         self._header_size = HEADER_FIELDS + num_boundaries
         self._ring: SharedRing | None = None
-        self._num_headers = 0
+        self._num_batches = 0
         self._window = window
         self._on_free = on_free
         self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
@@ -113,15 +113,13 @@ class BoundarySender:
             except queue.Empty:
                 self._send_header(headers, Address(0), 0, ())
 
-    def _send_header(self, headers: PairGroup, address: Address, rows: int, boundaries: Iterable[int]) -> int:
-        """Send a header as soon as the receiver has a free slot for what follows; return the slot: they take turns."""
+    def _send_header(self, headers: PairGroup, address: Address, rows: int, boundaries: Iterable[int]) -> None:
+        """Send a header as soon as the receiver has a free slot for what follows."""
         keys = tuple(boundaries)
         fields = [self._edge.generation, address.step, address.check, rows, len(keys), *keys]
         header = torch.full((self._header_size,), -1, dtype=torch.int64)
         header[: len(fields)] = torch.tensor(fields)
         headers.send([header], 1, 0).wait()
-        self._num_headers += 1
-        return (self._num_headers - 1) % RING_SLOTS
 
     def _send(
         self,
@@ -132,7 +130,9 @@ class BoundarySender:
         event: torch.cuda.Event | None,
     ) -> None:
         rows = next(iter(boundaries.values())).shape[0]
-        slot = self._send_header(headers, address, rows, boundaries)
+        self._send_header(headers, address, rows, boundaries)
+        slot = self._num_batches % RING_SLOTS  # batches take turns; signs of life take none
+        self._num_batches += 1
         tensors = list(boundaries.values())
         self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
         if self._ring is not None:

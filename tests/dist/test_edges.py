@@ -123,6 +123,30 @@ def test_signs_of_life_are_no_arrival_and_take_no_slot() -> None:
     taking.take_the_rest()
 
 
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_signs_of_life_while_a_slot_is_in_use_change_no_batch(shared_memory: bool) -> None:
+    over = Wire(device=torch.device("cpu"), backend="gloo", shared_memory=shared_memory)
+    store, edge, arrival = dist.HashStore(), Edge(0, 1, 1, 3.0), threading.Event()
+    sending, taking = sender(store, edge, over=over), receiver(store, edge, over=over, on_arrival=arrival.set)
+    got = []
+    for first in range(0, 4 * RING_SLOTS, RING_SLOTS):
+        for number in range(first, first + RING_SLOTS):
+            until(lambda: sending.ready)
+            sending.send(Address(number), {0: torch.full((4, 3), float(number))})
+            delivery = taking.next()
+            assert delivery is not None
+            got.append(delivery.boundaries[0].mean().item())
+        for _ in range(1 + first % 2):  # while the last batch is in use
+            arrival.clear()
+            assert arrival.wait(10), "no sign of life"
+            assert not taking.arrived
+        assert delivery.boundaries[0].mean().item() == got[-1]
+    assert got == [*map(float, range(4 * RING_SLOTS))]
+    sending.close()
+    taking.take_the_rest()
+    sending.join()
+
+
 def test_what_is_larger_than_a_chunk_arrives_whole() -> None:
     store, edge = dist.HashStore(), Edge(0, 1, 1, 20.0)
     rows = CHUNK_BYTES // 1024 * 2 + 3
