@@ -24,9 +24,11 @@ from distill.files import (
     write_commented,
     write_json,
 )
+from distill.lease import LOCK, RECORD, HeldError, Lease
 
 log = logging.getLogger(__name__)
 
+FOLDERS = ("logs", "metrics", "stages")  # that a claim makes
 STAGES = ("teacher", "distill", "assemble", "finetune", "evaluate", "deliver")  # those that leave a record
 
 
@@ -35,21 +37,46 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lease: Lease | None = None
         self.mended: list[str] = []  # what claim() has found damaged, in words
 
     def claim(self, identity: Mapping[str, Any], resolved_yaml: str) -> int:
         """Take the directory for this configuration and return the number of this attempt (its generation, from 1).
 
-        Raises ConfigError on run.dir where another configuration's run lies there, before anything is written. What is
-        damaged is written again, or its stage is forgotten, and `mended` tells of it.
+        Raises ConfigError on run.dir where another configuration's run lies there, before anything is written, or where
+        another job works. What is damaged is written again, or its stage is forgotten, and `mended` tells of it.
         """
         self.refuse_others(identity)
         try:
-            for folder in ("logs", "metrics", "stages"):
+            for folder in FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             allowed = f"a folder that can be written to ({error.strerror or error})"
             raise ConfigError("run.dir", str(self.path), allowed) from error
+        try:
+            self._lease = Lease(self.path)
+        except HeldError as error:
+            allowed = (
+                f"a folder in which no other job works: {error.holder} does; wait for its end, or stop it, or set "
+                "run.dir or run.tag"
+            )
+            raise ConfigError("run.dir", str(self.path), allowed) from error
+        try:
+            return self._take(identity, resolved_yaml)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let other jobs have the directory."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _take(self, identity: Mapping[str, Any], resolved_yaml: str) -> int:
+        """Write what says whose the directory is, now that nobody else does."""
+        self.mended = []
+        self.refuse_others(identity)
         for stage, damage in self.damaged():
             if damage.path.is_dir():
                 raise damage
@@ -73,7 +100,7 @@ class RunDirectory:
                 raise
             self.mended.append(f"it is written anew: {damage}")
             return
-        if found is None and self.path.exists() and any(self.path.iterdir()):
+        if found is None and self.path.exists() and not self._untouched():
             if self._claimed_for() == _digest(identity):
                 self.mended.append(f"it is written anew: {self.path / 'identity.json'}: missing")
                 return
@@ -82,6 +109,13 @@ class RunDirectory:
             keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
             differing = ", ".join(f"{key}={found.get(key)!r} there, {identity.get(key)!r} here" for key in keys[:4])
             raise ConfigError("run.dir", str(self.path), f"a run of the same configuration; differing: {differing}")
+
+    def _untouched(self) -> bool:
+        """Whether the directory is empty but for what a claim makes first, and may have come no further."""
+        return all(
+            entry.name in (LOCK, RECORD) or (entry.name in FOLDERS and not any(entry.iterdir()))
+            for entry in self.path.iterdir()
+        )
 
     def result(self, stage: str) -> Any:
         """Return what a completed stage recorded, or None."""
@@ -94,6 +128,8 @@ class RunDirectory:
 
         Later stages that used other bits than those that were made now are forgotten.
         """
+        if self._lease is not None:
+            self._lease.check()
         digests = {name: file_digest(self.path / name) for name in made}
         for other in STAGES:
             record = self._record(other) or {"used": {}}

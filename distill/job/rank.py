@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,10 +54,17 @@ def run_rank(overrides: Sequence[str]) -> int:
     rank, world_size, _, _ = ranks_of(os.environ)
     address = StoreAddress(rank=rank, world_size=world_size, environment=os.environ, timeout_s=EXCHANGE_S)
     control = Control(address, rank=rank, world_size=world_size, timeout_s=EXCHANGE_S)
+    with ExitStack() as ending:
+        return _run_and_tell(control, overrides, ending)
+
+
+def _run_and_tell(control: Control, overrides: Sequence[str], ending: ExitStack) -> int:
+    """Run this process's part of the job; `ending` is what is left to do after all ranks have left."""
+    rank = control.rank
     try:
         config = _agree_on_config(control, overrides)
         control.timeout_s = config.plan.timeout_s
-        _run(config, control)
+        _run(config, control, ending)
     except DistillError as error:
         if isinstance(error, LeaderFailedError) and rank != 0:
             time.sleep(MOURNING_S)  # rank 0 ends the job with its own words; if it cannot, these are told after all
@@ -127,7 +134,7 @@ def _let_peers_know(control: Control) -> None:
             time.sleep(0.05)
 
 
-def _run(config: JobConfig, control: Control) -> None:
+def _run(config: JobConfig, control: Control, ending: ExitStack) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
     if config.stage is Stage.deliver:
@@ -141,7 +148,7 @@ def _run(config: JobConfig, control: Control) -> None:
                 refuse_too_little(config, blocks, device)
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
-        context = _claim(config, control, device)  # only now is anything written: the job can run
+        context = _claim(config, control, device, ending)  # only now is anything written: the job can run
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
@@ -167,23 +174,24 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         deliver(context, dataset, teacher, blocks)
 
 
-def _claim(config: JobConfig, control: Control, device: torch.device) -> Context:
+def _claim(config: JobConfig, control: Control, device: torch.device, ending: ExitStack) -> Context:
     """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
+    directory = RunDirectory(run_directory(config))
     if control.rank == 0:
-        path = run_directory(config)
-        claimed = RunDirectory(path)
-        generation = claimed.claim(identity(config), to_yaml(config))
-        control.set("run", {"dir": str(path), "generation": generation})
+        generation = directory.claim(identity(config), to_yaml(config))
+        ending.callback(directory.release)
+        control.set("run", {"dir": str(directory.path), "generation": generation})
     run = control.wait("run", peer=0, purpose="run directory")
+    if control.rank != 0:
+        directory = RunDirectory(Path(run["dir"]))
     control.generation = run["generation"]
     clock = DeviceClock(device) if device.type == "cuda" else None
     trace = Trace(control.rank, control.generation, device_clock=clock)
-    directory = RunDirectory(Path(run["dir"]))
     scalars = Scalars(directory.path / "tensorboard" / f"rank{control.rank}")
     context = Context(config, control, directory, device, Console(), trace, scalars)
     _log_to(context)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
-    for damage in claimed.mended if control.rank == 0 else ():
+    for damage in directory.mended:
         log.warning("%s", damage)
     return context
 

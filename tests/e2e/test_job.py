@@ -126,7 +126,17 @@ def test_an_interrupted_run_goes_on_with_another_world_size_to_the_same_bits(
     )
     whole = distill(*job, "run.dir=whole", cwd=tmp_path, ranks=1)
     assert whole.returncode == 0, whole.stderr
-    interrupt_after_first_checkpoint(*job, cwd=tmp_path)
+
+    def meanwhile() -> None:
+        second = distill(*job, "run.dir=broken", cwd=tmp_path, ranks=1)
+        assert second.returncode == 1
+        assert "run.dir: got '" in second.stderr
+        assert "expected a folder in which no other job works: process " in second.stderr
+        assert "Traceback" not in second.stderr
+        command = [sys.executable, "-m", "distill", "report", "broken"]
+        subprocess.run(command, cwd=tmp_path, env=environment(), check=True, timeout=LIMIT_S)
+
+    interrupt_after_first_checkpoint(*job, cwd=tmp_path, meanwhile=meanwhile)
     resumed = distill(*job, "run.dir=broken", cwd=tmp_path, ranks=1)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(tmp_path / "broken")["distill"]["resumed"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,21 +49,26 @@ def filled(folder: Path, *, teacher: bytes = b"teacher", identity: dict[str, obj
     run.complete("teacher", {"epochs": []}, made=["teacher.safetensors"])
     write_bytes(folder / "student.safetensors", b"student of " + teacher)
     run.complete("deliver", {"top1": 90.0}, made=["student.safetensors"], used=["teacher.safetensors"])
+    run.release()
     return run
 
 
 def claimed_again(folder: Path) -> RunDirectory:
     run = RunDirectory(folder)
     run.claim(IDENTITY, "seed: 1\n")
+    run.release()
     return run
 
 
 class TestClaim:
     def test_attempts_are_counted(self, tmp_path: Path) -> None:
-        assert [RunDirectory(tmp_path).claim(IDENTITY, "") for _ in range(3)] == [1, 2, 3]
+        for number in (1, 2, 3):
+            run = RunDirectory(tmp_path)
+            assert run.claim(IDENTITY, "") == number
+            run.release()
 
     def test_the_configuration_reads_back(self, tmp_path: Path) -> None:
-        RunDirectory(tmp_path).claim(IDENTITY, "seed: 1\n")
+        claimed_again(tmp_path)
         assert read_commented(tmp_path / "resolved.yaml") == "seed: 1\n"
 
     def test_another_configuration_is_refused_with_what_differs(self, tmp_path: Path) -> None:
@@ -72,6 +80,39 @@ class TestClaim:
         (tmp_path / "thesis.tex").write_text("important")
         with pytest.raises(ConfigError, match="expected an empty or new directory"):
             RunDirectory(tmp_path).claim(IDENTITY, "")
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_a_second_job_is_refused_and_told_who_works_there(self, tmp_path: Path) -> None:
+        first = RunDirectory(tmp_path)
+        first.claim(IDENTITY, "")
+        with pytest.raises(ConfigError, match=rf"no other job works: process {os.getpid()} on .*, since 2") as caught:
+            RunDirectory(tmp_path).claim(IDENTITY, "")
+        assert str(caught.value).startswith(f"run.dir: got '{tmp_path}'; expected a folder in which")
+        first.release()
+        claimed_again(tmp_path)
+
+    @pytest.mark.parametrize("written", range(4))
+    def test_a_disk_that_fills_up_during_a_claim_refuses_nothing_afterwards(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+    ) -> None:
+        synced, fsync = [], os.fsync
+
+        def full(handle: int) -> None:
+            synced.append(handle)
+            if len(synced) > written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(DiskError):
+            RunDirectory(tmp_path).claim(IDENTITY, "")
+        monkeypatch.undo()
+        with pytest.raises(ConfigError) if written > 1 else nullcontext():
+            other = RunDirectory(tmp_path)
+            other.claim(OTHER, "")
+            other.release()
+        if written > 1:
+            claimed_again(tmp_path)
 
 
 class TestDamage:
