@@ -68,6 +68,7 @@ class Deliverer:
                 with self._trace.span("ledger", f"hand over {entry.name}"):
                     send_blob(group, blob)
                 handed_over.append(entry.block)
+                del item, blob  # not until the next one comes
             for block in handed_over:  # only now, so that no block waits for rank 0's disk to have the one before it
                 purpose = f"confirmation of block {block}"
                 control.wait(f"collected/{block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
@@ -253,6 +254,7 @@ class Collector:
                 control.set(f"collected/{entry.block}", True)
                 self._missing.discard(entry.block)
                 self._wake.set()
+                del item, content  # not until the next one comes
         except DistillError as error:
             self._fail(error)
         except Exception as error:  # whatever it is, the main thread must hear of it

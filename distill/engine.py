@@ -51,7 +51,7 @@ def distill(
 
     The stage has `started` at that time.monotonic(). `deliver` takes a finished block's ledger entry and weights
     (safetensors bytes), `save` the state of an unfinished one every `checkpoint_every` steps, `report` every reading;
-    blocks come and go by `exchange` where the stream says.
+    blocks come and go by `exchange` where the stream says. What is handed over or given away is freed.
     """
     owned = {trainer.block: trainer for trainer in trainers}
     first = {trainer.block: trainer.step for trainer in trainers}
@@ -60,13 +60,15 @@ def distill(
         stream.finish(trainer.block)
         seconds = time.monotonic() - started
         deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
+        owned.pop(trainer.block, None)
+        trainer.free()
 
     for trainer in trainers:
         if trainer.finished:  # resumed at its very end
             hand_in(trainer)
     for delivery in stream:
         if isinstance(delivery, Move) and delivery.source == rank:
-            _give(owned.pop(delivery.block), delivery, exchange, hand_in)
+            _give(owned.pop(delivery.block, None), delivery, exchange, hand_in)
             continue
         if isinstance(delivery, Move):
             taken = exchange.take(delivery)
@@ -90,13 +92,18 @@ def distill(
                 hand_in(trainer)
 
 
-def _give(trainer: BlockTrainer, move: Move, exchange: Exchange, hand_in: Callable[[BlockTrainer], None]) -> None:
-    """Give a block away, unless it has come to its end here before the word of that got around."""
-    handed_in = trainer.finished
-    state = None if handed_in else trainer.checkpoint()
+def _give(
+    trainer: BlockTrainer | None, move: Move, exchange: Exchange, hand_in: Callable[[BlockTrainer], None]
+) -> None:
+    """Give a block away, unless (None) it has come to its end here before the word of that got around."""
+    state = None if trainer is None else trainer.checkpoint()
     exchange.give(move, state)
-    if state is None and not handed_in:  # reading the losses has shown that it has diverged
+    if trainer is None:
+        return
+    if state is None:  # reading the losses has shown that it has diverged
         hand_in(trainer)
+    else:
+        trainer.free()
 
 
 def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int, int]) -> list[BlockTrainer]:

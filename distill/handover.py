@@ -65,10 +65,11 @@ class HandOver:
         receipt = self._coming.pop(move.number)
         with self._trace.span("wait", f"for block {move.block} of rank {move.source}", move.step):
             receipt.join()
-        if receipt.state is None:
+        state, receipt.state = receipt.state, None  # the transfer is remembered for its errors, not for its tensors
+        if state is None:
             return None
         trainer = self._make(move.block)
-        trainer.take_over(receipt.state)
+        trainer.take_over(state)
         assert trainer.step == move.step
         return trainer
 
@@ -121,6 +122,7 @@ class _Gift(_Transfer):
 
     def _transfer(self, control: Control) -> None:
         state, key = self._state, f"state/{self._move.number}"
+        self._state = None  # the transfer is remembered for its errors, not for its tensors
         if state is None:
             control.set(key, {"bytes": 0})
             return

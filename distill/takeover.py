@@ -59,7 +59,7 @@ class Move:
 @dataclass(frozen=True)
 class Room:
     """Memory for moves, in bytes: what every rank has `left`, and what a block takes, by the bounds that placements
-    keep to. It only gets less: a rank keeps its finished blocks, and those that it has given away, to the end."""
+    keep to. It only gets less: what finished blocks, and those that were given away, leave free is not counted on."""
 
     left: tuple[int, ...]
     on_target: tuple[int, ...]  # by block: where it is trained

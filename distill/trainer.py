@@ -289,6 +289,20 @@ class BlockTrainer:
             return self._finite
         return state
 
+    def free(self) -> None:
+        """Let go of weights, optimizer state and graphs: the block is on its way to the ledger, or to another rank.
+
+        The tensors are emptied, because a module and its fx graph refer to each other: forgotten, they would wait for
+        Python's collector, which does not know how much memory tensors take.
+        """
+        self._optimizer.state.clear()
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            tensor.grad = None
+            tensor.data = tensor.new_empty(0)
+        self._finite = Checkpoint(self._finite.name, self._finite.step, {})
+        self._average = self._averaged = None
+        self._update = self._apply = _freed
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: same weights, optimizer state and step, hence the same bits as without the break."""
         self.module.load_state_dict(checkpoint.weights)
@@ -347,3 +361,7 @@ class BlockTrainer:
             return self.module(inputs.float())  # type: ignore[no-any-return]
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             return self.module(inputs.bfloat16())  # type: ignore[no-any-return]
+
+
+def _freed(*_: Tensor) -> list[Tensor]:
+    raise AssertionError("a block that was freed trains on")

@@ -99,6 +99,7 @@ class BoundarySender:
                 doing = "closing the edge to"
                 headers.send([torch.full((self._header_size,), -1, dtype=torch.int64)], 1, 0).wait()
                 data.shutdown()
+            self._ring = None  # whoever asks for the bytes sent later must not keep the memory
         except TransportError as error:
             self._error = error
         except Exception as error:  # whatever it is, the main thread must hear of it

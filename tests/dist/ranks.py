@@ -183,7 +183,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             chain = Bf16Chain(chain)
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
 
-        def make(block: int) -> BlockTrainer:
+        def make(block: int) -> FaultyTrainer:
             return _trainer(toy, chain, checkpoints, Span(block, 0, toy.budgets[block]), rank)
 
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
@@ -225,7 +225,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         else:
             session.follow(trainers)
         (run_dir / f"readings{rank}.json").write_text(json.dumps([reading.block for reading in readings]))
-        parameters = {trainer.block: digest(trainer.module.parameters()) for trainer in trainers}
+        parameters = {trainer.block: trainer.last for trainer in trainers}
         (run_dir / f"parameters{rank}.json").write_text(json.dumps(parameters))
     control.leave()
 
@@ -310,7 +310,7 @@ def _starts(toy: Toy) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> BlockTrainer:
+def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> FaultyTrainer:
     module = chain.block_module(span.block)
     generator = torch.Generator().manual_seed(span.block)
     replace_convolutions(module, chain.blocks[span.block].convolutions, Separable(rank=2, init="random"), generator)
@@ -336,6 +336,11 @@ class FaultyTrainer(BlockTrainer):
 
     toy: Toy
     rank: int
+    last = ""  # checksum of the parameters before they are freed
+
+    def free(self) -> None:
+        self.last = digest(self.module.parameters())
+        super().free()
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
         if self.toy.fail_at == (self.rank, self.step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_block_that_has_ended_where_it_was_is_not_taken_and_nobody_waits_for_i
         giver.give(move, None)
         assert taker.take(move) is None
         assert taken(here, move)
+
+
+def test_states_that_were_handed_over_are_not_kept() -> None:
+    move, kept = Move(0, 5, source=0, target=1, step=7), state(5, 7)
+    with two_controls() as (here, there):
+        giver, taker = hand_over(here), hand_over(there)
+        giver.give(move, kept)
+        found: Any = taker.take(move)
+        giver.close()
+        states = [weakref.ref(kept), weakref.ref(found.state)]
+        del kept, found
+        assert [one() for one in states] == [None, None]
 
 
 def test_closing_waits_until_a_state_has_gone() -> None:

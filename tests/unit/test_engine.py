@@ -136,8 +136,62 @@ def test_every_block_is_trained_to_its_budget_and_handed_over_once(tmp_path: Pat
     ]
     assert addresses.finished == [0, 1]
     assert {(entry.rank, entry.generation) for entry in outcome.entries} == {(3, 2)}
-    for one in trainers:
-        assert all(torch.equal(outcome.weights[one.block][n], t) for n, t in one.module.state_dict().items())
+    for block, budget in ((0, 5), (1, BUDGET)):
+        alone = trainer(block, budget=budget)
+        for step in range(budget):
+            alone.update(batch(step)[block], batch(step)[block + 1])
+        assert all(torch.equal(outcome.weights[block][n], t) for n, t in alone.module.state_dict().items())
+
+
+def tensor_bytes(one: BlockTrainer) -> int:
+    """What a trainer still holds."""
+    state = [t for kept in one._optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
+    last = [*one._finite.weights.values(), *one._finite.optimizer.values()]
+    return sum(t.nbytes for t in [*one.module.parameters(), *one.module.buffers(), *state, *last])
+
+
+class Watching(Addresses):
+    """Notes at every batch what each of some trainers still holds."""
+
+    def __init__(self, trainers: Sequence[BlockTrainer], **usual: Any) -> None:
+        super().__init__(checks=NO_CHECKS, **usual)
+        self.trainers, self.held = trainers, list[list[int]]()
+
+    def __iter__(self) -> Iterator[Delivery | Move]:
+        for delivery in super().__iter__():
+            self.held.append([tensor_bytes(one) for one in self.trainers])
+            yield delivery
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_block_is_freed_as_soon_as_it_is_handed_over_or_given_away(tmp_path: Path, given: bool) -> None:
+    trainers = [trainer(0, budget=BUDGET if given else 5), trainer(1)]
+    moves = [Move(0, 0, 3, 1, 5)] if given else []
+    watching, outcome = Watching(trainers, blocks=2, moves=moves), Outcome(tmp_path)
+    if given:
+        watching.finished.append(0)  # elsewhere
+    distill(
+        watching, trainers, rank=3, generation=2, started=time.monotonic(), checks=NO_CHECKS, save=outcome.save,
+        checkpoint_every=100, deliver=outcome.deliver, report=outcome.read, exchange=outcome, trace=Trace(),
+    )  # fmt: skip
+    after = 6 + given  # of what was yielded: batches, and the move before its step
+    assert all(held[0] > 0 for held in watching.held[:5])
+    assert {held[0] for held in watching.held[after:]} == {0}
+    assert all(held[1] > 0 for held in watching.held)
+    assert tensor_bytes(trainers[1]) == 0
+    if given:
+        state = outcome.given[0]
+        assert state is not None
+        assert all(tensor.numel() for tensor in state.weights.values())
+    else:
+        assert outcome.weights[0]["weight"].numel() == 9
+
+
+def test_a_block_that_has_come_to_its_end_is_given_away_as_such(tmp_path: Path) -> None:
+    moves = [Move(0, 0, 3, 1, 8)]
+    outcome, _ = run(tmp_path, [trainer(0, budget=5), trainer(1)], moves=moves)
+    assert outcome.given == {0: None}
+    assert [entry.block for entry in outcome.entries] == [0, 1]
 
 
 def test_an_entry_tells_of_the_course_of_its_block(tmp_path: Path) -> None:
