@@ -5,13 +5,17 @@ The first rank of a host makes the place, and every rank of the host maps its `p
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from distill.errors import ConfigError
+from distill.files import DamagedFileError, file_digest, read_json, write_json
 from distill.host import available_memory
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -21,6 +25,9 @@ class Place(Protocol):
 
     path: Path
     complete: bool
+
+    def check(self) -> None:
+        """Read all that an earlier attempt has filled; where it is damaged, say so, and the place is not complete."""
 
     def reserve(self, nbytes: int) -> None:
         """Make room for so many bytes; raises ConfigError where they are not to be had."""
@@ -41,6 +48,9 @@ class Memory:
         self._handle = os.memfd_create("distill-cache")
         self.path = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
 
+    def check(self) -> None:
+        pass
+
     def reserve(self, nbytes: int) -> None:
         available = available_memory()
         if nbytes > available:
@@ -56,14 +66,31 @@ class Memory:
 
 
 class File:
-    """FOLDER/KEY.rows, which is there whole or not at all; until it is complete it has its writer's name in its own."""
+    """FOLDER/KEY.rows, which is there whole or not at all; until it is complete it has its writer's name in its own.
+    KEY.json beside it has its checksum."""
 
     def __init__(self, folder: Path, *, key: str, writer: str) -> None:
         """Find the file. Raises ConfigError on cache.dir where there is none and none can be written."""
         self._folder = folder
         self._final, self._scratch = folder / f"{key}.rows", folder / f"{key}.{writer}.unfinished"
+        self._record = folder / f"{key}.json"
         self.complete = self._final.exists()
         self.path = self._final if self.complete else self._scratch
+
+    def check(self) -> None:
+        if not self.complete:
+            return
+        try:
+            recorded = read_json(self._record)
+            if recorded is None:
+                raise DamagedFileError(self._record, "missing")
+            if file_digest(self._final) != recorded["sha256"]:
+                raise DamagedFileError(self._final, "damaged: it is not what was recorded")
+        except DamagedFileError as damage:
+            if damage.path.is_dir():
+                raise
+            log.warning("cache: %s; it is recorded again", damage)
+            self.complete, self.path = False, self._scratch
 
     def reserve(self, nbytes: int) -> None:
         """Throws away what a writer of the same name has left unfinished."""
@@ -80,6 +107,7 @@ class File:
     def finish(self) -> None:
         with self._scratch.open("rb") as file:
             os.fsync(file.fileno())  # also what other ranks have written through their mappings
+        write_json(self._record, {"sha256": file_digest(self._scratch)})
         os.replace(self._scratch, self._final)
 
     def discard(self) -> None:

@@ -108,6 +108,7 @@ def record(
     leader = peers[0]
     place = make_place() if control.rank == leader else None
     if place is not None:
+        place.check()
         if not place.complete:
             place.reserve(layout.nbytes)
         control.set(f"cache/place/{leader}", {"path": str(place.path), "complete": place.complete})

@@ -20,6 +20,7 @@ from distill.cache import Cache, Layout, map_file, measure_prices, sample_of
 from distill.cache_places import GIB, File, Memory, Place
 from distill.compose import compose
 from distill.errors import ConfigError
+from distill.files import DamagedFileError, write_json
 from distill.job.caching import Caching
 from distill.plan import Costs, Span
 from distill.planning.problems import cached_problem
@@ -114,11 +115,53 @@ def test_a_file_is_found_once_it_is_finished_and_only_by_its_key(tmp_path: Path)
     opened(LAYOUT, first).write(0, {k: torch.ones(1, *form.shape[1:]) for k, form in LAYOUT.forms.items()})
     assert not File(tmp_path, key="k", writer="w").complete, "an unfinished file is none"
     first.finish()
-    assert [file.name for file in tmp_path.iterdir()] == ["k.rows"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["k.json", "k.rows"]
     assert File(tmp_path, key="k", writer="another").complete
     assert not File(tmp_path, key="other", writer="w").complete
     read = Cache(map_file(File(tmp_path, key="k", writer="w").path, LAYOUT.nbytes), LAYOUT).read(slice(0, 1), [1], CPU)
     assert read[1].eq(1).all()
+
+
+def filled(folder: Path) -> File:
+    place = File(folder, key="k", writer="w")
+    opened(LAYOUT, place).write(0, {k: torch.ones(1, *form.shape[1:]) for k, form in LAYOUT.forms.items()})
+    place.finish()
+    return File(folder, key="k", writer="w")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+@pytest.mark.parametrize("name", ["k.rows", "k.json"])
+def test_what_is_damaged_is_told_and_recorded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
+) -> None:
+    whole = filled(tmp_path)
+    whole.check()
+    assert whole.complete
+    damage(tmp_path / name)
+    place = File(tmp_path, key="k", writer="w")
+    place.check()
+    assert not place.complete
+    if (name, damage) != ("k.rows", Path.unlink):  # which is none
+        assert f"cache: {tmp_path / name}: " in caplog.text
+        assert "it is recorded again" in caplog.text
+    place.reserve(LAYOUT.nbytes)
+    place.finish()
+    again = File(tmp_path, key="k", writer="w")
+    again.check()
+    assert again.complete
+
+
+def test_a_folder_in_the_place_of_the_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "k.rows").mkdir()
+    write_json(tmp_path / "k.json", {"sha256": ""})
+    with pytest.raises(DamagedFileError, match=r"k\.rows: a folder is in its place; remove it"):
+        File(tmp_path, key="k", writer="w").check()
 
 
 def test_two_writers_of_one_file_do_not_disturb_one_another(tmp_path: Path) -> None:
@@ -127,7 +170,7 @@ def test_two_writers_of_one_file_do_not_disturb_one_another(tmp_path: Path) -> N
         file.reserve(LAYOUT.nbytes)
     for file in files:
         file.finish()
-    assert [file.name for file in tmp_path.iterdir()] == ["k.rows"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["k.json", "k.rows"]
 
 
 def test_what_a_writer_left_unfinished_is_replaced(tmp_path: Path) -> None:

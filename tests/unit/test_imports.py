@@ -89,7 +89,7 @@ ALLOWED: dict[str, set[str]] = {
     "edges": {"blocks", "host", "lanes", "network", "protocol", "trace", "transport"},
     "completion": {"control", "errors", "handover", "ledger", "takeover", "trace", "transport"},
     "cache": {"blocks"},
-    "cache_places": {"errors", "host"},
+    "cache_places": {"errors", "files", "host"},
     "pace": {"control", "trainer"},
     "handover": {"checkpoint", "control", "errors", "takeover", "trace", "trainer", "transport"},
     "stealing": {"control", "errors", "handover", "pace", "plan", "takeover"},
