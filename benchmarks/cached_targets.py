@@ -47,7 +47,7 @@ def main() -> None:
             for name, overrides in SETUPS.items():
                 run(*job, *overrides, f"distill.epochs={epochs}", run_dir=folder / name)
             _check(folder)
-            rounds.append({name: read(folder / name / STAGE) for name in SETUPS})
+            rounds.append({name: read(folder / name / STAGE)["result"] for name in SETUPS})
         found[f"{epochs:g} epochs"] = _result(rounds)
     what = f"distill stage and recording, ResNet-20, batch 128, one view, {args.ranks} ranks of one thread"
     write("cached_targets", {"what": what, "held_out": args.held_out, "budgets": found})

@@ -22,6 +22,7 @@ from distill.config import from_yaml
 from distill.data import decoding
 from distill.data.digits import open_digits
 from distill.export import StudentCard, load_student
+from distill.files import read_json
 from distill.job.materials import open_data
 from distill.programs import FORMS, deliver_programs
 from distill.recipes import RECIPES, replace_convolutions
@@ -102,7 +103,8 @@ class TestDocumented:
         ("program", "file"), [(PT2_CARD, "student.pt2"), (ONNX_CARD, "student.onnx")], ids=["pt2", "onnx"]
     )
     def test_a_program_alone_has_its_card_inside(self, handed_over: Path, program: str, file: str) -> None:
-        card = json.loads((handed_over / "student.json").read_text())
+        card = read_json(handed_over / "student.json")
+        del card["weights_sha256"]
         for other in set(FILES[:4]) - {file}:
             (handed_over / other).unlink()
         assert json.loads(isolated(program + "\nprint(json.dumps(card))\n", handed_over)) == card

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from distill.checkpoint import CheckpointFolder, block_name
+from distill.files import read_commented, read_json, write_commented, write_json
+from distill.rundir import RunDirectory
 from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, SMALL, environment
 from tests.run_directories import energy, huge, metrics, planned, run_directory, traced
@@ -222,11 +224,15 @@ def test_a_stopped_run_shows_how_far_it_got(stopped: Path) -> None:
 
 def test_the_command_of_a_stopped_run_s_page_goes_on(stopped: Path) -> None:
     run = shutil.copytree(stopped, stopped.with_name("copy"))
-    checkpoints = CheckpointFolder(run, generation=2)
-    begun = [checkpoint for block in range(9) if (checkpoint := checkpoints.load(block_name(block)))]
-    for file in ("resolved.yaml", "identity.json"):  # its end is 100000 steps away
-        near = (run / file).read_text().replace("100000", str(20 + max(checkpoint.step for checkpoint in begun)))
-        (run / file).write_text(near)
+    checkpoints = CheckpointFolder(run, generation=2, origin=RunDirectory(run).origin("teacher.safetensors"))
+    begun = [checkpoint for block in range(10) if (checkpoint := checkpoints.load(block_name(block)))]
+    near = 20 + max(checkpoint.step for checkpoint in begun)  # its end is 100000 steps away
+    settings = read_commented(run / "resolved.yaml").replace("100000", str(near))
+    write_commented(run / "resolved.yaml", settings)
+    write_json(run / "identity.json", read_json(run / "identity.json") | {"distill.steps": near})
+    of_near = CheckpointFolder(run, generation=2, origin=RunDirectory(run).origin("teacher.safetensors"))
+    for checkpoint in begun:
+        of_near.save(checkpoint)
     assert report(run, cwd=run).returncode == 0
     (command,) = re.findall(r"<pre[^>]*>(cd [^<]*python -m distill[^<]*)</pre>", (run / "report.html").read_text())
     command = command.replace("python", sys.executable)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.rundir import RunDirectory
 from tests.e2e.command import bits, distill
 
 STRATEGIES = {
@@ -29,7 +30,7 @@ def trained_by(run_dir: Path, cwd: Path, *plan: str) -> subprocess.CompletedProc
 def test_the_students_are_bitwise_those_of_a_broadcast(finished: tuple[Path, str], tmp_path: Path, name: str) -> None:
     result = trained_by(finished[0], tmp_path, "stage=distill", *STRATEGIES[name])
     assert bits(tmp_path / "run") == bits(finished[0])
-    assert json.loads((tmp_path / "run" / "stages" / "distill.json").read_text())["teaching_ranks"] == [0, 1]
+    assert RunDirectory(tmp_path / "run").result("distill")["teaching_ranks"] == [0, 1]
     if name == "two teacher ranks":
         assert "plan: broadcast with 2 teacher ranks on 2 ranks" in result.stdout
         assert "rank 1: teacher and students, predicted" in result.stdout
@@ -40,8 +41,7 @@ def test_two_ranks_share_the_batches_of_one_block_where_they_may(finished: tuple
     result = trained_by(finished[0], tmp_path, *shared)
     assert "plan: relay in groups on 2 ranks" in result.stdout
     assert "rank 1: teacher and students with rank 0, predicted" in result.stdout
-    facts = json.loads((tmp_path / "run" / "stages" / "distill.json").read_text())
-    assert facts["groups"] == [[0, 1]]
+    assert RunDirectory(tmp_path / "run").result("distill")["groups"] == [[0, 1]]
     assert bits(tmp_path / "run").keys() == {"layer3.2"}
     assert "ranks that share batches" in (tmp_path / "run" / "report.html").read_text()
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["plan.groups"] is True

@@ -69,7 +69,7 @@ def jobs(cwd: Path) -> list[dict[str, Any]]:
 def attempts(cwd: Path) -> dict[str, int]:
     """How often every run directory was claimed, by its tag."""
     files = (cwd / "outputs" / "swept").glob("*/generation.json")
-    return {path.parent.name.split("-", 1)[1]: json.loads(path.read_text()) for path in files}
+    return {path.parent.name.split("-", 1)[1]: json.loads(path.read_text())["generation"] for path in files}
 
 
 @pytest.fixture(scope="module")
