@@ -221,7 +221,10 @@ def _refuse_lonely_tasks(config: JobConfig) -> None:
 
 def _collect(job: Job, result: Any, folder: Path, *, stopped: bool) -> None:
     """Take over what a launched job recorded, or say why there is no record."""
-    record = result.return_value if isinstance(result, JobReturn) else read_json(_record_of(job, folder))
+    try:
+        record = result.return_value if isinstance(result, JobReturn) else read_json(_record_of(job, folder))
+    except DamagedFileError as damage:
+        record, result = None, damage
     if record is not None:
         for name, value in record.items():
             setattr(job, name, value)

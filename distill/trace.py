@@ -5,6 +5,7 @@ Knows no torch: on a GPU the clock is handed in. Times are seconds of the epoch 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from distill.files import DamagedFileError, read_json, write_json
+from distill.files import DamagedFileError, read_json, write_json, write_text
 
 # stage: a stage of the job. Training thread: teacher (also reading what it computed before), student, wait (for a
 # batch, or for a free slot at a receiver), record (the teacher's activations, before the stage).
@@ -267,7 +268,8 @@ def write_perfetto(run_dir: Path) -> Path:
     skipped = {f"rank {trace.rank}": trace.steps_skipped for trace in traces if trace.steps_skipped}
     path = run_dir / "trace.json"
     other = {"started_s": origin, "steps_not_recorded": skipped}
-    write_json(path, {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}, indent=None)
+    whole = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
+    write_text(path, json.dumps(whole, allow_nan=False))  # without a checksum: it may be large, and is not read here
     return path
 
 
