@@ -148,7 +148,7 @@ class RunDirectory:
         """Return the content of a file that a complete stage made. Raises DamagedFileError where it is another."""
         content = read_bytes(self.path / name)
         if hashlib.sha256(content).hexdigest() != self.digests([name]).get(name):
-            raise DamagedFileError(self.path / name, _DIFFERENT)
+            raise DamagedFileError(self.path / name, "damaged: it is not the file that was made here; start again")
         return content
 
     def digests(self, names: Sequence[str] = ()) -> dict[str, str]:
@@ -173,7 +173,8 @@ class RunDirectory:
                     continue
                 for name, digest in record["made"].items():
                     if file_digest(self.path / name) != digest:
-                        raise DamagedFileError(self.path / name, _DIFFERENT)
+                        why = f"damaged, or another run's: it is not the file that {self._record_file(stage)} tells of"
+                        raise DamagedFileError(self.path / name, why)
                 for name, digest in record["used"].items():
                     if made.get(name, digest) != digest:
                         raise DamagedFileError(self._record_file(stage), f"it used another {name}")
@@ -211,9 +212,6 @@ class RunDirectory:
             self.mended.append(f"it is written anew: {damage}")
         names = [re.fullmatch(r"rank\d+\.(\d+)\.json", path.name) for path in (self.path / "traces").glob("rank*.json")]
         return max(recorded, *(int(name[1]) for name in names if name), 0)
-
-
-_DIFFERENT = "damaged, or another run's: it is not the file that was written here"
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
