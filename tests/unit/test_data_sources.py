@@ -294,4 +294,4 @@ def test_a_hub_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_without_the_datasets_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("data.name", r"pip install 'distill\[hf\]'", "hf", tmp_path)
+    refused("data.name", r"pip install -e '\.\[hf\]'", "hf", tmp_path)
