@@ -1,11 +1,13 @@
-"""`report` draws pages, `simulate` imagines clusters and `jobs` lists a sweep's jobs. Else this process is one rank
-under torchrun; without it, it composes the job, or with --multirun the jobs of a sweep, and launches."""
+"""`report` draws pages, `simulate` imagines clusters, `jobs` lists a sweep's jobs, `slurm` names the folder of batch
+scripts. Else this process is one rank under torchrun; without it, it composes the job, or with --multirun the jobs of a
+sweep, and launches."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,19 +23,10 @@ RESOLVER = "timeout:1 attempts:4"
 def main() -> int:
     """The console script `distill` and `python -m distill`; returns the exit status."""
     os.environ.setdefault("RES_OPTIONS", RESOLVER)
-    command, arguments = sys.argv[1:2], sys.argv[1:]
-    if command == ["report"]:
-        from distill.report.command import main as report
-
-        return report(arguments[1:])
-    if command == ["simulate"]:
-        from distill.forecast import main as simulate
-
-        return simulate(arguments[1:], imagine)
-    if command == ["jobs"]:
-        from distill.sweep import list_jobs
-
-        return list_jobs(arguments[1:])
+    arguments = sys.argv[1:]
+    verb = _verb(arguments[0]) if arguments else None
+    if verb:
+        return verb(arguments[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from distill.job import run_rank
 
@@ -45,6 +38,27 @@ def main() -> int:
     from distill.launcher import main as launch
 
     return launch(arguments)
+
+
+def _verb(word: str) -> Callable[[Sequence[str]], int] | None:
+    """What a first word that is no override asks for; its imports cost nobody else anything."""
+    if word == "report":
+        from distill.report.command import main as report
+
+        return report
+    if word == "simulate":
+        from distill.forecast import main as simulate
+
+        return partial(simulate, imagine=imagine)
+    if word == "jobs":
+        from distill.sweep import list_jobs
+
+        return list_jobs
+    if word == "slurm":
+        from distill.shipped import main as slurm
+
+        return slurm
+    return None
 
 
 def imagine(overrides: Sequence[str], device: Device, steps: int | None) -> tuple[Costs, list[Span]]:

@@ -18,6 +18,7 @@ from distill.config import JobConfig, LaunchConfig, from_yaml, load, setting_kin
 from distill.config_errors import explain
 from distill.errors import ConfigError
 from distill.files import DamagedFileError, read_commented
+from distill.shipped import shipped
 
 VERSION_BASE = "1.3"
 RUN = "run="  # the shorthand for a run directory; `run` itself is a section and takes no value
@@ -25,8 +26,7 @@ RUN = "run="  # the shorthand for a run directory; `run` itself is a section and
 
 def config_dir() -> str:
     """Return the folder of the YAML files: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    return str(next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir()))
+    return str(shipped("conf"))
 
 
 def register_schema() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf.errors import MissingMandatoryValue
 
-from distill.errors import ConfigError, UnknownSettingError, one_of
+from distill.errors import ConfigError, UnknownSettingError, install, one_of
 
 _WORDS = {
     "int": "an integer", "int | None": "an integer, or null", "float": "a number", "float | None": "a number, or null",
@@ -30,7 +30,7 @@ def explain(error: BaseException, kinds: Mapping[str, str], overrides: Sequence[
     if choice:
         group, given = choice.groups()
         available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        extra = "; submitit_slurm comes with the extra slurm: pip install 'distill[slurm]'"
+        extra = f"; submitit_slurm comes with the extra slurm: {install('slurm')}"
         lacking = group == "hydra/launcher" and "submitit_slurm" not in available
         return ConfigError(group, given, one_of(available, given) + extra * lacking)
     several = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text)

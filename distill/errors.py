@@ -35,3 +35,8 @@ def one_of(choices: Iterable[str], given: object = "") -> str:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f"{near[0]!r} (the nearest), or " if near else ""
     return f"{hint}one of {', '.join(names)}"
+
+
+def install(extra: str) -> str:
+    """Return how an extra is installed. Not by the project's name: package indexes know another project by it."""
+    return f"pip install -e '.[{extra}]' in the folder of distill's source"

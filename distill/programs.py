@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.errors import DistillError
+from distill.errors import DistillError, install
 from distill.export import StudentCard
 from distill.files import write_bytes
 
@@ -200,7 +200,7 @@ def _require(packages: Sequence[str]) -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise NotInstalledError(f"{package} is missing: pip install distill[onnx]") from error
+            raise NotInstalledError(f"{package} is missing: {install('onnx')}") from error
 
 
 def _in_one_line(error: Exception) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on the digits embedded in scikit-learn, with two ranks. From a fresh clone: sets up .venv first.
+# The main job on the digits that come with the package, with two ranks. From a fresh clone: sets up .venv first.
 # Further arguments are Hydra overrides: launch/demo.sh student.rank=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -22,7 +22,7 @@ from distill.data.addressing import fixed_fifth
 from distill.data.columns import Columns
 from distill.data.decoding import UnreadableImageError, decode
 from distill.data.source import Splits
-from distill.errors import ConfigError, one_of
+from distill.errors import ConfigError, install, one_of
 
 USUAL_TEST_SPLITS = ("test", "validation", "valid", "val")
 
@@ -181,6 +181,6 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError("data.name", "hf", f"pip install 'distill[hf]' first ({error})") from error
+        raise ConfigError("data.name", "hf", f"the extra hf: {install('hf')} ({error})") from error
     datasets.disable_progress_bars()
     return datasets

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from distill.errors import ConfigError, one_of
+from distill.errors import ConfigError, install, one_of
 from distill.teachers.cifar_resnet import UNITS_PER_STAGE, cifar_resnet
 from distill.teachers.cifar_vgg import LAYERS, cifar_vgg
 
@@ -78,7 +78,7 @@ def import_timm(setting: str) -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise ConfigError(setting, "timm", "the package timm: pip install 'distill[timm]'") from error
+        raise ConfigError(setting, "timm", f"the package timm: {install('timm')}") from error
 
 
 def _nearest_timm(timm: Any, name: str) -> str:

@@ -60,7 +60,7 @@ def run_ranks(
         "TORCHELASTIC_RUN_ID": "test",
     }
     # One server process imports everything once; every rank is a fork of it, in a fraction of a second.
-    multiprocessing.set_forkserver_preload(["distill.session", "tests.dist.ranks", "sklearn.datasets"])
+    multiprocessing.set_forkserver_preload(["distill.session", "tests.dist.ranks"])
     context = mp.start_processes(
         _rank_main,
         args=(function, world_size, environment, arguments),

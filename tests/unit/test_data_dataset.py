@@ -1,4 +1,4 @@
-"""Batches addressed by step, on the digits that come with scikit-learn."""
+"""Batches addressed by step, on the digits that come with the package."""
 
 from collections.abc import Iterator
 from typing import Any

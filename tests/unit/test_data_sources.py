@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 import sys
-from hashlib import md5
+from hashlib import md5, sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from distill.data import Augment, Dataset, cifar
+from distill.data.digits import open_digits
 from distill.errors import ConfigError
 from tests.opened import AS_THEY_ARE, opened
 
@@ -59,6 +60,18 @@ def write_folder(root: Path, *, split: str, names: list[str]) -> None:
         (root / split / name).mkdir(parents=True)
         for image in range(6):
             (root / split / name / f"{image}.png").write_bytes(png(100 * label + image + (10 if split == "val" else 0)))
+
+
+def test_digits_are_the_published_ones_in_their_order_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests were made from scikit-learn 1.9.1's load_digits(); images in both splits, then labels."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    splits = open_digits()
+    sources = (splits.train, splits.open_test())
+    pixels = b"".join(np.asarray(source.open(row)).tobytes() for source in sources for row in range(len(source)))
+    labels = b"".join(source.labels.numpy().tobytes() for source in sources)
+    assert [len(source) for source in sources] == [1438, 359]
+    assert sha256(pixels).hexdigest() == "0ceb03537b4d9e613325df5ad62d6f4bab363231b47e67c95ea1c8df5acefd64"
+    assert sha256(labels).hexdigest() == "59fcee6faf031723235d0ab33278384a07f37b437f840ae8272173c55f889f60"
 
 
 def test_imagefolder_reads_train_and_val_by_class(tmp_path: Path) -> None:
@@ -281,4 +294,4 @@ def test_a_hub_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_without_the_datasets_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("data.name", r"pip install 'distill\[hf\]'", "hf", tmp_path)
+    refused("data.name", r"pip install -e '\.\[hf\]'", "hf", tmp_path)

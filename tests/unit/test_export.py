@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,10 @@ def test_weights_cut_short_are_refused(folder: Path) -> None:
     (folder / "student.safetensors").write_bytes(weights[:-10])
     with pytest.raises(DistillError, match=r"student\.safetensors"):
         load_student(folder)
+
+
+def test_the_package_shows_load_student_without_importing_torch() -> None:
+    program = "import sys, distill; sys.stdout.write(f\"{'load_student' in dir(distill)} {'torch' in sys.modules}\")"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "True False"
+    assert distill.load_student is load_student

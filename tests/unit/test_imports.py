@@ -24,14 +24,15 @@ SETTINGS = {
 # Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"export"},
-    "__main__": {"devices", "forecast", "job", "launcher", "multirun", "plan", "report", "sweep"},
+    "__main__": {"devices", "forecast", "job", "launcher", "multirun", "plan", "report", "shipped", "sweep"},
     "errors": set(),
+    "shipped": set(),
     # settings and starting
     "config_errors": {"errors"},
     "choices": set(),
     "config": {"choices", "config_errors", "errors"},
     "fingerprint": {"choices", "config"},
-    "compose": {"choices", "config", "config_errors", "errors", "files"},
+    "compose": {"choices", "config", "config_errors", "errors", "files", "shipped"},
     "launcher": {"compose", "config", "errors", "stopper"},
     "stopper": set(),
     "multirun": {
@@ -128,6 +129,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "files",
     "rundir",
     "lease",
+    "shipped",
     "progress",
     "stopper",
     "submitted",

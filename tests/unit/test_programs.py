@@ -232,7 +232,7 @@ class TestFailures:
         (tmp_path / "student.onnx").write_text("of an earlier delivery")
         records = deliver(tmp_path)
         assert records["onnx"]["status"] == "not installed"
-        assert "pip install distill[onnx]" in str(records["onnx"]["reason"])
+        assert "pip install -e '.[onnx]'" in str(records["onnx"]["reason"])
         assert package in str(records["onnx"]["reason"])
         assert [path.name for path in tmp_path.iterdir()] == ["student.pt2"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distill import shipped
 from distill.compose import compose
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
@@ -38,6 +39,15 @@ def echo(tmp_path: Path) -> str:
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" "OMP=$OMP_NUM_THREADS"\n')
     (tmp_path / "python").chmod(0o755)
     return f"{tmp_path}:/usr/bin:/bin"
+
+
+def test_a_command_says_where_the_scripts_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shipped.main([]) == 0
+    assert Path(capsys.readouterr().out.rstrip("\n")) == SCRIPTS
+    with pytest.raises(SystemExit) as caught:
+        shipped.main(["distill.sbatch"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: distill.sbatch" in capsys.readouterr().err
 
 
 def started(echo: str, *overrides: str, **environment: str) -> str:

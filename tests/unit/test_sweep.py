@@ -85,7 +85,7 @@ def test_without_the_extra_slurm_its_launcher_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "hydra/launcher: got 'submitit_slurm'" in done.stderr
-    assert "pip install 'distill[slurm]'" in done.stderr
+    assert "pip install -e '.[slurm]'" in done.stderr
 
 
 def test_on_slurm_counts_and_addresses_come_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

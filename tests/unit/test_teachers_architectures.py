@@ -95,7 +95,7 @@ def test_timm_builds_without_downloading() -> None:
 
 def test_timm_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'distill\[timm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[timm\]'"):
         build_architecture(source="timm", name="resnet18", num_classes=5)
 
 
