@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import sys
 from hashlib import md5
@@ -15,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distill.data import Augment, Dataset, cifar
+from distill.data.listing import SUFFIXES
 from distill.errors import ConfigError
 from tests.opened import AS_THEY_ARE, opened
 
@@ -78,11 +81,98 @@ def test_imagefolder_errors_name_what_was_looked_for(tmp_path: Path) -> None:
     refused("data.root", "existing folder", "imagefolder", tmp_path / "none")
     refused("data.root", r"holds .*train, or data\.train_split", "imagefolder", tmp_path)
     write_folder(tmp_path, split="train", names=CLASSES)
-    refused("data.root", r"holds .*val or .*test, or data\.test_split", "imagefolder", tmp_path)
+    refused("data.root", r"holds val or test or .*, or data\.test_split", "imagefolder", tmp_path)
     refused("data.test_split", "one of train", "imagefolder", tmp_path, test_split="eval")
     refused("data.train_split", "'train' .the nearest", "imagefolder", tmp_path, train_split="trian")
     write_folder(tmp_path, split="val", names=["bird", "cat"])
     refused("data.root", "only in train: airplane; only in val: cat", "imagefolder", tmp_path)
+
+
+def listed(dataset: Dataset) -> list[str]:
+    source = dataset._splits.train
+    return [source.name(row) for row in range(len(source))]
+
+
+def two_splits(root: Path, *, names: list[str] = CLASSES) -> Path:
+    for split in ("train", "val"):
+        write_folder(root, split=split, names=names)
+    return root / "train"
+
+
+def test_what_systems_leave_in_folders_is_no_image_and_no_class(tmp_path: Path) -> None:
+    train = two_splits(tmp_path)
+    expected = listed(open_data("imagefolder", tmp_path))
+    for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        for parent in (train, train / "bird"):
+            (parent / folder).mkdir()
+            (parent / folder / "0.png").write_bytes(png(1))
+    for name in ("._0.png", ".0.png", "Thumbs.db", "notes.txt"):
+        (train / "bird" / name).write_bytes(b"no image")
+    dataset = open_data("imagefolder", tmp_path)
+    assert dataset.classes == tuple(CLASSES)
+    assert listed(dataset) == expected
+
+
+def test_images_are_found_below_their_class_by_any_usual_name_and_through_links(tmp_path: Path) -> None:
+    train = two_splits(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.png").write_bytes(png(1))
+    (train / "bird" / "deep").mkdir()
+    (train / "bird" / "deep" / "UPPER.JPEG").write_bytes(png(1))
+    (train / "bird" / "a.gif").write_bytes(png(1))
+    (train / "bird" / "link").symlink_to(tmp_path / "elsewhere")
+    (train / "bird" / "circle").symlink_to(train)
+    (train / "bird" / "itself.png").symlink_to("itself.png")
+    (train / "bird" / "nowhere.png").symlink_to("gone")
+    os.mkfifo(train / "bird" / "pipe.png")
+    added = ("a.gif", "deep/UPPER.JPEG", "itself.png", "link/far.png", "nowhere.png")
+    dataset = open_data("imagefolder", tmp_path)
+    of_bird = {name for name in listed(dataset) if name.startswith("train/bird/") and "circle" not in name}
+    assert of_bird == {f"train/bird/{name}" for name in (*added, *(f"{image}.png" for image in range(6)))}
+    assert dataset.skipped == ("train/bird/itself.png", "train/bird/nowhere.png")
+
+
+def test_suffixes_are_those_of_torchvision_and_more() -> None:
+    assert set(SUFFIXES) > set(IMG_EXTENSIONS)
+
+
+def test_what_has_no_class_and_what_may_be_a_mistake_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = two_splits(tmp_path, names=["Cat", "cat", "empty"])
+    for path in (train / "empty").iterdir():
+        path.unlink()
+    (train / "stray.png").write_bytes(png(1))
+    assert open_data("imagefolder", tmp_path).classes == ("Cat", "cat", "empty")
+    assert "no images in the class folders empty" in caplog.text
+    assert "no class folder of" in caplog.text
+    assert "stray.png" in caplog.text
+    assert "almost the same name: Cat, cat" in caplog.text
+
+
+def test_class_folders_one_level_too_deep_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        write_folder(tmp_path / split, split="images", names=CLASSES)
+    assert open_data("imagefolder", tmp_path).classes == ("images",)
+    assert "if its folders airplane, bird are the classes" in caplog.text
+
+
+def test_splits_that_would_be_wrong_are_refused_by_name(tmp_path: Path) -> None:
+    write_folder(tmp_path, split="train", names=["caf\u00e9"])
+    write_folder(tmp_path, split="val", names=["cafe\u0301"])
+    refused("data.root", "their way to write accents", "imagefolder", tmp_path)
+    refused("data.test_split", "other images than those trained on", "imagefolder", tmp_path, test_split="train")
+    refused("data.root", "class folders belong into", "imagefolder", tmp_path / "train")
+
+
+def test_names_that_are_not_utf8_are_read_and_told_as_text(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / split / os.fsdecode(b"caf\xe9")
+        folder.mkdir(parents=True)
+        for image in range(6):
+            (folder / os.fsdecode(b"\xe9%d.png" % image)).write_bytes(png(image) if image else b"no image")
+    dataset = open_data("imagefolder", tmp_path, batch_size=2)
+    assert dataset.classes == (r"caf\xe9",)
+    assert dataset.skipped == (r"train/caf\xe9/\xe90.png",)
+    assert len(images_of(dataset)) == 5
 
 
 def test_imagefolder_without_images_is_an_error(tmp_path: Path) -> None:
