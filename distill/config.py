@@ -114,6 +114,7 @@ class DataConfig:
     std: list[float] = setting([0.229, 0.224, 0.225], "input standard deviation per channel")
     num_workers: int = setting(2, "decoding processes per reading rank, for sets too large for memory")
     memory_limit_gib: float = setting(4.0, "a split larger than this (as uint8) is streamed instead of kept in memory")
+    exif_orientation: bool = setting(True, "whether images are turned as their EXIF orientation says")
     max_bad_images: int = setting(10, "images that may be undecodable (they are named and skipped)")
     download: bool = setting(True, "whether missing data may be downloaded")
     train_split: str | None = setting(None, "name of the training split or folder; null: the usual one")

@@ -280,6 +280,7 @@ def open_dataset(
     test_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    exif_orientation: bool = True,
 ) -> Dataset:
     """Return the set `name` (digits, cifar10, cifar100, imagefolder, hf), its training images ready to be read.
 
@@ -288,6 +289,7 @@ def open_dataset(
     is not image_size x image_size has its shorter side resized to that and is centre cropped; streamed validation and
     test images are resized to 256/224 of it first, as ImageNet networks expect.
     mean and std are per channel, of pixels in 0 .. 1. train_split and test_split name folders or hub splits.
+    exif_orientation: images are turned as that says.
     Raises ConfigError on the setting of data.* that cannot be honoured.
     """
     _check(image_size=image_size, batch_size=batch_size, validation_fraction=validation_fraction, mean=mean, std=std)
@@ -300,6 +302,7 @@ def open_dataset(
         test_split=test_split,
         image_column=image_column,
         label_column=label_column,
+        upright=exif_orientation,
     )
     reading = Reading(
         image_size=image_size,
@@ -330,13 +333,14 @@ def _open_splits(
     test_split: str | None,
     image_column: str | None,
     label_column: str | None,
+    upright: bool,
 ) -> Splits:
     if name == "digits":
         return open_digits()
     if name in ("cifar10", "cifar100"):
         return open_cifar(name=name, root=root, download=download)
     if name == "imagefolder":
-        return open_folder(root=root, train_split=train_split, test_split=test_split)
+        return open_folder(root=root, train_split=train_split, test_split=test_split, upright=upright)
     if name == "hf":
         return open_hub(
             root=root,
@@ -346,6 +350,7 @@ def _open_splits(
             label_column=label_column,
             memory_limit_bytes=memory_limit_bytes,
             download=download,
+            upright=upright,
         )
     raise ConfigError("data.name", name, one_of(NAMES, name))
 

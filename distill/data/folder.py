@@ -28,8 +28,9 @@ class FolderSource:
     What is there and is no image of a class is warned of: classes without images, images without a class.
     """
 
-    def __init__(self, root: Path, split: str, folders: tuple[str, ...]) -> None:
+    def __init__(self, root: Path, split: str, folders: tuple[str, ...], *, upright: bool) -> None:
         self._root = root
+        self._upright = upright
         self._paths: list[str] = []
         counts: list[int] = []
         for folder in folders:
@@ -47,19 +48,19 @@ class FolderSource:
         return readable(self._paths[row])
 
     def open(self, row: int) -> Image.Image:
-        return decode(self._root / self._paths[row])
+        return decode(self._root / self._paths[row], upright=self._upright)
 
 
-def open_folder(*, root: str | None, train_split: str | None, test_split: str | None) -> Splits:
+def open_folder(*, root: str | None, train_split: str | None, test_split: str | None, upright: bool = True) -> Splits:
     """Return the images under root/<train_split> (None: train) and root/<test_split> (None: the first of val, test,
-    validation, valid). Raises ConfigError when a folder is missing, has no images, is both, or the two have different
-    classes.
+    validation, valid), turned as their EXIF orientation says where they are to be `upright`. Raises ConfigError when a
+    folder is missing, has no images, is both, or the two have different classes.
     """
     folder, train, test = find_splits(root=root, train_split=train_split, test_split=test_split)
     folders = class_folders(folder / train)
     return Splits(
-        train=FolderSource(folder, train, folders),
-        open_test=functools.partial(FolderSource, folder, test, folders),
+        train=FolderSource(folder, train, folders, upright=upright),
+        open_test=functools.partial(FolderSource, folder, test, folders, upright=upright),
         classes=tuple(map(readable, folders)),
     )
 

@@ -30,11 +30,12 @@ USUAL_TEST_SPLITS = ("test", "validation", "valid", "val")
 class TableSource:
     """The images of some rows of a table: `table` is a datasets.Dataset, which maps or holds Arrow memory."""
 
-    def __init__(self, table: Any, rows: Tensor, *, found: Columns, title: str) -> None:
+    def __init__(self, table: Any, rows: Tensor, *, found: Columns, title: str, upright: bool) -> None:
         self._table = table
         self._rows = rows
         self._column = found.image
         self._title = title
+        self._upright = upright
         self.labels = columns.labels(table, found)[rows]
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class TableSource:
         encoded, path = self._cell(row)
         if encoded is None and path is None:
             raise UnreadableImageError("the cell is empty")
-        return decode(encoded if encoded is not None else Path(path or ""))
+        return decode(encoded if encoded is not None else Path(path or ""), upright=self._upright)
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes map the table again; a view of its memory would travel as a copy of every byte.
@@ -77,6 +78,7 @@ def open_hub(
     label_column: str | None,
     memory_limit_bytes: float,
     download: bool,
+    upright: bool = True,
 ) -> Splits:
     """Return the splits of a folder of parquet files, of one parquet file, or of a name on the hub.
 
@@ -91,23 +93,26 @@ def open_hub(
     if path.is_file():
         single = _read_parquet([path], memory_limit_bytes)
         found = columns.find(single, image_column=image_column, label_column=label_column)
-        train, test = (TableSource(single, rows, found=found, title=path.name) for rows in fixed_fifth(len(single)))
+        train, test = (
+            TableSource(single, rows, found=found, title=path.name, upright=upright)
+            for rows in fixed_fifth(len(single))
+        )
         return Splits(train=train, open_test=lambda: test, classes=found.classes)
     tables = _folder_tables(path, memory_limit_bytes) if path.is_dir() else _hub_tables(root, download=download)
     names = _split_names(tables, root, train_split=train_split, test_split=test_split)
     table = tables[names[0]]()
     found = columns.find(table, image_column=image_column, label_column=label_column)
     return Splits(
-        train=TableSource(table, torch.arange(len(table)), found=found, title=names[0]),
-        open_test=functools.partial(_open_test, tables[names[1]], found, names[1]),
+        train=TableSource(table, torch.arange(len(table)), found=found, title=names[0], upright=upright),
+        open_test=functools.partial(_open_test, tables[names[1]], found, title=names[1], upright=upright),
         classes=found.classes,
     )
 
 
-def _open_test(open_table: Callable[[], Any], found: Columns, title: str) -> TableSource:
+def _open_test(open_table: Callable[[], Any], found: Columns, *, title: str, upright: bool) -> TableSource:
     table = open_table()
     columns.require_same(table, found)
-    return TableSource(table, torch.arange(len(table)), found=found, title=title)
+    return TableSource(table, torch.arange(len(table)), found=found, title=title, upright=upright)
 
 
 def _split_names(

@@ -145,6 +145,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             std=config.teacher.std or config.data.std,
             classes=dataset.classes,
             resize_shorter_side=dataset.evaluation_side,
+            exif_orientation=config.data.exif_orientation,
         )
         save_student(run.path, student, card)
         exports = deliver_programs(run.path, student, card, _some_test_images(dataset))

@@ -56,6 +56,7 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
         test_split=data.test_split,
         image_column=data.image_column,
         label_column=data.label_column,
+        exif_orientation=data.exif_orientation,
     )
 
 
