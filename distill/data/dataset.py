@@ -25,9 +25,11 @@ from distill.data.source import ImageSource, Splits
 from distill.data.stream import StreamImages
 from distill.data.views import draw_view
 from distill.errors import ConfigError, one_of
+from distill.host import available_memory, share_of_cores
 
 NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf")
 GIB = 2**30
+MOST_CORES = 8  # for decoding: a rank has other work for the rest
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,29 @@ class Reading:
     augment: Augment
     memory_limit_bytes: float
     num_workers: int
+    num_threads: int
+    spare_bytes: int  # of memory, when the set was opened
     device: torch.device
 
     def open(self, source: ImageSource, skipped: SkippedImages, held_out: Tensor | None) -> Images:
         """Return the pixels of a split: in memory where they fit, else streamed.
 
         `held_out` are the rows that must not stand in for undecodable ones of the rest; None: none may stand in.
+        Raises ConfigError where they should be in memory by the configuration and there is too little of it.
         """
         num_bytes = len(source) * self.image_size**2 * 3
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
-            return MemoryImages(source, image_size=self.image_size, skipped=skipped, device=self.device)
+            if num_bytes > self.spare_bytes:
+                allowed = f"less than {num_bytes / GIB:.3g}, so that images are streamed: there is memory for"
+                allowed += f" {self.spare_bytes / GIB:.3g} GiB on each rank of this host"
+                raise ConfigError("data.memory_limit_gib", self.memory_limit_bytes / GIB, allowed)
+            return MemoryImages(
+                source,
+                image_size=self.image_size,
+                skipped=skipped,
+                num_threads=self.num_threads,
+                device=self.device,
+            )
         groups = None
         if held_out is not None:
             groups = np.zeros(len(source), dtype=np.int8)
@@ -272,7 +287,8 @@ def open_dataset(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    num_workers: int = 2,
+    num_workers: int | None = None,
+    ranks_here: int = 1,
     memory_limit_gib: float = 4.0,
     max_bad_images: int = 10,
     download: bool = True,
@@ -285,9 +301,10 @@ def open_dataset(
     """Return the set `name` (digits, cifar10, cifar100, imagefolder, hf), its training images ready to be read.
 
     A split within memory_limit_gib (count * image_size^2 * 3 bytes) is decoded now and kept, on the device; a larger
-    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes. In memory, an image that
-    is not image_size x image_size has its shorter side resized to that and is centre cropped; streamed validation and
-    test images are resized to 256/224 of it first, as ImageNet networks expect.
+    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes (None: one for each core of
+    this process, where `ranks_here` share the host's, at most 8). In memory, an image that is not image_size x
+    image_size has its shorter side resized to that and is centre cropped; streamed validation and test images are
+    resized to 256/224 of it first, as ImageNet networks expect.
     mean and std are per channel, of pixels in 0 .. 1. train_split and test_split name folders or hub splits.
     exif_orientation: images are turned as that says.
     Raises ConfigError on the setting of data.* that cannot be honoured.
@@ -304,11 +321,14 @@ def open_dataset(
         label_column=label_column,
         upright=exif_orientation,
     )
+    cores = min(MOST_CORES, share_of_cores(ranks_here))
     reading = Reading(
         image_size=image_size,
         augment=augment,
         memory_limit_bytes=memory_limit_gib * GIB,
-        num_workers=num_workers,
+        num_workers=cores if num_workers is None else num_workers,
+        num_threads=cores,
+        spare_bytes=available_memory() // ranks_here,
         device=device,
     )
     return Dataset(

@@ -25,6 +25,7 @@ from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
 from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint, identity
+from distill.host import available_cores
 from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
 from distill.job.materials import Blocks, architecture_of
@@ -223,7 +224,7 @@ def _metrics(
             "python": platform.python_version(),
             "machine": platform.machine(),
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
-            "cores": os.cpu_count(),
+            "cores": available_cores(),
         },
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.config),

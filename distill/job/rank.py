@@ -26,6 +26,7 @@ from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, write_json
 from distill.fingerprint import identity, run_directory
+from distill.host import share_of_cores
 from distill.job.assembly import assemble_student
 from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
@@ -128,7 +129,7 @@ def _let_peers_know(control: Control) -> None:
 
 def _run(config: JobConfig, control: Control) -> None:
     device = _device(config)
-    torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
+    torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(ranks_of(os.environ)[3]))
     if config.stage is Stage.deliver:
         refuse_unfinished(config, RunDirectory(run_directory(config)))
     with open_data(config, device) as dataset:
@@ -192,10 +193,6 @@ def _device(config: JobConfig) -> torch.device:
     device = torch.device("cuda", ranks_of(os.environ)[2] % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _fair_share_of_cores() -> int:
-    return max(1, (os.cpu_count() or 1) // ranks_of(os.environ)[3])
 
 
 def _log_to(context: Context) -> None:
