@@ -34,7 +34,7 @@ def share_of_cores(num_processes: int) -> int:
 
 def available_memory() -> int:
     """Return the bytes that this process can use without pushing anything out: as Linux estimates it for the host
-    (files that it keeps in memory for later reading do not count as used), and at most what its control groups leave."""
+    (files that it keeps in memory for later reading do not count as used), at most what its control groups leave."""
     line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
     left, spare = cgroups.memory_left(), 1024 * int(line.split()[1])
     return spare if left is None else min(left, spare)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from distill.data.decoding import decode
 from distill.data.listing import SUFFIXES, class_folders, image_files, images_beside
+from distill.data.mapped import FileNames
 from distill.data.source import Splits, readable
 from distill.errors import ConfigError, one_of
 
@@ -31,14 +32,15 @@ class FolderSource:
     def __init__(self, root: Path, split: str, folders: tuple[str, ...], *, upright: bool) -> None:
         self._root = root
         self._upright = upright
-        self._paths: list[str] = []
+        paths: list[str] = []
         counts: list[int] = []
         for folder in folders:
             found = image_files(root, f"{split}/{folder}")
-            self._paths += [name for name, _ in found]
+            paths += [name for name, _ in found]
             counts.append(len(found))
         _require_images(root / split, counts)
         _warn_of_what_has_no_class(root / split, folders, counts)
+        self._paths = FileNames(paths)
         self.labels = torch.repeat_interleave(torch.tensor(counts))
 
     def __len__(self) -> int:

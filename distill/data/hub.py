@@ -1,15 +1,16 @@
 """Image sets of Hugging Face: local parquet files, or a name on the hub. The only user of `datasets`.
 
-Parquet cannot be read image by image: one image costs its whole row group. So files within the memory limit are read
-into memory with pyarrow, which leaves nothing on the disk, and larger ones are mapped from the Arrow cache that
-`datasets` makes (once, in HF_DATASETS_CACHE, as large as the files).
+Parquet cannot be read image by image: one image costs its whole row group. So files within the memory limit are written
+to a file in memory with pyarrow, which leaves nothing on the disk, and larger ones to the Arrow cache that `datasets`
+makes (once, in HF_DATASETS_CACHE, as large as the files). Either is mapped, here and in every worker process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from distill.data import columns
 from distill.data.addressing import fixed_fifth
 from distill.data.columns import Columns
 from distill.data.decoding import UnreadableImageError, decode
+from distill.data.mapped import MemoryFile
 from distill.data.source import Splits
 from distill.errors import ConfigError, one_of
 
 USUAL_TEST_SPLITS = ("test", "validation", "valid", "val")
+ROWS_AT_A_TIME = 1024  # a chunk of a table; pyarrow holds at most 2 GB of images in one
 
 
 class TableSource:
-    """The images of some rows of a table: `table` is a datasets.Dataset, which maps or holds Arrow memory."""
+    """The images of some rows of a table: `table` is a datasets.Dataset, which maps Arrow memory."""
 
     def __init__(self, table: Any, rows: Tensor, *, found: Columns, title: str, upright: bool) -> None:
         self._table = table
@@ -145,15 +148,34 @@ def _folder_tables(folder: Path, memory_limit_bytes: float) -> dict[str, Callabl
 
 def _read_parquet(paths: list[Path], memory_limit_bytes: float) -> Any:
     datasets = _import_datasets()
-    import pyarrow.parquet
-
     try:
         if sum(path.stat().st_size for path in paths) > memory_limit_bytes:
             return datasets.Dataset.from_parquet([str(path) for path in paths])
-        table = pyarrow.concat_tables([pyarrow.parquet.read_table(path, partitioning=None) for path in paths])
-        return datasets.Dataset(datasets.table.InMemoryTable(table))
+        return _in_memory(paths, datasets)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError("data.root", str(paths[0]), f"readable parquet files ({error})") from error
+
+
+def _in_memory(paths: list[Path], datasets: Any) -> Any:
+    """Return a table of the files' rows, mapped from a file in memory, which worker processes map as well."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    file = MemoryFile()
+    try:
+        with open(file.path, "wb") as stream, contextlib.ExitStack() as stack:
+            writer = None
+            for path in paths:
+                with pyarrow.parquet.ParquetFile(path) as parquet:
+                    writer = writer or stack.enter_context(pyarrow.ipc.new_stream(stream, parquet.schema_arrow))
+                    for batch in parquet.iter_batches(ROWS_AT_A_TIME):
+                        writer.write_batch(batch)
+        table = datasets.Dataset(datasets.table.MemoryMappedTable.from_file(file.path))
+    except BaseException:
+        file.close()
+        raise
+    weakref.finalize(table, file.close)
+    return table
 
 
 def _hub_tables(name: str, *, download: bool) -> dict[str, Callable[[], Any]]:
@@ -171,7 +193,7 @@ def _hub_tables(name: str, *, download: bool) -> dict[str, Callable[[], Any]]:
     return {split: functools.partial(loaded.__getitem__, split) for split in loaded}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _offline(datasets: Any, offline: bool) -> Iterator[None]:
     """Keep `datasets` from the network as HF_HUB_OFFLINE=1 would: it has no argument for that."""
     before = datasets.config.HF_HUB_OFFLINE

@@ -20,6 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distill.data import Augment, Dataset, cifar
 from distill.data.listing import SUFFIXES
+from distill.data.mapped import FileNames
 from distill.errors import ConfigError
 from tests.opened import AS_THEY_ARE, opened
 
@@ -349,6 +350,36 @@ def test_parquet_errors_name_what_was_looked_for(tmp_path: Path) -> None:
     refused("data.train_split", "'train' .the nearest", "hf", tmp_path, train_split="trian")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     refused("data.root", "readable parquet", "hf", tmp_path / "bad.parquet")
+
+
+@pytest.mark.parametrize("memory_limit_gib", [4.0, 1e-4], ids=["from a file in memory", "from a file on the disk"])
+def test_worker_processes_map_a_table_and_get_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_limit_gib: float
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    noise = [np.random.default_rng(row).bytes(50_000) for row in range(40)]
+    images = [{"bytes": png(row) + noise[row], "path": None} for row in range(40)]
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * 20}), tmp_path / "all.parquet", row_group_size=7)
+    settings = {"augment": Augment.resized_crop_flip, "memory_limit_gib": memory_limit_gib}
+    dataset = open_data("hf", tmp_path / "all.parquet", **settings)
+    decoder = dataset._images._decoder  # what a worker process is given
+    sent = pickle.dumps(decoder)
+    assert len(sent) < 20_000
+    allocated = pa.total_allocated_bytes()
+    there = pickle.loads(sent)
+    request = dataset._train_request(0, 0, 1, dataset._draws(0, 0, 1))
+    assert torch.equal(there[request].images, decoder[request].images)
+    assert pa.total_allocated_bytes() - allocated < 100_000
+
+
+def test_worker_processes_get_no_copy_of_a_folder_s_names(tmp_path: Path) -> None:
+    names = [f"train/a/{row:0200}.png" for row in range(500)] + [os.fsdecode(b"train/\xe9.png")]
+    sent = pickle.dumps(kept := FileNames(names))
+    assert len(sent) < 300
+    there = pickle.loads(sent)
+    assert [there[row] for row in range(len(there))] == names == [kept[row] for row in range(len(kept))]
 
 
 def test_a_hub_name_that_is_not_cached_needs_the_download_switch(
