@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,13 +203,23 @@ class Dataset:
 
     def train_batches(
         self, start: int, stop: int, part: int = 0, num_parts: int = 1, *, every: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Return what train_batch returns for the steps range(start, stop, every), decoded ahead where streamed."""
         steps = range(start, stop, every)
         requests = (self._train_request(step, part, num_parts, self._draws(step, part, num_parts)) for step in steps)
         for step, (images_BHWC, labels) in zip(steps, self._images.read_many(requests), strict=True):
             draws = self._draws(step, part, num_parts)
             yield self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
+
+    def measure_start(self) -> float:
+        """Return the seconds from train_batches() to its first batch, for which processes start that decode streamed
+        images; 0 where images are in memory."""
+        if isinstance(self._images, MemoryImages):
+            return 0.0
+        began = time.perf_counter()
+        with contextlib.closing(self.train_batches(0, self.steps_per_epoch)) as batches:
+            next(batches)
+            return time.perf_counter() - began
 
     def validation_batch(self, index: int) -> Batch:
         """Return full validation batch `index` modulo num_validation_batches; all images, where they are too few."""

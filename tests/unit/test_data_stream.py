@@ -57,6 +57,7 @@ def test_worker_processes_change_no_bit_and_report_the_images_they_skip(root: Pa
     here, workers = open_images(root), open_images(root, num_workers=2)
     global_state = torch.get_rng_state()
     with workers:
+        assert workers.measure_start() > 0.0
         for step, batch in enumerate(workers.train_batches(0, 7)):
             assert same(batch, here.train_batch(step))
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -110,6 +111,7 @@ def test_streamed_evaluation_resizes_by_256_over_224_and_crops(root: Path) -> No
 def test_memory_drops_bad_images_and_names_them(root: Path) -> None:
     dataset = open_images(root, augment=Augment.crop)
     assert dataset.skipped == BAD
+    assert dataset.measure_start() == 0.0
     assert dataset.num_train + dataset.num_validation == 22
 
 
