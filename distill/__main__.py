@@ -3,6 +3,7 @@ under torchrun; without it, it composes the job, or with --multirun the jobs of 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ RESOLVER = "timeout:1 attempts:4"
 def main() -> int:
     """The console script `distill` and `python -m distill`; returns the exit status."""
     os.environ.setdefault("RES_OPTIONS", RESOLVER)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error escapes what its encoding lacks; so should this
+        sys.stdout.reconfigure(errors="backslashreplace")
     command, arguments = sys.argv[1:2], sys.argv[1:]
     if command == ["report"]:
         from distill.report.command import main as report

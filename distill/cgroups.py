@@ -33,9 +33,9 @@ def memory_left(root: Path = ROOT) -> int | None:
     left = []
     for folder in _folders(root, "memory"):
         if (folder / "memory.current").exists():  # version 2; at memory.high processes are slowed down to a standstill
-            limits, used, cached = ("memory.max", "memory.high"), "memory.current", "inactive_file"
+            limits, used, cached = ["memory.max", "memory.high"], "memory.current", "inactive_file"
         else:
-            limits, used, cached = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+            limits, used, cached = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file"
         allowed = [limit for name in limits if (limit := _number(_text(folder / name))) is not None]
         if min(allowed, default=NO_LIMIT) < NO_LIMIT:
             statistics = dict(line.split() for line in _text(folder / "memory.stat").splitlines())

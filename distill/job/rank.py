@@ -31,6 +31,7 @@ from distill.job.assembly import assemble_student
 from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
+from distill.job.logs import HeldBack
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.memory import refuse_too_little
 from distill.job.metering import metering
@@ -54,17 +55,20 @@ def run_rank(overrides: Sequence[str]) -> int:
     rank, world_size, _, _ = ranks_of(os.environ)
     address = StoreAddress(rank=rank, world_size=world_size, environment=os.environ, timeout_s=EXCHANGE_S)
     control = Control(address, rank=rank, world_size=world_size, timeout_s=EXCHANGE_S)
+    held = HeldBack()
     try:
         config = _agree_on_config(control, overrides)
         control.timeout_s = config.plan.timeout_s
-        _run(config, control)
+        _run(config, control, held)
     except DistillError as error:
+        held.hand_on()
         if isinstance(error, LeaderFailedError) and rank != 0:
             time.sleep(MOURNING_S)  # rank 0 ends the job with its own words; if it cannot, these are told after all
         _leave_word(str(error))
         _tell(error, control)
         return 1
     except Exception as error:
+        held.hand_on()
         _leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
         sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
@@ -127,7 +131,7 @@ def _let_peers_know(control: Control) -> None:
             time.sleep(0.05)
 
 
-def _run(config: JobConfig, control: Control) -> None:
+def _run(config: JobConfig, control: Control, held: HeldBack) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(ranks_of(os.environ)[3]))
     if config.stage is Stage.deliver:
@@ -142,6 +146,7 @@ def _run(config: JobConfig, control: Control) -> None:
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
         context = _claim(config, control, device)  # only now is anything written: the job can run
+        held.hand_on()
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
@@ -200,7 +205,8 @@ def _log_to(context: Context) -> None:
     root = logging.getLogger("distill")
     root.setLevel(logging.INFO)
     root.propagate = False
-    file = logging.FileHandler(context.run.path / "logs" / f"rank{context.rank}.log")
+    path = context.run.path / "logs" / f"rank{context.rank}.log"
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if context.rank == 0:
