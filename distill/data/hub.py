@@ -60,16 +60,18 @@ class TableSource:
 
     @functools.cached_property
     def _cells(self) -> tuple[Any, Any]:
-        """The encoded bytes and the paths of the table's images, as two views of its memory."""
+        """The encoded bytes and the paths (None: there are none) of the table's images, as two views of its memory."""
         column = self._table.data.column(self._column)
+        if not hasattr(column.type, "get_field_index"):
+            return column, None  # bytes without a struct around them
         names = [field.name for field in column.type]
         fields = dict(zip(names, column.flatten(), strict=True))
-        return fields["bytes"], fields["path"]
+        return fields["bytes"], fields.get("path")
 
     def _cell(self, row: int) -> tuple[bytes | None, str | None]:
         in_table = int(self._rows[row])
         encoded, path = self._cells
-        return encoded[in_table].as_py(), path[in_table].as_py()
+        return encoded[in_table].as_py(), None if path is None else path[in_table].as_py()
 
 
 def open_hub(
@@ -100,13 +102,16 @@ def open_hub(
             TableSource(single, rows, found=found, title=path.name, upright=upright)
             for rows in fixed_fifth(len(single))
         )
+        columns.warn_of_empty(train.labels, found)
         return Splits(train=train, open_test=lambda: test, classes=found.classes)
     tables = _folder_tables(path, memory_limit_bytes) if path.is_dir() else _hub_tables(root, download=download)
     names = _split_names(tables, root, train_split=train_split, test_split=test_split)
     table = tables[names[0]]()
     found = columns.find(table, image_column=image_column, label_column=label_column)
+    train = TableSource(table, torch.arange(len(table)), found=found, title=names[0], upright=upright)
+    columns.warn_of_empty(train.labels, found)
     return Splits(
-        train=TableSource(table, torch.arange(len(table)), found=found, title=names[0], upright=upright),
+        train=train,
         open_test=functools.partial(_open_test, tables[names[1]], found, title=names[1], upright=upright),
         classes=found.classes,
     )

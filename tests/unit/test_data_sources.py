@@ -329,6 +329,38 @@ def test_columns_are_found_by_type_or_given(tmp_path: Path) -> None:
     refused("data.image_column", "a column of images", "hf", root, image_column="fine", label_column="fine")
 
 
+def test_images_may_be_bare_bytes_or_have_no_path_and_labels_truth_values(tmp_path: Path) -> None:
+    encoded = [png(value) for value in VALUES]
+    labels = [bool(value // 100) for value in VALUES]
+    for name, cells in (("bare", encoded), ("struct", [{"bytes": one} for one in encoded])):
+        pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / f"{name}.parquet")
+        dataset = open_data("hf", tmp_path / f"{name}.parquet", batch_size=3)
+        assert images_of(dataset) == {value: value // 100 for value in VALUES}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([-1, 0] * 6, "found -1 to 0"),
+        ([0, 2**63 + 5] * 6, "numbers of classes, below 1000000; found 9223372036854775813"),
+        ([0, None] * 6, "6 have none"),
+    ],
+    ids=["negative", "too large", "missing"],
+)
+def test_labels_that_are_no_classes_are_told(tmp_path: Path, labels: list[int | None], message: str) -> None:
+    kind = pa.uint64() if 2**63 + 5 in labels else pa.int64()
+    cells = [{"bytes": png(value), "path": None} for value in VALUES]
+    pq.write_table(pa.table({"image": cells, "label": pa.array(labels, kind)}), tmp_path / "all.parquet")
+    refused("data.label_column", message, "hf", tmp_path / "all.parquet")
+
+
+def test_classes_without_images_of_a_table_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cells = [{"bytes": png(value), "path": None} for value in VALUES]
+    pq.write_table(pa.table({"image": cells, "label": [1, 3] * 6}), tmp_path / "all.parquet")
+    assert open_data("hf", tmp_path / "all.parquet").classes == ("0", "1", "2", "3")
+    assert "no training images of the classes 0, 2 of label" in caplog.text
+
+
 def test_test_labels_must_be_classes_of_the_training_split(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", VALUES)
     write_parquet(tmp_path / "test.parquet", [250])
