@@ -51,7 +51,6 @@ class Reading:
     memory_limit_bytes: float
     num_workers: int
     num_threads: int
-    spare_bytes: int  # of memory, when the set was opened
     device: torch.device
 
     def open(self, source: ImageSource, skipped: SkippedImages, held_out: Tensor | None) -> Images:
@@ -62,9 +61,10 @@ class Reading:
         """
         num_bytes = len(source) * self.image_size**2 * 3
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
-            if num_bytes > self.spare_bytes:
-                allowed = f"less than {num_bytes / GIB:.3g}, so that images are streamed: there is memory for"
-                allowed += f" {self.spare_bytes / GIB:.3g} GiB on each rank of this host"
+            if num_bytes > (spare := available_memory()):
+                allowed = (
+                    f"less than {num_bytes / GIB:.3g}, so that images are streamed: {spare / GIB:.3g} are free"
+                )
                 raise ConfigError("data.memory_limit_gib", self.memory_limit_bytes / GIB, allowed)
             return MemoryImages(
                 source,
@@ -340,7 +340,6 @@ def open_dataset(
         memory_limit_bytes=memory_limit_gib * GIB,
         num_workers=cores if num_workers is None else num_workers,
         num_threads=cores,
-        spare_bytes=available_memory() // ranks_here,
         device=device,
     )
     return Dataset(

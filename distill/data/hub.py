@@ -25,6 +25,7 @@ from distill.data.decoding import UnreadableImageError, decode
 from distill.data.mapped import MemoryFile
 from distill.data.source import Splits
 from distill.errors import ConfigError, one_of
+from distill.host import available_memory
 
 USUAL_TEST_SPLITS = ("test", "validation", "valid", "val")
 ROWS_AT_A_TIME = 1024  # a chunk of a table; pyarrow holds at most 2 GB of images in one
@@ -154,7 +155,7 @@ def _folder_tables(folder: Path, memory_limit_bytes: float) -> dict[str, Callabl
 def _read_parquet(paths: list[Path], memory_limit_bytes: float) -> Any:
     datasets = _import_datasets()
     try:
-        if sum(path.stat().st_size for path in paths) > memory_limit_bytes:
+        if sum(path.stat().st_size for path in paths) > min(memory_limit_bytes, available_memory()):
             return datasets.Dataset.from_parquet([str(path) for path in paths])
         return _in_memory(paths, datasets)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
