@@ -62,9 +62,7 @@ class Reading:
         num_bytes = len(source) * self.image_size**2 * 3
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
             if num_bytes > (spare := available_memory()):
-                allowed = (
-                    f"less than {num_bytes / GIB:.3g}, so that images are streamed: {spare / GIB:.3g} are free"
-                )
+                allowed = f"less than {num_bytes / GIB:.3g}, so that images are streamed: {spare / GIB:.3g} are free"
                 raise ConfigError("data.memory_limit_gib", self.memory_limit_bytes / GIB, allowed)
             return MemoryImages(
                 source,
