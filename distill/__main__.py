@@ -4,6 +4,7 @@ sweep, and launches."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ RESOLVER = "timeout:1 attempts:4"
 def main() -> int:
     """The console script `distill` and `python -m distill`; returns the exit status."""
     os.environ.setdefault("RES_OPTIONS", RESOLVER)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error escapes what its encoding lacks; so should this
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     verb = _verb(arguments[0]) if arguments else None
     if verb:

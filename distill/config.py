@@ -112,8 +112,12 @@ class DataConfig:
     validation_fraction: float = setting(0.05, "share of the training images held out for the job's own decisions")
     mean: list[float] = setting([0.485, 0.456, 0.406], "input mean per channel, of images in 0..1")
     std: list[float] = setting([0.229, 0.224, 0.225], "input standard deviation per channel")
-    num_workers: int = setting(2, "decoding processes per reading rank, for sets too large for memory")
+    num_workers: int | None = setting(
+        None,
+        "decoding processes per reading rank, of streamed sets; null: its share of the cores, at most 8",
+    )
     memory_limit_gib: float = setting(4.0, "a split larger than this (as uint8) is streamed instead of kept in memory")
+    exif_orientation: bool = setting(True, "whether images are turned as their EXIF orientation says")
     max_bad_images: int = setting(10, "images that may be undecodable (they are named and skipped)")
     download: bool = setting(True, "whether missing data may be downloaded")
     train_split: str | None = setting(None, "name of the training split or folder; null: the usual one")
@@ -290,7 +294,7 @@ class LaunchConfig:
     local_addr: str | None = setting(None, "what other nodes can call this one; null: its own host name")
     max_restarts: int = setting(0, "restarts of the ranks after a failure")
     threads_per_rank: int | None = setting(
-        None, "CPU threads of a rank; null: the cores divided by the ranks of the node"
+        None, "CPU threads of a rank; null: the cores that it may use, divided by the ranks of the node"
     )
 
     def __post_init__(self) -> None:

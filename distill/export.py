@@ -25,9 +25,10 @@ class StudentCard:
     """Everything but the weights. `architecture` holds build_architecture()'s arguments, `recipe` its name and options,
     `replaced` the paths of the convolutions it replaced.
 
-    A picture becomes an input by: its colours as `colours`; shorter side resized to `resize_shorter_side` pixels by
-    `resize_filter`; `crop` to image_size x image_size; values in `value_range`; minus `mean`, divided by `std`, one a
-    channel; as `input_layout`. That is how the test images were prepared. Outputs are logits, one a class.
+    A picture becomes an input by: turned as its EXIF orientation says, if `exif_orientation`; its colours as `colours`;
+    shorter side resized to `resize_shorter_side` pixels by `resize_filter`; `crop` to image_size x image_size; values
+    in `value_range`; minus `mean`, divided by `std`, one a channel; as `input_layout`. That is how the test images were
+    prepared. Outputs are logits, one a class.
     """
 
     architecture: Mapping[str, Any]
@@ -38,6 +39,7 @@ class StudentCard:
     std: Sequence[float]
     classes: Sequence[str]
     resize_shorter_side: int
+    exif_orientation: bool = True
     resize_filter: str = "bilinear, antialiased (as PIL resizes)"
     crop: str = "centre"
     colours: str = "RGB"

@@ -60,8 +60,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """write_bytes() for text, as UTF-8."""
-    write_bytes(path, content.encode())
+    """write_bytes() for text, as UTF-8; what is left of file names in other encodings is escaped."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_commented(path: Path, content: str) -> None:

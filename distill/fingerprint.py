@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distill.choices import Cache
+from distill.choices import Cache, DataName
 from distill.config import JobConfig
 
 # Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
@@ -40,6 +40,8 @@ def identity(config: JobConfig) -> dict[str, Any]:
         found["teacher.weights"] = str(file.resolve())
     if config.teacher.cache is Cache.off:
         del found["cache.dtype"]
+    if config.data.name not in (DataName.imagefolder, DataName.hf):
+        del found["data.exif_orientation"]  # what is no file of a picture has none
     return found
 
 

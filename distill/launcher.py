@@ -18,6 +18,7 @@ from distill import __version__
 from distill.compose import VERSION_BASE, compose, config_dir, register_schema
 from distill.config import JobConfig, load, to_yaml
 from distill.errors import DistillError
+from distill.host import share_of_cores
 from distill.stopper import Stop, Stopper, stoppable
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not pay
@@ -89,7 +90,7 @@ def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     options = config.launch
-    threads = options.threads_per_rank or max(1, (os.cpu_count() or 1) // options.nproc_per_node)
+    threads = options.threads_per_rank or share_of_cores(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # One store for all attempts makes restarted ranks read the addresses of dead ones (pytorch#135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 
 from distill.memory import Memory
@@ -73,6 +73,7 @@ class Plan:
     groups: tuple[tuple[int, ...], ...] = ()
     gap: float | None = None
     slowness: tuple[float, ...] = ()
+    start_s: float = 0.0  # of the makespan, until there is a first batch: processes that decode images have to start
     recording_s: float = 0.0  # predicted for recording the teacher's activations before the stage begins, if they are
 
     @property
@@ -138,6 +139,12 @@ class Plan:
             return self.blocks_behind(rank)
         return frozenset(s.block for s in self.spans if self.teaches(rank) and s.block not in self.owners[rank])
 
+    def started_in(self, seconds: float) -> Plan:
+        """This plan where the first batch of a pass over the images takes so long to come."""
+        passes = max((len(self.trained_by(rank)) for rank in range(self.world_size)), default=0)
+        start_s = seconds * (passes if self.one_by_one else min(passes, 1))
+        return replace(self, predicted_makespan_s=self.predicted_makespan_s + start_s, start_s=start_s)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -155,6 +162,7 @@ class Plan:
             groups=tuple(tuple(group) for group in raw.get("groups", ())),
             gap=raw.get("gap"),
             slowness=tuple(raw.get("slowness", ())),
+            start_s=raw.get("start_s", 0.0),
             recording_s=raw.get("recording_s", 0.0),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ from distill.errors import ConfigError, one_of
 
 USUAL_IMAGES = ("image", "img")
 USUAL_LABELS = ("label", "labels")
+MOST_CLASSES = 1_000_000  # larger numbers are something else, such as an image's own
+SHOWN = 5  # of the classes in a warning
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Columns:
 def find(table: Any, *, image_column: str | None, label_column: str | None) -> Columns:
     """Return the columns of a datasets.Dataset, by the given names or else by their types.
 
-    Images: the feature Image, or a struct of bytes and path. Labels: ClassLabel, or else whole numbers, whose classes
-    are then called "0", "1", ... Raises ConfigError on data.image_column or data.label_column.
+    Images: the feature Image, a struct with bytes, or bytes. Labels: ClassLabel, or else whole numbers or truth values,
+    whose classes are then called "0", "1", ... Raises ConfigError on data.image_column or data.label_column.
     """
     features = table.features
     images = [name for name, feature in features.items() if _is_image(feature)]
@@ -44,12 +49,20 @@ def labels(table: Any, columns: Columns) -> Tensor:
     column = table.data.column(columns.label)
     if column.null_count:
         raise ConfigError("data.label_column", columns.label, f"a label in every row; {column.null_count} have none")
-    values = torch.tensor(column.to_pylist(), dtype=torch.int64)
-    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    low, high = _range(column)
     if low < 0 or high >= len(columns.classes):
         allowed = f"labels from 0 to {len(columns.classes) - 1}, as the training split has; found {low} to {high}"
         raise ConfigError("data.label_column", columns.label, allowed)
-    return values
+    return torch.tensor(column.to_pylist(), dtype=torch.int64)
+
+
+def warn_of_empty(values: Tensor, columns: Columns) -> None:
+    """Say which classes have no training image: labels that begin at 1 or leave numbers out make some."""
+    counts = torch.bincount(values, minlength=len(columns.classes))
+    empty = [columns.classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
+    if empty:
+        more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+        log.warning("no training images of the classes %s%s of %s", ", ".join(empty[:SHOWN]), more, columns.label)
 
 
 def require_same(table: Any, columns: Columns) -> None:
@@ -84,14 +97,24 @@ def _choose(setting: str, given: str | None, candidates: list[str], names: list[
 def _classes(table: Any, label: str) -> tuple[str, ...]:
     if _is_class_label(table.features[label]):
         return tuple(table.features[label].names)
-    highest = max((value for value in table.data.column(label).to_pylist() if value is not None), default=-1)
+    highest = _range(table.data.column(label))[1]
+    if highest >= MOST_CLASSES:
+        raise ConfigError("data.label_column", label, f"numbers of classes, below {MOST_CLASSES}; found {highest}")
     return tuple(str(number) for number in range(highest + 1))
+
+
+def _range(column: Any) -> tuple[int, int]:
+    """Return the lowest and the highest of whole numbers or truth values; of none, those of an empty range."""
+    import pyarrow.compute
+
+    ends = pyarrow.compute.min_max(column).as_py()
+    return (0, -1) if ends["min"] is None else (int(ends["min"]), int(ends["max"]))
 
 
 def _is_image(feature: Any) -> bool:
     if isinstance(feature, dict):
-        return "bytes" in feature and "path" in feature
-    return type(feature).__name__ == "Image"
+        return "bytes" in feature
+    return type(feature).__name__ == "Image" or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
 def _is_class_label(feature: Any) -> bool:
@@ -99,4 +122,4 @@ def _is_class_label(feature: Any) -> bool:
 
 
 def _is_number(feature: Any) -> bool:
-    return str(getattr(feature, "dtype", "")).startswith(("int", "uint")) and not _is_class_label(feature)
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool")) and not _is_class_label(feature)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +27,11 @@ from distill.data.source import ImageSource, Splits
 from distill.data.stream import StreamImages
 from distill.data.views import draw_view
 from distill.errors import ConfigError, one_of
+from distill.host import available_memory, share_of_cores
 
 NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf")
 GIB = 2**30
+MOST_CORES = 8  # for decoding: a rank has other work for the rest
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,27 @@ class Reading:
     augment: Augment
     memory_limit_bytes: float
     num_workers: int
+    num_threads: int
     device: torch.device
 
     def open(self, source: ImageSource, skipped: SkippedImages, held_out: Tensor | None) -> Images:
         """Return the pixels of a split: in memory where they fit, else streamed.
 
         `held_out` are the rows that must not stand in for undecodable ones of the rest; None: none may stand in.
+        Raises ConfigError where they should be in memory by the configuration and there is too little of it.
         """
         num_bytes = len(source) * self.image_size**2 * 3
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
-            return MemoryImages(source, image_size=self.image_size, skipped=skipped, device=self.device)
+            if num_bytes > (spare := available_memory()):
+                allowed = f"less than {num_bytes / GIB:.3g}, so that images are streamed: {spare / GIB:.3g} are free"
+                raise ConfigError("data.memory_limit_gib", self.memory_limit_bytes / GIB, allowed)
+            return MemoryImages(
+                source,
+                image_size=self.image_size,
+                skipped=skipped,
+                num_threads=self.num_threads,
+                device=self.device,
+            )
         groups = None
         if held_out is not None:
             groups = np.zeros(len(source), dtype=np.int8)
@@ -186,13 +201,23 @@ class Dataset:
 
     def train_batches(
         self, start: int, stop: int, part: int = 0, num_parts: int = 1, *, every: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Return what train_batch returns for the steps range(start, stop, every), decoded ahead where streamed."""
         steps = range(start, stop, every)
         requests = (self._train_request(step, part, num_parts, self._draws(step, part, num_parts)) for step in steps)
         for step, (images_BHWC, labels) in zip(steps, self._images.read_many(requests), strict=True):
             draws = self._draws(step, part, num_parts)
             yield self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
+
+    def measure_start(self) -> float:
+        """Return the seconds from train_batches() to its first batch, for which processes start that decode streamed
+        images; 0 where images are in memory."""
+        if isinstance(self._images, MemoryImages):
+            return 0.0
+        began = time.perf_counter()
+        with contextlib.closing(self.train_batches(0, self.steps_per_epoch)) as batches:
+            next(batches)
+            return time.perf_counter() - began
 
     def validation_batch(self, index: int) -> Batch:
         """Return full validation batch `index` modulo num_validation_batches; all images, where they are too few."""
@@ -272,7 +297,8 @@ def open_dataset(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    num_workers: int = 2,
+    num_workers: int | None = None,
+    ranks_here: int = 1,
     memory_limit_gib: float = 4.0,
     max_bad_images: int = 10,
     download: bool = True,
@@ -280,14 +306,17 @@ def open_dataset(
     test_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    exif_orientation: bool = True,
 ) -> Dataset:
     """Return the set `name` (digits, cifar10, cifar100, imagefolder, hf), its training images ready to be read.
 
     A split within memory_limit_gib (count * image_size^2 * 3 bytes) is decoded now and kept, on the device; a larger
-    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes. In memory, an image that
-    is not image_size x image_size has its shorter side resized to that and is centre cropped; streamed validation and
-    test images are resized to 256/224 of it first, as ImageNet networks expect.
+    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes (None: one for each core of
+    this process, where `ranks_here` share the host's, at most 8). In memory, an image that is not image_size x
+    image_size has its shorter side resized to that and is centre cropped; streamed validation and test images are
+    resized to 256/224 of it first, as ImageNet networks expect.
     mean and std are per channel, of pixels in 0 .. 1. train_split and test_split name folders or hub splits.
+    exif_orientation: images are turned as that says.
     Raises ConfigError on the setting of data.* that cannot be honoured.
     """
     _check(image_size=image_size, batch_size=batch_size, validation_fraction=validation_fraction, mean=mean, std=std)
@@ -300,12 +329,15 @@ def open_dataset(
         test_split=test_split,
         image_column=image_column,
         label_column=label_column,
+        upright=exif_orientation,
     )
+    cores = min(MOST_CORES, share_of_cores(ranks_here))
     reading = Reading(
         image_size=image_size,
         augment=augment,
         memory_limit_bytes=memory_limit_gib * GIB,
-        num_workers=num_workers,
+        num_workers=cores if num_workers is None else num_workers,
+        num_threads=cores,
         device=device,
     )
     return Dataset(
@@ -330,13 +362,14 @@ def _open_splits(
     test_split: str | None,
     image_column: str | None,
     label_column: str | None,
+    upright: bool,
 ) -> Splits:
     if name == "digits":
         return open_digits()
     if name in ("cifar10", "cifar100"):
         return open_cifar(name=name, root=root, download=download)
     if name == "imagefolder":
-        return open_folder(root=root, train_split=train_split, test_split=test_split)
+        return open_folder(root=root, train_split=train_split, test_split=test_split, upright=upright)
     if name == "hf":
         return open_hub(
             root=root,
@@ -346,6 +379,7 @@ def _open_splits(
             label_column=label_column,
             memory_limit_bytes=memory_limit_bytes,
             download=download,
+            upright=upright,
         )
     raise ConfigError("data.name", name, one_of(NAMES, name))
 

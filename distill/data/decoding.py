@@ -7,40 +7,66 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms.v2 import functional
 
 # The usual evaluation of ImageNet networks: shorter side to 256, centre crop of 224; other sizes in proportion.
 EVALUATION_RESIZE = 256 / 224
 RGB_ABLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+# By EXIF's orientation: what turns the stored rows into the picture.
+UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadableImageError(Exception):
     """An image that cannot be decoded; the message is the reason."""
 
 
-def decode(encoded: bytes | Path) -> Image.Image:
+def decode(encoded: bytes | Path, *, upright: bool = True) -> Image.Image:
     """Return the image as RGB; raise UnreadableImageError for whatever is not an image that PIL can read.
 
-    Grayscale is repeated over the channels, transparency is dropped, CMYK is converted. Deep pixels (16-bit, float)
-    are refused, because PIL would clip them to white.
+    `upright`: turned as its EXIF orientation says. Grayscale is repeated over the channels, transparency is dropped,
+    CMYK is converted; of 16 bits the upper eight are taken, of several frames the first. Pixels without a known range
+    (32-bit, float) are refused: PIL would clip them.
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-            return _to_rgb(image)
+            image.load()  # what is returned must not need the file any more
+            rgb = _to_rgb(image)
+            return _turned(rgb, _orientation(image)) if upright else rgb
     except Exception as error:  # PIL lets almost any exception out of damaged files: OSError, SyntaxError, struct.error
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode not in RGB_ABLE:
-        raise ValueError(f"pixels of mode {image.mode}")
     if image.mode == "RGB":
-        image.load()  # what is returned must not need the file any more; convert() would copy the pixels as well
-        return image
+        return image  # convert() would copy the pixels
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        upper = (np.asarray(image) >> 8).astype(np.uint8)  # as PIL reads colours of 16 bits, and torchvision's to_dtype
+        return Image.fromarray(upper).convert("RGB")
+    if image.mode not in RGB_ABLE:
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save them with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns about a palette with transparency that goes to RGB directly
     return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as many kinds as for damaged pixels; these are whole
+        return None
+
+
+def _turned(image: Image.Image, orientation: object) -> Image.Image:
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def fit(image: Image.Image, image_size: int) -> Image.Image:

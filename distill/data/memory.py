@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from distill.data.skipped import SkippedImages
 from distill.data.source import ImageSource
 
 T = TypeVar("T")
-MAX_THREADS = 8
 # PIL lets go of the interpreter while it decodes, but for small images that costs more than it gains: two threads took
 # 1.5 times as long as one for 32 x 32 PNGs (0.2 ms each).
 THREADS_PAY_S = 0.5e-3
@@ -34,8 +32,10 @@ class MemoryImages:
     Raises ConfigError on data.max_bad_images when there are too many.
     """
 
-    def __init__(self, source: ImageSource, *, image_size: int, skipped: SkippedImages, device: torch.device) -> None:
-        images_NHWC, self._is_bad = _load(source, image_size, skipped)
+    def __init__(
+        self, source: ImageSource, *, image_size: int, skipped: SkippedImages, num_threads: int, device: torch.device
+    ) -> None:
+        images_NHWC, self._is_bad = _load(source, image_size, skipped, num_threads)
         self._images_NHWC = images_NHWC.to(device)
         self._labels = source.labels.to(device)
         self.evaluation_side = image_size
@@ -54,7 +54,7 @@ class MemoryImages:
         self._images_NHWC = self._images_NHWC.new_empty(0)
 
 
-def _load(source: ImageSource, image_size: int, skipped: SkippedImages) -> tuple[Tensor, Tensor]:
+def _load(source: ImageSource, image_size: int, skipped: SkippedImages, num_threads: int) -> tuple[Tensor, Tensor]:
     """Return the images (N, S, S, 3), black where undecodable, and which ones those are, bool (N,)."""
     count = len(source)
     images_NHWC = np.zeros((count, image_size, image_size, 3), dtype=np.uint8)
@@ -69,7 +69,9 @@ def _load(source: ImageSource, image_size: int, skipped: SkippedImages) -> tuple
                 bad.append((row, str(error)))
         return bad
 
-    with closing(_map(load_rows, range(0, count, ROWS_PER_TASK))) as tasks:  # one bad image too many stops the rest
+    with closing(
+        _map(load_rows, range(0, count, ROWS_PER_TASK), num_threads)
+    ) as tasks:  # one bad image too many stops the rest
         for bad in tasks:
             for row, reason in bad:
                 is_bad[row] = True
@@ -77,14 +79,14 @@ def _load(source: ImageSource, image_size: int, skipped: SkippedImages) -> tuple
     return torch.from_numpy(images_NHWC), is_bad
 
 
-def _map(load_rows: Callable[[int], T], starts: Sequence[int]) -> Generator[T, None, None]:
+def _map(load_rows: Callable[[int], T], starts: Sequence[int], num_threads: int) -> Generator[T, None, None]:
     """Return load_rows of each start, in order; on several threads where the first shows that they pay."""
     began = time.perf_counter()
     yield load_rows(starts[0])
     if time.perf_counter() - began < ROWS_PER_TASK * THREADS_PAY_S:
         yield from map(load_rows, starts[1:])
         return
-    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(num_threads)
     try:
         yield from pool.map(load_rows, starts[1:])
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,3 +54,8 @@ class ArraySource:
 
     def open(self, row: int) -> Image.Image:
         return Image.fromarray(self._images_NHWC[row].numpy())
+
+
+def readable(name: str) -> str:
+    r"""Return a file's name as text for people and documents: bytes that are not UTF-8 become \xe9 and the like."""
+    return os.fsencode(name).decode(errors="backslashreplace")

@@ -25,6 +25,7 @@ from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
 from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint, identity
+from distill.host import available_cores
 from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
 from distill.job.materials import TEACHER, Blocks, architecture_of
@@ -150,6 +151,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             std=config.teacher.std or config.data.std,
             classes=dataset.classes,
             resize_shorter_side=dataset.evaluation_side,
+            exif_orientation=config.data.exif_orientation,
         )
         save_student(run.path, student, card)
         exports = deliver_programs(run.path, student, card, _some_test_images(dataset))
@@ -230,7 +232,7 @@ def _metrics(
             "python": platform.python_version(),
             "machine": platform.machine(),
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
-            "cores": os.cpu_count(),
+            "cores": available_cores(),
         },
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.config),

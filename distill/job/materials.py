@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from distill.chain import Chain, Granularity, cut
 from distill.checkpoint import CheckpointFolder, contiguous
 from distill.choices import Amp, AugmentName
 from distill.config import JobConfig
+from distill.control import ranks_of
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, one_of
@@ -51,6 +53,7 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
         std=config.teacher.std or data.std,
         device=device,
         num_workers=data.num_workers,
+        ranks_here=ranks_of(os.environ)[3],
         memory_limit_gib=data.memory_limit_gib,
         max_bad_images=data.max_bad_images,
         download=data.download,
@@ -58,6 +61,7 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
         test_split=data.test_split,
         image_column=data.image_column,
         label_column=data.label_column,
+        exif_orientation=data.exif_orientation,
     )
 
 

@@ -130,6 +130,8 @@ def make_plan(
         plans = fitting_plans(context, names, costs, spans)
         _show_ranking(context, plans)
         plan = plans[0] if caching is None else caching.plan(costs, spans, without=plans[0])
+        if measured is not None and caching is None:
+            plan = plan.started_in(dataset.measure_start())
         write_json(context.run.path / "plan.json", asdict(plan))
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
         _show(context, blocks, plan, seconds, flops)
@@ -222,6 +224,8 @@ def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flo
         context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
     within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""
     context.say(f"plan: {plan.label}, predicted makespan {plan.predicted_makespan_s:.1f} s{within}")
+    if plan.start_s:
+        context.say(f"plan: of that {plan.start_s:.1f} s until images are decoded: processes that do it have to start")
     idle = [str(rank) for rank in range(1, plan.world_size) if not plan.has_work(rank)]
     if idle and plan.spans:
         log.warning("plan: more ranks than blocks to train: ranks %s stay idle", ", ".join(idle))

@@ -27,10 +27,12 @@ from distill.device_clock import DeviceClock
 from distill.errors import ConfigError, DistillError
 from distill.files import DiskError, open_to_add, write_text
 from distill.fingerprint import identity, run_directory
+from distill.host import share_of_cores
 from distill.job.assembly import assemble_student
 from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
+from distill.job.logs import HeldBack
 from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
 from distill.job.memory import refuse_too_little
 from distill.job.metering import metering
@@ -60,18 +62,20 @@ def run_rank(overrides: Sequence[str]) -> int:
 
 def _run_and_tell(control: Control, overrides: Sequence[str], ending: ExitStack) -> int:
     """Run this process's part of the job; `ending` is what is left to do after all ranks have left."""
-    rank = control.rank
+    rank, held = control.rank, HeldBack()
     try:
         config = _agree_on_config(control, overrides)
         control.timeout_s = config.plan.timeout_s
-        _run(config, control, ending)
+        _run(config, control, ending, held)
     except DistillError as error:
+        held.hand_on()
         if isinstance(error, LeaderFailedError) and rank != 0:
             time.sleep(MOURNING_S)  # rank 0 ends the job with its own words; if it cannot, these are told after all
         _leave_word(str(error))
         _tell(error, control)
         return 1
     except Exception as error:
+        held.hand_on()
         _leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
         sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
@@ -134,9 +138,9 @@ def _let_peers_know(control: Control) -> None:
             time.sleep(0.05)
 
 
-def _run(config: JobConfig, control: Control, ending: ExitStack) -> None:
+def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> None:
     device = _device(config)
-    torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
+    torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(ranks_of(os.environ)[3]))
     if config.stage is Stage.deliver:
         refuse_unfinished(config, RunDirectory(run_directory(config)))
     with open_data(config, device) as dataset:
@@ -149,6 +153,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack) -> None:
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
         context = _claim(config, control, device, ending)  # only now is anything written: the job can run
+        held.hand_on()
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
@@ -206,10 +211,6 @@ def _device(config: JobConfig) -> torch.device:
     return device
 
 
-def _fair_share_of_cores() -> int:
-    return max(1, (os.cpu_count() or 1) // ranks_of(os.environ)[3])
-
-
 def _log_to(context: Context) -> None:
     """Every rank logs to its own file; rank 0 also to standard output, without the decoration."""
     root = logging.getLogger("distill")
@@ -217,7 +218,7 @@ def _log_to(context: Context) -> None:
     root.propagate = False
     path = context.run.path / "logs" / f"rank{context.rank}.log"
     open_to_add(path).close()  # an error in our words, where it cannot be written
-    file = logging.FileHandler(path)
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if context.rank == 0:

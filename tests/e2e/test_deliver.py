@@ -125,7 +125,13 @@ class TestDocumented:
         noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         picture = Image.fromarray(noise)
         picture.save(tmp_path / "picture.png")
-        card = {"image_size": 32, "mean": [0.0] * 3, "std": [1.0] * 3, "resize_shorter_side": side}
+        card = {
+            "image_size": 32,
+            "mean": [0.0] * 3,
+            "std": [1.0] * 3,
+            "resize_shorter_side": side,
+            "exif_orientation": True,
+        }
         ours = decoding.fit(picture, 32) if side == 32 else decoding.evaluation_view(picture, 32)
         assert np.array_equal(prepared(tmp_path, card), decoding.pixels(ours))
 
@@ -134,7 +140,7 @@ def prepared(folder: Path, card: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
     """The pixels (H, W, 3) that the documented prepare() makes of picture.png."""
     names: dict[str, Any] = {}
     definition = PREPARE[PREPARE.index("def prepare") :]
-    exec(f"import numpy\nfrom PIL import Image\n{definition}", names)
+    exec(f"import numpy\nfrom PIL import Image, ImageOps\n{definition}", names)
     names["card"] = card
     images = names["prepare"](folder / "picture.png")
     return (images[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import sys
 from hashlib import md5, sha256
@@ -15,9 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distill.data import Augment, Dataset, cifar
 from distill.data.digits import open_digits
+from distill.data.listing import SUFFIXES
+from distill.data.mapped import FileNames
 from distill.errors import ConfigError
 from tests.opened import AS_THEY_ARE, opened
 
@@ -91,11 +95,98 @@ def test_imagefolder_errors_name_what_was_looked_for(tmp_path: Path) -> None:
     refused("data.root", "existing folder", "imagefolder", tmp_path / "none")
     refused("data.root", r"holds .*train, or data\.train_split", "imagefolder", tmp_path)
     write_folder(tmp_path, split="train", names=CLASSES)
-    refused("data.root", r"holds .*val or .*test, or data\.test_split", "imagefolder", tmp_path)
+    refused("data.root", r"holds val or test or .*, or data\.test_split", "imagefolder", tmp_path)
     refused("data.test_split", "one of train", "imagefolder", tmp_path, test_split="eval")
     refused("data.train_split", "'train' .the nearest", "imagefolder", tmp_path, train_split="trian")
     write_folder(tmp_path, split="val", names=["bird", "cat"])
     refused("data.root", "only in train: airplane; only in val: cat", "imagefolder", tmp_path)
+
+
+def listed(dataset: Dataset) -> list[str]:
+    source = dataset._splits.train
+    return [source.name(row) for row in range(len(source))]
+
+
+def two_splits(root: Path, *, names: list[str] = CLASSES) -> Path:
+    for split in ("train", "val"):
+        write_folder(root, split=split, names=names)
+    return root / "train"
+
+
+def test_what_systems_leave_in_folders_is_no_image_and_no_class(tmp_path: Path) -> None:
+    train = two_splits(tmp_path)
+    expected = listed(open_data("imagefolder", tmp_path))
+    for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        for parent in (train, train / "bird"):
+            (parent / folder).mkdir()
+            (parent / folder / "0.png").write_bytes(png(1))
+    for name in ("._0.png", ".0.png", "Thumbs.db", "notes.txt"):
+        (train / "bird" / name).write_bytes(b"no image")
+    dataset = open_data("imagefolder", tmp_path)
+    assert dataset.classes == tuple(CLASSES)
+    assert listed(dataset) == expected
+
+
+def test_images_are_found_below_their_class_by_any_usual_name_and_through_links(tmp_path: Path) -> None:
+    train = two_splits(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.png").write_bytes(png(1))
+    (train / "bird" / "deep").mkdir()
+    (train / "bird" / "deep" / "UPPER.JPEG").write_bytes(png(1))
+    (train / "bird" / "a.gif").write_bytes(png(1))
+    (train / "bird" / "link").symlink_to(tmp_path / "elsewhere")
+    (train / "bird" / "circle").symlink_to(train)
+    (train / "bird" / "itself.png").symlink_to("itself.png")
+    (train / "bird" / "nowhere.png").symlink_to("gone")
+    os.mkfifo(train / "bird" / "pipe.png")
+    added = ("a.gif", "deep/UPPER.JPEG", "itself.png", "link/far.png", "nowhere.png")
+    dataset = open_data("imagefolder", tmp_path)
+    of_bird = {name for name in listed(dataset) if name.startswith("train/bird/") and "circle" not in name}
+    assert of_bird == {f"train/bird/{name}" for name in (*added, *(f"{image}.png" for image in range(6)))}
+    assert dataset.skipped == ("train/bird/itself.png", "train/bird/nowhere.png")
+
+
+def test_suffixes_are_those_of_torchvision_and_more() -> None:
+    assert set(SUFFIXES) > set(IMG_EXTENSIONS)
+
+
+def test_what_has_no_class_and_what_may_be_a_mistake_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = two_splits(tmp_path, names=["Cat", "cat", "empty"])
+    for path in (train / "empty").iterdir():
+        path.unlink()
+    (train / "stray.png").write_bytes(png(1))
+    assert open_data("imagefolder", tmp_path).classes == ("Cat", "cat", "empty")
+    assert "no images in the class folders empty" in caplog.text
+    assert "no class folder of" in caplog.text
+    assert "stray.png" in caplog.text
+    assert "almost the same name: Cat, cat" in caplog.text
+
+
+def test_class_folders_one_level_too_deep_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        write_folder(tmp_path / split, split="images", names=CLASSES)
+    assert open_data("imagefolder", tmp_path).classes == ("images",)
+    assert "if its folders airplane, bird are the classes" in caplog.text
+
+
+def test_splits_that_would_be_wrong_are_refused_by_name(tmp_path: Path) -> None:
+    write_folder(tmp_path, split="train", names=["caf\u00e9"])
+    write_folder(tmp_path, split="val", names=["cafe\u0301"])
+    refused("data.root", "their way to write accents", "imagefolder", tmp_path)
+    refused("data.test_split", "other images than those trained on", "imagefolder", tmp_path, test_split="train")
+    refused("data.root", "class folders belong into", "imagefolder", tmp_path / "train")
+
+
+def test_names_that_are_not_utf8_are_read_and_told_as_text(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / split / os.fsdecode(b"caf\xe9")
+        folder.mkdir(parents=True)
+        for image in range(6):
+            (folder / os.fsdecode(b"\xe9%d.png" % image)).write_bytes(png(image) if image else b"no image")
+    dataset = open_data("imagefolder", tmp_path, batch_size=2)
+    assert dataset.classes == (r"caf\xe9",)
+    assert dataset.skipped == (r"train/caf\xe9/\xe90.png",)
+    assert len(images_of(dataset)) == 5
 
 
 def test_imagefolder_without_images_is_an_error(tmp_path: Path) -> None:
@@ -251,6 +342,38 @@ def test_columns_are_found_by_type_or_given(tmp_path: Path) -> None:
     refused("data.image_column", "a column of images", "hf", root, image_column="fine", label_column="fine")
 
 
+def test_images_may_be_bare_bytes_or_have_no_path_and_labels_truth_values(tmp_path: Path) -> None:
+    encoded = [png(value) for value in VALUES]
+    labels = [bool(value // 100) for value in VALUES]
+    for name, cells in (("bare", encoded), ("struct", [{"bytes": one} for one in encoded])):
+        pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / f"{name}.parquet")
+        dataset = open_data("hf", tmp_path / f"{name}.parquet", batch_size=3)
+        assert images_of(dataset) == {value: value // 100 for value in VALUES}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([-1, 0] * 6, "found -1 to 0"),
+        ([0, 2**63 + 5] * 6, "numbers of classes, below 1000000; found 9223372036854775813"),
+        ([0, None] * 6, "6 have none"),
+    ],
+    ids=["negative", "too large", "missing"],
+)
+def test_labels_that_are_no_classes_are_told(tmp_path: Path, labels: list[int | None], message: str) -> None:
+    kind = pa.uint64() if 2**63 + 5 in labels else pa.int64()
+    cells = [{"bytes": png(value), "path": None} for value in VALUES]
+    pq.write_table(pa.table({"image": cells, "label": pa.array(labels, kind)}), tmp_path / "all.parquet")
+    refused("data.label_column", message, "hf", tmp_path / "all.parquet")
+
+
+def test_classes_without_images_of_a_table_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cells = [{"bytes": png(value), "path": None} for value in VALUES]
+    pq.write_table(pa.table({"image": cells, "label": [1, 3] * 6}), tmp_path / "all.parquet")
+    assert open_data("hf", tmp_path / "all.parquet").classes == ("0", "1", "2", "3")
+    assert "no training images of the classes 0, 2 of label" in caplog.text
+
+
 def test_test_labels_must_be_classes_of_the_training_split(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", VALUES)
     write_parquet(tmp_path / "test.parquet", [250])
@@ -272,6 +395,36 @@ def test_parquet_errors_name_what_was_looked_for(tmp_path: Path) -> None:
     refused("data.train_split", "'train' .the nearest", "hf", tmp_path, train_split="trian")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     refused("data.root", "readable parquet", "hf", tmp_path / "bad.parquet")
+
+
+@pytest.mark.parametrize("memory_limit_gib", [4.0, 1e-4], ids=["from a file in memory", "from a file on the disk"])
+def test_worker_processes_map_a_table_and_get_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_limit_gib: float
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    noise = [np.random.default_rng(row).bytes(50_000) for row in range(40)]
+    images = [{"bytes": png(row) + noise[row], "path": None} for row in range(40)]
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * 20}), tmp_path / "all.parquet", row_group_size=7)
+    settings = {"augment": Augment.resized_crop_flip, "memory_limit_gib": memory_limit_gib}
+    dataset = open_data("hf", tmp_path / "all.parquet", **settings)
+    decoder = dataset._images._decoder  # what a worker process is given
+    sent = pickle.dumps(decoder)
+    assert len(sent) < 20_000
+    allocated = pa.total_allocated_bytes()
+    there = pickle.loads(sent)
+    request = dataset._train_request(0, 0, 1, dataset._draws(0, 0, 1))
+    assert torch.equal(there[request].images, decoder[request].images)
+    assert pa.total_allocated_bytes() - allocated < 100_000
+
+
+def test_worker_processes_get_no_copy_of_a_folder_s_names(tmp_path: Path) -> None:
+    names = [f"train/a/{row:0200}.png" for row in range(500)] + [os.fsdecode(b"train/\xe9.png")]
+    sent = pickle.dumps(kept := FileNames(names))
+    assert len(sent) < 300
+    there = pickle.loads(sent)
+    assert [there[row] for row in range(len(there))] == names == [kept[row] for row in range(len(kept))]
 
 
 def test_a_hub_name_that_is_not_cached_needs_the_download_switch(

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
 from distill.data import Augment, Batch, Dataset
@@ -55,6 +57,7 @@ def test_worker_processes_change_no_bit_and_report_the_images_they_skip(root: Pa
     here, workers = open_images(root), open_images(root, num_workers=2)
     global_state = torch.get_rng_state()
     with workers:
+        assert workers.measure_start() > 0.0
         for step, batch in enumerate(workers.train_batches(0, 7)):
             assert same(batch, here.train_batch(step))
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -108,6 +111,7 @@ def test_streamed_evaluation_resizes_by_256_over_224_and_crops(root: Path) -> No
 def test_memory_drops_bad_images_and_names_them(root: Path) -> None:
     dataset = open_images(root, augment=Augment.crop)
     assert dataset.skipped == BAD
+    assert dataset.measure_start() == 0.0
     assert dataset.num_train + dataset.num_validation == 22
 
 
@@ -177,7 +181,77 @@ def test_a_palette_with_transparency_becomes_rgb_without_a_warning(tmp_path: Pat
         assert decode(tmp_path / "image.png").getpixel((0, 0)) == (9, 8, 7)
 
 
-def test_deep_pixels_are_refused_rather_than_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16)).save(tmp_path / "image.png")
-    with pytest.raises(UnreadableImageError, match="I;16"):
-        decode(tmp_path / "image.png")
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_of_16_bits_the_upper_eight_are_taken(suffix: str, tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256], [3000, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"image.{suffix}")
+    red = np.asarray(decode(tmp_path / f"image.{suffix}"))[..., 0]
+    assert red.tolist() == [[0, 0, 1], [11, 128, 255]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_refused_rather_than_clipped(dtype: type, tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 300, dtype=dtype)).save(tmp_path / "image.tiff")
+    with pytest.raises(UnreadableImageError, match="no known range"):
+        decode(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(orientation: int, suffix: str, tmp_path: Path) -> None:
+    stored = Image.new("RGB", (16, 32))
+    stored.paste((255, 255, 255), (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"image.{suffix}", exif=exif)
+    with Image.open(tmp_path / f"image.{suffix}") as image:
+        expected = ImageOps.exif_transpose(image)
+    assert np.array_equal(np.asarray(decode(tmp_path / f"image.{suffix}")), np.asarray(expected))
+    if suffix != "tiff":  # those PIL turns in any case
+        assert decode(tmp_path / f"image.{suffix}", upright=False).size == (16, 32)
+
+
+def test_an_image_with_damaged_exif_is_read_as_it_is_stored(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 8)).save(tmp_path / "image.jpg", exif=b"Exif\0\0MM\0*\0\0")
+    assert decode(tmp_path / "image.jpg").size == (4, 8)
+
+
+def test_orientation_is_a_setting_of_folders_and_tables(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for image in range(4):
+            picture = Image.new("RGB", (16, 16))
+            picture.paste((255, 255, 255), (0, 0, 16, 8))
+            picture.save(tmp_path / split / "a" / f"{image}.png", exif=exif)
+        cells = [{"bytes": path.read_bytes(), "path": None} for path in (tmp_path / split / "a").iterdir()]
+        pq.write_table(pa.table({"image": cells, "label": [0] * 4}), tmp_path / f"{split}.parquet")
+    settings = {"augment": Augment.none, "batch_size": 2}
+    for name in ("imagefolder", "hf"):
+        turned = opened(name, tmp_path, **(AS_THEY_ARE | settings))
+        stored = opened(name, tmp_path, exif_orientation=False, **(AS_THEY_ARE | settings))
+        assert float(turned.train_batch(0).images[0, 0, 0, 0]) == 0.0
+        assert float(stored.train_batch(0).images[0, 0, 0, 0]) == 1.0
+
+
+def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (255, 0, 9)]
+    for suffix in ("gif", "tiff", "webp", "png"):
+        frames[0].save(tmp_path / f"image.{suffix}", save_all=True, append_images=frames[1:])
+        assert decode(tmp_path / f"image.{suffix}").getpixel((1, 1))[0] > 250  # type: ignore[index]
+
+
+def test_truncated_images_and_decompression_bombs_are_skipped_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "train" / "a", 6, 0)
+    write_images(tmp_path / "val" / "a", 1, 0)
+    Image.new("RGB", (300, 300)).save(tmp_path / "train" / "a" / "bomb.png")
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    noise.save(tmp_path / "train" / "a" / "short.jpg")
+    whole = (tmp_path / "train" / "a" / "short.jpg").read_bytes()
+    (tmp_path / "train" / "a" / "short.jpg").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40000)
+    dataset = open_images(tmp_path, augment=Augment.none, batch_size=2)
+    assert dataset.skipped == ("train/a/bomb.png", "train/a/short.jpg")

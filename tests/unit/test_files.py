@@ -36,6 +36,10 @@ class TestWriting:
         write_bytes(tmp_path / "a" / "b" / "file", b"\0\xff")
         assert (tmp_path / "a" / "b" / "file").read_bytes() == b"\0\xff"
 
+    def test_file_names_of_any_encoding_can_be_written_and_the_file_can_be_read(self, tmp_path: Path) -> None:
+        write_text(tmp_path / "file", "skipped: " + os.fsdecode(b"caf\xe9.png"))
+        assert (tmp_path / "file").read_text(encoding="utf-8").startswith("skipped: caf")
+
     def test_takes_the_place_of_an_earlier_file(self, tmp_path: Path) -> None:
         write_text(tmp_path / "file", "long before")
         write_text(tmp_path / "file", "after")

@@ -197,3 +197,14 @@ class TestPlan:
 
     def test_boundaries_shared_by_neighbours_are_named_once(self) -> None:
         assert boundaries_of([1, 2, 5]) == {1, 2, 3, 5, 6}
+
+
+def test_the_start_of_decoding_counts_once_or_for_every_pass_of_a_rank() -> None:
+    owners = ((0, 1), (2,))
+    together = Plan("broadcast", owners, tuple(whole(5, 3)), 10.0, (10.0, 8.0)).started_in(2.0)
+    assert (together.predicted_makespan_s, together.start_s) == (12.0, 2.0)
+    one_by_one = Plan("layerwise", owners, tuple(whole(5, 3)), 10.0, (10.0, 8.0)).started_in(2.0)
+    assert (one_by_one.predicted_makespan_s, one_by_one.start_s) == (14.0, 4.0)
+    assert Plan.from_json(one_by_one.to_json()) == one_by_one
+    nothing_left = Plan("broadcast", ((), ()), (), 0.0, (0.0, 0.0))
+    assert nothing_left.started_in(2.0).predicted_makespan_s == 0.0
