@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class Entry:
     """One finished block. `status` is "finished", or "diverged" when its loss became NaN or infinite at step
     `diverged_at` and the last finite weights were kept. Relative errors have no unit; seconds are of training alone.
-    `origin` says what it was trained from; it is the ledger's."""
+    `origin` says what it was trained from; it is the ledger's. `source` is
+    the run that trained it, where it was taken from another one."""
 
     block: int
     name: str
@@ -36,6 +37,7 @@ class Entry:
     diverged_at: int | None = None
     rel_error_held_out: float | None = None
     origin: str = ""
+    source: str | None = None
 
 
 class Ledger:
