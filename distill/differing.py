@@ -19,10 +19,10 @@ _WORDS = {
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Return what differs between the identity of a run that is there and of the job that is asked for here."""
-    if "results" not in there:
+    if "results" in here and "results" not in there:
         return "it is of an earlier version of distill, which did not note what images and weights it was made from"
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    told = [f"{_named(key, there, here)} {_shown(key, there)} there, {_shown(key, here)} here" for key in keys[:MOST]]
+    told = [f"{_named(key, there, here)}{_shown(key, there)} there, {_shown(key, here)} here" for key in keys[:MOST]]
     more = f"; and {len(keys) - MOST} more" if len(keys) > MOST else ""
     return f"differing: {'; '.join(told)}{more}"
 
@@ -32,7 +32,7 @@ def _named(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     is_setting = key in ("teacher.weights", "data.root") and not any(
         "content" in str(f.get(key)) for f in (there, here)
     )
-    return f"{key if is_setting else _WORDS.get(key, key)}:"
+    return f"{key}=" if is_setting or key not in _WORDS else f"{_WORDS[key]}: "
 
 
 def _shown(key: str, facts: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ class Ledger:
             del self.entries[entry.block]
             return
         try:
-            self._content(entry)
+            self.content(entry)
         except DamagedFileError as damage:
             self._doubt(f"{damage}; the block is trained again", damage.path)
             del self.entries[entry.block]
@@ -114,9 +114,10 @@ class Ledger:
 
     def weights(self, block: int) -> dict[str, Tensor]:
         """Return the state dict of a finished block, on the CPU. Raises DamagedFileError."""
-        return load(self._content(self.entries[block]))
+        return load(self.content(self.entries[block]))
 
-    def _content(self, entry: Entry) -> bytes:
+    def content(self, entry: Entry) -> bytes:
+        """Return a block's file, as it was recorded. Raises DamagedFileError."""
         path = self.file(entry.block)
         content = read_bytes(path)
         if hashlib.sha256(content).hexdigest() != entry.sha256:

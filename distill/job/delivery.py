@@ -27,7 +27,8 @@ from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint
 from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
-from distill.job.materials import TEACHER, Blocks, architecture_of
+from distill.job.materials import Blocks, architecture_of
+from distill.job.reuse import TEACHER
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report

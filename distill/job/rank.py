@@ -139,6 +139,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or _fair_share_of_cores())
     facts, run = _agree_on_identity(config, control)
+    ending.callback(run.release)
     if config.stage is Stage.deliver:
         refuse_unfinished(config, facts, run)
     with open_data(config, device) as dataset:
@@ -150,7 +151,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack) -> None:
                 refuse_too_little(config, blocks, device)
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
-        context = _claim(config, control, device, facts, run, ending)  # only now is anything written: the job can run
+        context = _claim(config, control, device, facts, run)  # only now is anything written: the job can run
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
@@ -186,18 +187,11 @@ def _agree_on_identity(config: JobConfig, control: Control) -> tuple[dict[str, A
 
 
 def _claim(
-    config: JobConfig,
-    control: Control,
-    device: torch.device,
-    facts: dict[str, Any],
-    run: RunDirectory,
-    ending: ExitStack,
+    config: JobConfig, control: Control, device: torch.device, facts: dict[str, Any], run: RunDirectory
 ) -> Context:
     """Rank 0 takes the run directory; everybody learns this attempt's generation."""
     if control.rank == 0:
-        generation = run.claim(facts, to_yaml(config))
-        ending.callback(run.release)
-        control.set("generation", generation)
+        control.set("generation", run.claim(facts, to_yaml(config)))
     control.generation = control.wait("generation", peer=0, purpose="run directory")
     clock = DeviceClock(device) if device.type == "cuda" else None
     trace = Trace(control.rank, control.generation, device_clock=clock)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ import torch
 from torch import fx, nn
 
 from distill.blocks import Chain
-from distill.errors import DistillError
-from distill.files import write_bytes
+from distill.files import DamagedFileError, read_bytes, write_bytes
 from distill.fingerprint import TEST, fingerprint
 from distill.job.context import Context
 from distill.ledger import Entry, Ledger
@@ -28,6 +28,8 @@ from distill.rundir import RunDirectory
 from distill.siblings import Siblings
 
 log = logging.getLogger(__name__)
+
+TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was trained here
 
 # What a stage does not depend on; a setting that is not named here is taken to matter.
 _AFTER_BLOCKS = ("assemble.", "finetune.", TEST, "data.test_split")
@@ -98,17 +100,17 @@ def take_teacher(context: Context) -> dict[str, Any] | None:
     identity = teacher_identity(context.identity)
     siblings.note(teacher=identity)
     for run in siblings.with_teacher(identity):
-        result = _result(run, "teacher")
+        result = RunDirectory(run).result("teacher")
         if result is None:
             continue
-        content = _read(run / "teacher.safetensors")
-        if content is None or hashlib.sha256(content).hexdigest() != result.get("sha256"):
-            log.warning("teacher: that of run %s is damaged or gone, and is not taken", siblings.name_of(run))
+        try:
+            write_bytes(context.run.path / TEACHER, RunDirectory(run).read(TEACHER))
+        except DamagedFileError as damage:
+            log.warning("teacher: that of run %s is not taken: %s", siblings.name_of(run), damage.why)
             continue
-        write_bytes(context.run.path / "teacher.safetensors", content)
         source = str(result.get("taken_from") or siblings.name_of(run))
         context.say(f"teacher: taken from run {source}, which trained the same")
-        return result | {"taken_from": source}
+        return dict(result) | {"taken_from": source}
     return None
 
 
@@ -122,7 +124,7 @@ def take_blocks(context: Context, identities: Mapping[int, str], names: Mapping[
     if siblings is None:
         return
     siblings.note(blocks=identities)
-    ledger = Ledger(context.run.path)
+    ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
     for run, theirs in siblings.with_blocks():
         wanted = {b: theirs[same] for b, same in identities.items() if same in theirs and b not in ledger.entries}
         if wanted:
@@ -134,47 +136,33 @@ def take_blocks(context: Context, identities: Mapping[int, str], names: Mapping[
     for source, count in sources.items():
         context.say(f"distill stage: {count} of {show_count(len(identities), 'block')} taken from run {source}")
     if sources and ledger.entries.keys() >= identities.keys():
-        _take_stage(context, siblings, set(identities.values()))
+        _take_stage(context, siblings, set(identities.values()), made=ledger.files)
 
 
 def _finished(run: Path, wanted: Mapping[int, int]) -> Iterator[tuple[int, Entry, bytes]]:
     """Yield those of the blocks `wanted` (own index -> index there) that a run has finished, with their weights."""
     try:
-        there = Ledger(run)
-    except (OSError, DistillError) as error:
-        log.warning("blocks of run %s cannot be read, and are not taken (%s)", run.name, error)
+        there = Ledger(run, origin=RunDirectory(run).origin(TEACHER))
+    except DamagedFileError as damage:
+        log.warning("blocks are not taken: %s", damage)
         return
     for block, index in wanted.items():
         entry = there.entries.get(index)
-        content = _read(there.file(index)) if entry is not None else None
-        if entry is not None and content is not None and hashlib.sha256(content).hexdigest() == entry.sha256:
-            yield block, entry, content
+        if entry is not None:
+            with suppress(DamagedFileError):  # gone since
+                yield block, entry, there.content(entry)
 
 
-def _take_stage(context: Context, siblings: Siblings, identities: set[str]) -> None:
+def _take_stage(context: Context, siblings: Siblings, identities: set[str], *, made: Sequence[str]) -> None:
     """Complete the stage with the plan and the figures of a sibling that has completed it with just these blocks."""
     for run, theirs in siblings.with_blocks():
-        result = _result(run, "distill") if theirs.keys() == identities else None
-        files = {name: _read(run / name) for name in ("plan.json", "costs.json")}
-        if result is None or None in files.values():
+        result = RunDirectory(run).result("distill") if theirs.keys() == identities else None
+        if result is None:
             continue
-        for name, content in files.items():
-            write_bytes(context.run.path / name, content or b"")
-        context.run.complete("distill", result | {"taken_from": str(result.get("taken_from") or siblings.name_of(run))})
-        return
-
-
-def _result(run: Path, stage: str) -> dict[str, Any] | None:
-    """What a completed stage of another run recorded; None where that cannot be read."""
-    try:
-        result = RunDirectory(run).result(stage)
-    except (OSError, ValueError, DistillError):
-        return None
-    return result if isinstance(result, dict) else None
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
+        with suppress(DamagedFileError):
+            files = {name: read_bytes(run / name) for name in ("plan.json", "costs.json")}
+            for name, content in files.items():
+                write_bytes(context.run.path / name, content)
+            result = dict(result) | {"taken_from": str(result.get("taken_from") or siblings.name_of(run))}
+            context.run.complete("distill", result, made=made, used=[TEACHER])
+            return
