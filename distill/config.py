@@ -37,6 +37,7 @@ from distill.choices import (
     WireDtype,
 )  # fmt: skip
 from distill.config_errors import explain
+from distill.config_paths import make_absolute
 from distill.errors import ConfigError
 
 
@@ -77,6 +78,7 @@ class TeacherConfig:
     name: str = setting(MISSING, "the architecture's name within its source, for example resnet50")
     weights: str | None = setting(None, "a weights file (safetensors or torch), DEFAULT or another published name")
     factory: str | None = setting(None, "package.module:function that returns the network (source factory)")
+    folder: str | None = setting(None, "folder that teacher.factory is imported from; null: as Python finds it here")
     options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
     mean: list[float] | None = setting(None, "input mean per channel that the weights expect; null: data.mean")
     std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
@@ -360,12 +362,14 @@ class JobConfig:
 
 
 def load(cfg: DictConfig) -> JobConfig:
-    """Return the checked configuration. Merging into the schema again refuses keys smuggled in with "+key=...".
+    """Return the checked configuration, its paths absolute. Merging into the schema again refuses keys smuggled in with
+    "+key=...".
 
     Raises ConfigError naming the setting, what was given and what is allowed.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+        make_absolute(cast(dict[str, Any], plain))
         return cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
     except OmegaConfBaseException as error:
         raise explain(error, setting_kinds()) from error

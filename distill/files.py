@@ -181,7 +181,7 @@ def unsealed(text: str | bytes, name: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("not JSON of ours") from None
     if not isinstance(value, dict) or CHECKSUM not in value:
-        raise ValueError("it has no checksum")
+        raise ValueError("it has no checksum: it was edited, or an earlier version wrote it")
     if value.pop(CHECKSUM) != _checksum_of(value, name):
         raise ValueError("it is not what its checksum says")
     for pointer, number in value.pop(NOT_FINITE, {}).items():

@@ -31,7 +31,7 @@ IMAGINED = (*CHOSEN_FROM, "groups")  # what sharing out a batch costs is known o
 CLUSTER = "cluster="
 EPILOG = f"""\
 examples:
-  distill simulate outputs/demo/a0c1d91ac40707f4
+  distill simulate outputs/demo/700b8f7af7f7d2c2
   distill simulate RUN --ranks 1 4 16 --strategies broadcast relay --gbit 10 --latency-us 50
   distill simulate RUN --speed 30          ranks thirty times as fast as those of the run
   distill simulate RUN cluster=dgx_h100    the run's own costs, on that cluster's links

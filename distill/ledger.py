@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class Entry:
     """One finished block. `status` is "finished", or "diverged" when its loss became NaN or infinite at step
     `diverged_at` and the last finite weights were kept. Relative errors have no unit; seconds are of training alone.
-    `origin` says what it was trained from; it is the ledger's."""
+    `origin` says what it was trained from; it is the ledger's. `source` is
+    the run that trained it, where it was taken from another one."""
 
     block: int
     name: str
@@ -36,6 +37,7 @@ class Entry:
     diverged_at: int | None = None
     rel_error_held_out: float | None = None
     origin: str = ""
+    source: str | None = None
 
 
 class Ledger:
@@ -71,7 +73,7 @@ class Ledger:
             del self.entries[entry.block]
             return
         try:
-            self._content(entry)
+            self.content(entry)
         except DamagedFileError as damage:
             self._doubt(f"{damage}; the block is trained again", damage.path)
             del self.entries[entry.block]
@@ -112,9 +114,10 @@ class Ledger:
 
     def weights(self, block: int) -> dict[str, Tensor]:
         """Return the state dict of a finished block, on the CPU. Raises DamagedFileError."""
-        return load(self._content(self.entries[block]))
+        return load(self.content(self.entries[block]))
 
-    def _content(self, entry: Entry) -> bytes:
+    def content(self, entry: Entry) -> bytes:
+        """Return a block's file, as it was recorded. Raises DamagedFileError."""
         path = self.file(entry.block)
         content = read_bytes(path)
         if hashlib.sha256(content).hexdigest() != entry.sha256:

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,18 +90,19 @@ def prepare(sweep: Sweep) -> list[Job]:
 
     Raises ConfigError where not one can be composed, and where two would share a run directory.
     """
-    jobs, errors = [], []
+    jobs, errors, seen = [], [], dict[tuple[Any, ...], Any]()
     for number, (overrides, swept) in enumerate(zip(sweep.jobs, sweep.swept, strict=True)):
         job = Job(number, overrides, swept)
         jobs.append(job)
         try:
             config = compose([*sweep.launching, *overrides])
+            facts = identity(config, seen)
         except ConfigError as error:
             errors.append(error)
             job.status, job.exit_status, job.reason = "failed", 2, str(error)
             continue
-        job.run_dir = str(run_directory(config))
-        if is_finished(config):
+        job.run_dir = str(run_directory(config, facts))
+        if is_finished(config, facts):
             job.status, job.exit_status = "skipped", 0
     if len(errors) == len(jobs):
         raise errors[0]
@@ -109,12 +110,12 @@ def prepare(sweep: Sweep) -> list[Job]:
     return jobs
 
 
-def is_finished(config: JobConfig) -> bool:
-    """Whether the run directory holds all that this configuration asks for, made from this configuration."""
-    run = RunDirectory(run_directory(config))
+def is_finished(config: JobConfig, facts: Mapping[str, Any]) -> bool:
+    """Whether the run directory holds all that this configuration, of the identity `facts`, asks for."""
+    run = RunDirectory(run_directory(config, facts))
     last = {Stage.all: "deliver", Stage.distill: "distill", Stage.teacher: "teacher"}.get(config.stage)
     try:
-        if last is None or read_json(run.path / "identity.json") != identity(config):
+        if last is None or read_json(run.path / "identity.json") != facts:
             return False
     except DamagedFileError:
         return False  # the job tells of it
@@ -188,7 +189,7 @@ def run_job(cfg: DictConfig) -> dict[str, Any]:
     start, run_dir = time.monotonic(), None
     try:
         config = load(cfg)
-        run_dir = str(run_directory(config))
+        run_dir = str(run_directory(config, identity(config)))
         _refuse_lonely_tasks(config)
         outcome = launch(config)
     except DistillError as error:

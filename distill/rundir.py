@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.differing import differences
 from distill.errors import ConfigError
 from distill.files import (
     DamagedFileError,
@@ -106,9 +107,8 @@ class RunDirectory:
                 return
             raise ConfigError("run.dir", str(self.path), "an empty or new directory, or an earlier run of this job")
         if found is not None and found != _plain(identity):
-            keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
-            differing = ", ".join(f"{key}={found.get(key)!r} there, {identity.get(key)!r} here" for key in keys[:4])
-            raise ConfigError("run.dir", str(self.path), f"a run of the same configuration; differing: {differing}")
+            allowed = f"a run of the same configuration; {differences(found, identity)}"
+            raise ConfigError("run.dir", str(self.path), allowed)
 
     def _untouched(self) -> bool:
         """Whether the directory is empty but for what a claim makes first, and may have come no further."""

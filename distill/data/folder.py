@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from distill.data.decoding import decode
-from distill.data.listing import SUFFIXES, class_folders, image_files, images_beside
 from distill.data.mapped import FileNames
 from distill.data.source import Splits, readable
 from distill.errors import ConfigError, one_of
+from distill.image_files import SUFFIXES, class_folders, image_files, images_beside
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from distill.checkpoint import contiguous
 from distill.data import Dataset
 from distill.files import write_bytes
 from distill.job.context import Context
-from distill.job.materials import TEACHER, Blocks
+from distill.job.materials import Blocks
+from distill.job.reuse import TEACHER
 from distill.ledger import Ledger, block_file
 from distill.report.markup import show_count
 

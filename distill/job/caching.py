@@ -25,10 +25,11 @@ from distill.config import CacheConfig, JobConfig
 from distill.control import Control
 from distill.data import Dataset
 from distill.errors import ConfigError
-from distill.fingerprint import fingerprint, identity
+from distill.fingerprint import fingerprint
 from distill.host import host_identity
 from distill.job.context import Context
 from distill.job.materials import Blocks
+from distill.job.reuse import tensors_digest
 from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.planning.strategies import plan_cached
 from distill.streams.recording import Contents, Recorded, record
@@ -141,7 +142,7 @@ class Caching:
         config, run = self._context.config, self._context.run.path
         folder = (Path(config.cache.dir).absolute() if config.cache.dir else run / "cache") / self._host.name
         key = _digest(self._facts(layout))
-        return File(folder, key=key, writer=fingerprint(config))
+        return File(folder, key=key, writer=fingerprint(self._context.identity))
 
     def _prices(self, layout: Layout) -> Prices:
         sample = sample_of(layout)
@@ -154,16 +155,10 @@ class Caching:
 
     def _facts(self, layout: Layout) -> dict[str, Any]:
         """Return everything that decides what is recorded: a file is used again where all of it is the same."""
-        config = self._context.config
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self._teacher.state_dict().items()):
-            weights.update(name.encode())
-            weights.update(tensor.cpu().contiguous().numpy().tobytes())
         decisive = ("seed", "data.", "teacher.", "distill.views", "blocks.granularity", "blocks.modules")
         return {
-            "settings": {path: value for path, value in identity(config).items() if path.startswith(decisive)},
-            "root": _whole_path(config.data.root),
-            "weights": weights.hexdigest(),
+            "settings": {path: value for path, value in self._context.identity.items() if path.startswith(decisive)},
+            "weights": tensors_digest(self._teacher),
             "layout": asdict(layout),
             "held_out": self._contents.held_out,
             "device": self._context.device.type,
@@ -223,12 +218,6 @@ def _layout(config: JobConfig, blocks: Blocks, wanted: Iterable[int], contents: 
     """Return what is recorded for the wanted blocks."""
     forms = {k: blocks.chain.boundaries[k] for k in sorted(boundaries_of(wanted))}
     return Layout(forms, students_dtype(config), contents.num_rows)
-
-
-def _whole_path(root: str | None) -> str | None:
-    """The one path of a folder or file, however it was typed; what is neither, such as a name on the hub, as it is."""
-    path = Path(root or "").expanduser()
-    return str(path.resolve()) if root and path.exists() else root
 
 
 def _digest(facts: dict[str, Any]) -> str:

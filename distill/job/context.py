@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,8 @@ log = logging.getLogger("distill")
 
 @dataclass(frozen=True)
 class Context:
-    """This rank's place in the job. `console` is used by rank 0 only; `watchers` accompany every stage by its name."""
+    """This rank's place in the job. `console` is used by rank 0 only; `identity` is what decides the job's results;
+    `watchers` accompany every stage by its name."""
 
     config: JobConfig
     control: Control
@@ -31,6 +32,7 @@ class Context:
     console: Console
     trace: Trace
     scalars: Scalars
+    identity: Mapping[str, Any]
     watchers: Sequence[Callable[[str], AbstractContextManager[None]]] = ()
 
     @property

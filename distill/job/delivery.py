@@ -24,11 +24,12 @@ from distill.evaluate import Hits, count_hits, measure_network
 from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
 from distill.finetune import FitOptions, Team, distillation_loss, fit
-from distill.fingerprint import fingerprint, identity
+from distill.fingerprint import fingerprint
 from distill.host import available_cores
 from distill.job.assembly import load_student_state, save_network
 from distill.job.context import Context
-from distill.job.materials import TEACHER, Blocks, architecture_of
+from distill.job.materials import Blocks, architecture_of
+from distill.job.reuse import TEACHER
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report
@@ -108,7 +109,7 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         context.run.complete("evaluate", results, used=[f"{name}.safetensors" for name in names])
 
 
-def refuse_unfinished(config: JobConfig, run: RunDirectory) -> None:
+def refuse_unfinished(config: JobConfig, facts: Mapping[str, Any], run: RunDirectory) -> None:
     """Raise unless this is the configuration's run, complete up to the delivery; before anything is read or written.
 
     Every rank looks for itself, so that all stop at once.
@@ -116,7 +117,7 @@ def refuse_unfinished(config: JobConfig, run: RunDirectory) -> None:
     if not (run.path / "resolved.yaml").exists():
         allowed = "the directory of a finished run; the same command without stage=deliver makes one"
         raise ConfigError("run.dir", str(run.path), allowed)
-    run.refuse_others(identity(config))
+    run.refuse_others(facts)
     stages = ["teacher", "distill", "assemble", "finetune", "evaluate"]
     skipped = {"teacher": config.teacher.fit_epochs, "finetune": config.finetune.epochs}
     for stage in stages:
@@ -235,7 +236,7 @@ def _metrics(
             "cores": available_cores(),
         },
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
-        "fingerprint": fingerprint(context.config),
+        "fingerprint": fingerprint(context.identity),
         "seed": context.config.seed,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.graphed_teacher import GraphedChain
 from distill.graphs import cuda_capture
 from distill.job.context import Context
+from distill.job.reuse import TEACHER, take_teacher
 from distill.lanes import Lane
 from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Recipe
@@ -33,8 +35,6 @@ from distill.report.markup import show_count
 from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
 
 log = logging.getLogger(__name__)
-
-TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was trained here
 
 
 def open_data(config: JobConfig, device: torch.device) -> Dataset:
@@ -81,6 +81,8 @@ def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
 def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> nn.Module:
     """Return the teacher with its weights as far as they are given, frozen, on the device, in channels_last."""
     teacher = config.teacher
+    if teacher.folder is not None and teacher.folder not in sys.path[:1]:
+        sys.path.insert(0, teacher.folder)
     torch.manual_seed(derive_seed(config.seed, "teacher"))
     network = build_architecture(**architecture_of(config, len(dataset.classes)))
     if teacher.weights is not None and teacher.fit_epochs > 0:
@@ -102,7 +104,8 @@ def train_teacher(context: Context, dataset: Dataset, teacher: nn.Module) -> Non
     """
     if context.config.teacher.fit_epochs > 0:
         with context.during("teacher"):
-            context.lead("teacher", lambda: _fit_teacher(context, dataset, teacher), made=[TEACHER])
+            work = lambda: take_teacher(context) or _fit_teacher(context, dataset, teacher)  # noqa: E731
+            context.lead("teacher", work, made=[TEACHER])
         teacher.load_state_dict(load(context.run.read(TEACHER)))
     teacher.eval().requires_grad_(False)
 

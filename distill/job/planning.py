@@ -31,8 +31,9 @@ from distill.files import write_json
 from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.links import find_network
-from distill.job.materials import TEACHER, Blocks
+from distill.job.materials import Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
+from distill.job.reuse import TEACHER
 from distill.lanes import Lane, lanes
 from distill.ledger import Ledger
 from distill.memory import Memory

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -141,18 +142,20 @@ def _let_peers_know(control: Control) -> None:
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> None:
     device = _device(config)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(ranks_of(os.environ)[3]))
+    facts, run = _agree_on_identity(config, control)
+    ending.callback(run.release)
     if config.stage is Stage.deliver:
-        refuse_unfinished(config, RunDirectory(run_directory(config)))
+        refuse_unfinished(config, facts, run)
     with open_data(config, device) as dataset:
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
-        if blocks is not None and RunDirectory(run_directory(config)).result("distill") is None:
+        if blocks is not None and run.result("distill") is None:
             refuse_impossible(config, blocks, world_size=control.world_size)
             if control.rank == 0:
                 refuse_too_little(config, blocks, device)
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
-        context = _claim(config, control, device, ending)  # only now is anything written: the job can run
+        context = _claim(config, control, device, facts, run)  # only now is anything written: the job can run
         held.hand_on()
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
@@ -179,24 +182,29 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         deliver(context, dataset, teacher, blocks)
 
 
-def _claim(config: JobConfig, control: Control, device: torch.device, ending: ExitStack) -> Context:
-    """Rank 0 takes the run directory; everybody learns its place and this attempt's generation."""
-    directory = RunDirectory(run_directory(config))
+def _agree_on_identity(config: JobConfig, control: Control) -> tuple[dict[str, Any], RunDirectory]:
+    """Rank 0 reads what decides the results by its content; everybody learns that and the place of the results."""
     if control.rank == 0:
-        generation = directory.claim(identity(config), to_yaml(config))
-        ending.callback(directory.release)
-        control.set("run", {"dir": str(directory.path), "generation": generation})
-    run = control.wait("run", peer=0, purpose="run directory")
-    if control.rank != 0:
-        directory = RunDirectory(Path(run["dir"]))
-    control.generation = run["generation"]
+        facts = identity(config)
+        control.set("identity", {"facts": facts, "dir": str(run_directory(config, facts))})
+    found = control.wait("identity", peer=0, purpose="identity of the job")
+    return found["facts"], RunDirectory(Path(found["dir"]))
+
+
+def _claim(
+    config: JobConfig, control: Control, device: torch.device, facts: dict[str, Any], run: RunDirectory
+) -> Context:
+    """Rank 0 takes the run directory; everybody learns this attempt's generation."""
+    if control.rank == 0:
+        control.set("generation", run.claim(facts, to_yaml(config)))
+    control.generation = control.wait("generation", peer=0, purpose="run directory")
     clock = DeviceClock(device) if device.type == "cuda" else None
     trace = Trace(control.rank, control.generation, device_clock=clock)
-    scalars = Scalars(directory.path / "tensorboard" / f"rank{control.rank}")
-    context = Context(config, control, directory, device, Console(), trace, scalars)
+    scalars = Scalars(run.path / "tensorboard" / f"rank{control.rank}")
+    context = Context(config, control, run, device, Console(), trace, scalars, facts)
     _log_to(context)
     context.say(f"run directory: {context.run.path} (attempt {control.generation})")
-    for damage in directory.mended:
+    for damage in run.mended:
         log.warning("%s", damage)
     return context
 

@@ -15,9 +15,10 @@ from distill.control import ranks_of
 from distill.data import Dataset
 from distill.job.caching import Caching, is_cached, students_dtype
 from distill.job.context import Context
-from distill.job.materials import TEACHER, Blocks
+from distill.job.materials import Blocks
 from distill.job.planning import Trainers, make_plan, step_budget
 from distill.job.readings import Readings, latest_readings
+from distill.job.reuse import TEACHER, block_identities, take_blocks
 from distill.ledger import Entry, Ledger
 from distill.plan import Plan
 from distill.progress import BlockLine, Display
@@ -30,11 +31,15 @@ from distill.transport import wire_backend
 def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
     """Run the distill stage to its end (or up to the printed plan); blocks in the ledger are not trained again."""
     config = context.config
-    if context.completed("distill") is not None:
-        context.say("distill stage: complete since an earlier attempt; no block is trained again")
-        return
     dataset = dataset.with_views(config.distill.views)
     budget = step_budget(config, dataset)
+    if context.leads and config.stage is not Stage.plan and context.run.result("distill") is None:
+        _take_blocks(context, teacher, blocks, budget=budget)
+    if (result := context.completed("distill")) is not None:
+        source = result.get("taken_from")
+        since = f"its figures are those of run {source}" if source else "complete since an earlier attempt"
+        context.say(f"distill stage: {since}; no block is trained again")
+        return
     plateau = config.distill.stop is Stop.plateau
     checks = Checks(config.distill.check_every, config.distill.check_batches) if plateau else Checks()
     caching = Caching(context, dataset, teacher, blocks) if is_cached(config) else None
@@ -77,6 +82,14 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
             _lead(context, session, blocks, trainers, caching)
         else:
             session.follow(trainers)
+
+
+def _take_blocks(context: Context, teacher: nn.Module, blocks: Blocks, *, budget: int) -> None:
+    chain = blocks.chain
+    identities = block_identities(
+        context.identity, chain=chain, replaced=blocks.replaced, teacher=teacher, budget=budget
+    )
+    take_blocks(context, identities, {block.index: block.name for block in chain.blocks})
 
 
 def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any], caching: Caching | None) -> None:

@@ -16,7 +16,7 @@ from distill.report.run import EXPECTED, NoRunError, is_run, runs_below
 
 EPILOG = """\
 examples:
-  distill report outputs/demo/a0c1d91ac40707f4      that run's report.html, drawn again
+  distill report outputs/demo/700b8f7af7f7d2c2      that run's report.html, drawn again
   distill report outputs/demo                       all runs below, compared in comparison.html
   distill report run1 run2 --output compared.html   two runs, compared
 

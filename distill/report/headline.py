@@ -62,11 +62,13 @@ def _sentence(run: Run) -> str:
     size, work = (_ratio(student.get(key), teacher.get(key)) for key in ("params", "flops"))
     seconds, ranks = run.part("distill").get("seconds"), run.world_size
     where = f" on {show_count(ranks, 'rank')}" if ranks else ""
+    source = run.part("distill").get("taken_from")
+    elsewhere = f" in run {source}, from which they were taken" if source else ""
     return (
         f"The student reaches {show(student.get('top1'))} % top-1 where its teacher has {show(teacher.get('top1'))} %, "
         f"with {show(_percent(size), '{:.1f}')} % of the parameters and {show(_percent(work), '{:.1f}')} % of the "
         f"FLOPs. "
-        f"Distilling {show_count(len(run.blocks), 'block')} took {show_seconds(seconds)}{where}."
+        f"Distilling {show_count(len(run.blocks), 'block')} took {show_seconds(seconds)}{where}{elsewhere}."
     )
 
 

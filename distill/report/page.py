@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,18 @@ def _ledger(run: Run) -> Markup:
     return table(headings, rows, text=(0, 2, 9), tall=True) if rows else Markup()
 
 
+def _taken(run: Run) -> list[tuple[str, Any]]:
+    """What was not computed by this run, and which run computed it."""
+    teacher, figures = (run.stages.get(stage, {}).get("taken_from") for stage in ("teacher", "distill"))
+    sources = Counter(block.entry["source"] for block in run.blocks if block.entry and block.entry.get("source"))
+    blocks = "; ".join(f"{count} of {len(run.blocks)} trained by run {name}" for name, count in sources.items())
+    return [
+        ("teacher, taken over", f"trained by run {teacher}" if teacher else None),
+        ("blocks, taken over", blocks or None),
+        ("figures of the distill stage", f"those of run {figures}" if figures else None),
+    ]
+
+
 def _run_facts(run: Run) -> list[tuple[str, str]]:
     distill, data, metrics = run.part("distill"), run.metrics.get("data") or {}, run.metrics
     skipped = data.get("skipped_images") or []
@@ -124,6 +137,7 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
         ("ranks that share batches", "; ".join(", ".join(map(str, g)) for g in distill.get("groups") or []) or None),
         ("threads per rank", distill.get("threads_per_rank")),
         ("distill stage", "resumed: its figures are of the last attempt" if distill.get("resumed") else None),
+        *_taken(run),
         ("teacher passes", show(distill.get("teacher_passes"), "{:,.0f}")),
         ("teacher seconds", show_seconds(distill.get("teacher_seconds"))),
         ("CPU seconds, all ranks", show(distill.get("cpu_seconds"), "{:,.1f}")),

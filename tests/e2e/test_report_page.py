@@ -246,7 +246,7 @@ def test_the_command_of_a_stopped_run_s_page_goes_on(stopped: Path) -> None:
 
 def test_the_commands_of_the_documentation_run(finished: tuple[Path, str], stopped: Path, tmp_path: Path) -> None:
     """The page of docs/report.md, with these runs in the places of its examples."""
-    shutil.copytree(finished[0], tmp_path / "outputs" / "demo" / "a0c1d91ac40707f4")
+    shutil.copytree(finished[0], tmp_path / "outputs" / "demo" / "700b8f7af7f7d2c2")
     shutil.copytree(stopped, tmp_path / "outputs" / "demo" / "91b0c2a4d6e8f013")
     folder = tmp_path / "bin"
     folder.mkdir()

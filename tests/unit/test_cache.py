@@ -21,6 +21,7 @@ from distill.cache_places import GIB, File, Memory, Place
 from distill.compose import compose
 from distill.errors import ConfigError
 from distill.files import DamagedFileError, write_json
+from distill.fingerprint import identity
 from distill.job.caching import Caching
 from distill.plan import Costs, Span
 from distill.planning.problems import cached_problem
@@ -234,22 +235,17 @@ def test_neighbours_read_their_common_boundary_once_and_the_teacher_costs_nothin
     assert plan.predicted_makespan_s == pytest.approx(5 * (1 + 2 + 3 + 0.1 * 100))
 
 
-def recorded_from(root: str) -> Any:
+def recorded_from(root: Path) -> Any:
     """What decides whether a file recorded from the images at `root` is used again."""
     caching: Any = object.__new__(Caching)
-    caching._context = SimpleNamespace(config=compose(["data=imagefolder", f"data.root={root}"]), device=CPU)
+    config = compose(["data=imagefolder", f"data.root={root}"])
+    caching._context = SimpleNamespace(config=config, identity=identity(config), device=CPU)
     caching._contents, caching._teacher = SimpleNamespace(held_out=0), nn.Identity()
     return caching._facts(LAYOUT)
 
 
-def test_a_file_recorded_from_a_folder_of_images_is_for_that_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {}
-    for place in ("here", "there"):
-        (tmp_path / place / "images").mkdir(parents=True)
-        monkeypatch.chdir(tmp_path / place)
-        found[place] = recorded_from("images")
-        assert found[place] == recorded_from(str(tmp_path / place / "images"))
-    assert found["here"] != found["there"], "folders of one name, seen from two places"
-    assert recorded_from("owner/images")["root"] == "owner/images", "a name on the hub"
+def test_a_file_recorded_from_a_folder_of_images_is_for_those_images(tmp_path: Path) -> None:
+    for place in ("here", "there", "elsewhere"):
+        (tmp_path / place / "train" / ("dog" if place == "elsewhere" else "cat")).mkdir(parents=True)
+    found = {place: recorded_from(tmp_path / place) for place in ("here", "there", "elsewhere")}
+    assert found["here"] == found["there"] != found["elsewhere"]

@@ -12,9 +12,9 @@ from distill.compose import compose
 from distill.config import to_yaml
 from distill.errors import ConfigError
 from distill.files import write_commented
-from distill.fingerprint import fingerprint, identity
+from distill.fingerprint import identity
 
-OF_RUN = ("teacher=resnet18", "data=imagefolder", "data.root=/images", "seed=3", "launch.nproc_per_node=4")
+OF_RUN = ("teacher=resnet18", "data=cifar10", "data.root=/images", "seed=3", "launch.nproc_per_node=4")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_it_is_the_run_s_configuration_in_that_directory(run: str) -> None:
     assert config.run.dir == run
     assert config.launch.nproc_per_node == 4
     assert identity(config) == identity(compose(OF_RUN))
-    assert fingerprint(config) != fingerprint(compose([]))
+    assert identity(config) != identity(compose([]))
 
 
 def test_how_far_it_goes_is_asked_anew(run: str) -> None:
@@ -96,3 +96,45 @@ def test_a_configuration_that_is_damaged_or_edited_is_refused(
 ) -> None:
     (tmp_path / "resolved.yaml").write_text(damage((Path(run) / "resolved.yaml").read_text()))
     assert f"{tmp_path}/resolved.yaml: damaged, or edited" in refusal(f"run={tmp_path}")
+
+
+def test_paths_mean_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    (here / "sets").mkdir(parents=True)
+    (here / "net.pt").touch()
+    (here / "zoo.py").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(here)
+    given = [
+        "teacher=custom",
+        "teacher.factory=zoo:net",
+        "teacher.weights=net.pt",
+        "data=imagefolder",
+        "cache.dir='~/kept'",
+    ]
+    config = compose([*given, "data.root=sets/pets", "run.dir=run"])
+    assert config.teacher.weights == str(here / "net.pt")
+    assert config.teacher.folder == str(here)
+    assert config.data.root == str(here / "sets" / "pets")
+    assert config.cache.dir == str(tmp_path / "kept")
+    assert config.run.dir == str(here / "run")
+    (here / "run").mkdir()
+    write_commented(here / "run" / "resolved.yaml", to_yaml(config))
+    monkeypatch.chdir("/")
+    assert compose([f"run={here}/run"]) == config
+
+
+@pytest.mark.parametrize(
+    ("root", "whole"), [("sets", True), ("./none", True), ("a/b/c", True), ("x.parquet", True), ("owner/set", False)]
+)
+def test_a_set_on_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, whole: bool) -> None:
+    (tmp_path / "sets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert compose(["data=hf", f"data.root={root}"]).data.root == (str(tmp_path / root) if whole else root)
+
+
+def test_published_weights_are_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose(["teacher=resnet50", "teacher.weights=DEFAULT"]).teacher.weights == "DEFAULT"
+    (tmp_path / "DEFAULT").touch()
+    assert compose(["teacher=resnet50", "teacher.weights=DEFAULT"]).teacher.weights == str(tmp_path / "DEFAULT")

@@ -20,9 +20,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distill.data import Augment, Dataset, cifar
 from distill.data.digits import open_digits
-from distill.data.listing import SUFFIXES
 from distill.data.mapped import FileNames
 from distill.errors import ConfigError
+from distill.image_files import SUFFIXES
 from tests.opened import AS_THEY_ARE, opened
 
 CLASSES = ["airplane", "bird"]

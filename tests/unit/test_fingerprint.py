@@ -1,4 +1,4 @@
-"""Which settings tell two jobs apart."""
+"""Which settings, and which content of what they name, tell two jobs apart."""
 
 import copy
 import re
@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 
-from distill import choices
+from distill import choices, contents
 from distill import fingerprint as rule
 from distill.compose import compose
 from distill.config import JobConfig, settings
+from distill.errors import ConfigError
 from distill.fingerprint import fingerprint, identity
 
 
 @pytest.fixture(scope="module")
 def default() -> JobConfig:
     return compose([])
+
+
+def digits(config: JobConfig) -> str:
+    return fingerprint(identity(config))
 
 
 def edited(config: JobConfig, path: str, value: object) -> JobConfig:
@@ -41,7 +46,7 @@ UNCHANGED = (
 )  # fmt: skip
 CHANGED = (
     ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", choices.Amp.bf16), ("student.rank", 3),
-    ("plan.wire_dtype", choices.WireDtype.bf16), ("data.batch_size", 3), ("teacher.weights", "file.pt"),
+    ("plan.wire_dtype", choices.WireDtype.bf16), ("data.batch_size", 3),
     ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
     ("assemble.batchnorm_batches", 1), ("plan.strategy", choices.Strategy.ddp), ("teacher.amp", choices.Amp.bf16),
     ("plan.groups", True),
@@ -52,48 +57,193 @@ CHANGED = (
 def test_unchanged_by_where_and_how_fast(default: JobConfig, path: str, value: object) -> None:
     changed = edited(default, path, value)
     assert changed != default
-    assert fingerprint(changed) == fingerprint(default)
+    assert digits(changed) == digits(default)
 
 
 @pytest.mark.parametrize(("path", "value"), CHANGED)
 def test_changed_by_what_is_computed(default: JobConfig, path: str, value: object) -> None:
-    assert fingerprint(edited(default, path, value)) != fingerprint(default)
+    assert digits(edited(default, path, value)) != digits(default)
 
 
-def test_a_file_of_weights_is_one_however_its_path_is_typed(
+def test_a_file_of_weights_is_its_content_wherever_it_lies(default: JobConfig, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.pt", tmp_path / "second.pt"
+    first.write_bytes(b"these")
+    second.write_bytes(b"these")
+
+    def given(weights: str | Path) -> str:
+        return digits(edited(default, "teacher.weights", str(weights)))
+
+    before = given(first)
+    assert given(second) == before != digits(default)
+    first.write_bytes(b"those")
+    assert given(first) != before
+    first.write_bytes(b"these")
+    assert given(first) == before
+    with pytest.raises(ConfigError, match=r"teacher\.weights: got .*nowhere.pt.*a file that exists"):
+        given(tmp_path / "nowhere.pt")
+
+
+def test_published_weights_are_a_name_and_the_library_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DEFAULT").mkdir()
+    facts = identity(compose(["teacher=resnet50"]))
+    assert facts["teacher.weights"] in ("DEFAULT", "IMAGENET1K_V2")
+    assert facts["teacher.source (version)"].startswith("torchvision ")
+
+
+def image_set(root: Path, *classes: str, images: int = 3, content: bytes = b"pixels") -> JobConfig:
+    """A folder of image files, which nobody decodes here, and the configuration that names it."""
+    for split in ("train", "val"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for image in range(images):
+                (root / split / name / f"{image}.png").write_bytes(content + bytes([image]))
+    return compose(["data=imagefolder", f"data.root={root}"])
+
+
+def test_a_set_of_images_is_what_is_in_it(tmp_path: Path) -> None:
+    config = image_set(tmp_path / "pets", "cat", "dog")
+    before = digits(config)
+    assert "6 images of 2 classes (cat, dog)" in identity(config)["data.root (training images)"]
+    (tmp_path / "pets" / ".DS_Store").touch()
+    (tmp_path / "pets" / "train" / "cat" / "notes.txt").touch()
+    assert digits(config) == before, "what is no image is not part of it"
+    assert digits(image_set(tmp_path / "moved", "cat", "dog")) == before
+    others = [
+        image_set(tmp_path / "classes", "car", "bus"), image_set(tmp_path / "more", "cat", "dog", images=4),
+        image_set(tmp_path / "sizes", "cat", "dog", content=b"larger pixels"),
+        image_set(tmp_path / "pixels", "cat", "dog", content=b"pIxels"),
+    ]  # fmt: skip
+    assert len({before, *map(digits, others)}) == 5
+    changed = tmp_path / "pets" / "val" / "cat" / "0.png"
+    changed.rename(changed.with_name("9.png"))
+    assert digits(config) != before, "the test images decide the figures that are given"
+    changed.with_name("9.png").rename(changed)
+    assert digits(config) == before
+    with pytest.raises(ConfigError, match=r"data\.root: got .*nowhere.*an existing folder"):
+        identity(compose(["data=imagefolder", f"data.root={tmp_path}/nowhere"]))
+
+
+def test_a_parquet_set_is_its_files(tmp_path: Path) -> None:
+    for folder, content in {"a": b"same", "b": b"same", "c": b"else"}.items():
+        (tmp_path / folder / "data").mkdir(parents=True)
+        (tmp_path / folder / "data" / "train-0.parquet").write_bytes(content)
+        (tmp_path / folder / "data" / "test-0.parquet").write_bytes(content)
+
+    def of(place: str) -> str:
+        return digits(compose(["data=hf", f"data.root={place}"]))
+
+    assert of(f"{tmp_path}/a") == of(f"{tmp_path}/b") != of(f"{tmp_path}/c")
+    files = [f"{tmp_path}/{folder}/data/train-0.parquet" for folder in "abc"]
+    assert of(files[0]) == of(files[1]) != of(files[2])
+    assert of("owner/set") != of("owner/other"), "on the hub it is a name"
+
+
+def test_cifar_is_the_published_one_before_it_is_downloaded_and_after(tmp_path: Path) -> None:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    for kind, (folder, files) in zip((CIFAR10, CIFAR100), contents.CIFAR.values(), strict=True):
+        assert folder == kind.base_folder
+        published = dict(kind.train_list + kind.test_list) | {kind.meta["filename"]: kind.meta["md5"]}
+        assert files == published
+    config = compose(["data=cifar10", f"data.root={tmp_path}"])
+    before = digits(config)
+    assert identity(config)["data.root"] == "as published"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"others")
+    assert digits(config) != before
+
+
+def test_images_are_listed_as_the_set_lists_them() -> None:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from distill.data import folder
+
+    assert set(IMG_EXTENSIONS) <= set(contents.IMAGE_ENDINGS)
+    assert folder.USUAL_TEST_SPLITS == rule.FOLDER_TEST_SPLITS
+
+
+def test_a_large_set_is_read_in_part_and_what_took_long_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(contents, "WHOLE_FILES", 5)
+    monkeypatch.setattr(contents, "SAMPLED_FILES", 2)
+    monkeypatch.setattr(contents, "NOTED_BYTES", 1)
+    config = image_set(tmp_path / "pets", "cat", "dog")
+    before = digits(config)
+    assert not (tmp_path / "cache").exists(), "what was just written may be written again within the clock's tick"
+    monkeypatch.setattr(contents, "SETTLED_NS", -1)
+    assert digits(config) == before
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 2
+
+    def refuse(*_: object) -> str:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contents, "_digest_of", refuse)
+        assert digits(config) == before
+    image = tmp_path / "pets" / "train" / "cat" / "0.png"
+    image.write_bytes(b"pIxels\0")
+    assert digits(config) != before, "of the same name and size, but its times tell"
+    for note in (tmp_path / "cache").rglob("*.json"):
+        note.write_text("{")
+    image.write_bytes(b"pixels\0")
+    assert digits(config) == before
+
+
+def test_a_factory_is_its_source_and_that_of_what_it_imports_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo").mkdir()
+    sources = {
+        "zoo/__init__.py": "", "zoo/nets.py": "import torch\nfrom . import layers\nfrom widths import WIDTH\n",
+        "zoo/layers.py": "import json", "widths.py": "WIDTH = 8", "unused.py": "", "zoo/unused.py": "",
+    }  # fmt: skip
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
+    given = ["teacher=custom", "teacher.factory=zoo.nets:net"]
+    config = compose(given)
+    assert config.teacher.folder == str(tmp_path)
+    assert identity(config)["teacher.factory (source)"].startswith("widths, zoo, zoo.layers, zoo.nets; content ")
+    before = digits(config)
+    monkeypatch.chdir("/")
+    assert digits(config) == before
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source + "# edited")
+        assert (digits(config) == before) == ("unused" in name), name
+        (tmp_path / name).write_text(source)
+    assert digits(config) == before
+    (tmp_path / "zoo" / "layers.py").write_text("def broken(:")
+    assert digits(config) != before, "importing it will say what is wrong"
+    assert compose(["teacher=custom", "teacher.factory=torchvision.models:resnet18"]).teacher.folder is None
+
+
+def test_the_content_is_read_once_for_all_configurations_of_a_launch(
     default: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "teacher.pt").touch()
-    (tmp_path / "linked.pt").symlink_to("here/teacher.pt")
-    monkeypatch.chdir(tmp_path / "here")
-
-    def typed(weights: str) -> str:
-        return fingerprint(edited(default, "teacher.weights", weights))
-
-    whole = str(tmp_path.resolve() / "here" / "teacher.pt")
-    assert identity(edited(default, "teacher.weights", "teacher.pt"))["teacher.weights"] == whole
-    names = ("teacher.pt", "./teacher.pt", "../here/teacher.pt", "~/here/teacher.pt", "../linked.pt", whole)
-    assert len(set(map(typed, names))) == 1
-    assert typed("../there/teacher.pt") != typed(whole)
-    (tmp_path / "here" / "DEFAULT").mkdir()
-    assert identity(edited(default, "teacher.weights", "DEFAULT"))["teacher.weights"] == "DEFAULT"
+    config, seen = image_set(tmp_path, "cat", "dog"), {}
+    first = identity(config, seen)
+    monkeypatch.setattr(rule, "describe_images", lambda _: pytest.fail("read again"))
+    assert identity(edited(config, "seed", 5), seen) == first | {"seed": 5}
 
 
 def test_the_demo_has_the_fingerprint_that_the_readme_shows(default: JobConfig) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert set(re.findall(r"outputs/demo/([0-9a-f]+)", readme)) == {fingerprint(default)}
+    assert set(re.findall(r"outputs/demo/([0-9a-f]+)", readme)) == {digits(default)}
 
 
 def test_is_sixteen_hexadecimal_digits(default: JobConfig) -> None:
-    assert len(fingerprint(default)) == 16
-    assert int(fingerprint(default), 16) >= 0
+    assert len(digits(default)) == 16
+    assert int(digits(default), 16) >= 0
 
 
 def test_identity_leaves_out_nothing_but_the_listed_settings(default: JobConfig) -> None:
     left_out = {path for path, *_ in settings()} - identity(default).keys()
+    assert identity(default).keys() - {path for path, *_ in settings()} == {"results"}
     assert left_out
     for path in left_out - {"cache.dtype", "data.exif_orientation"}:
         named = {path, path.split(".")[0]} & rule._NOT_IN_FINGERPRINT
@@ -105,12 +255,12 @@ def test_a_cache_is_told_from_none_and_by_its_precision_but_not_by_its_place(def
         config = edited(edited(default, "distill.views", 2), "teacher.cache", changes.pop("cache", choices.Cache.ram))
         for path, value in changes.items():
             config = edited(config, path.replace("__", "."), value)
-        return fingerprint(config)
+        return digits(config)
 
     assert cached() == cached(cache=choices.Cache.disk) == cached(cache__dir="/x") == cached(cache__max_gib=1.0)
     off = choices.Cache.off
     different = {cached(), cached(cache__dtype=choices.WireDtype.bf16), cached(distill__views=3), cached(cache=off)}
-    assert len(different | {fingerprint(default)}) == 5
+    assert len(different | {digits(default)}) == 5
     assert cached(cache=off) == cached(cache=off, cache__dtype=choices.WireDtype.bf16)
 
 

@@ -12,8 +12,13 @@ import pytest
 
 from distill.compose import compose
 from distill.errors import ConfigError
-from distill.fingerprint import run_directory
+from distill.fingerprint import identity, run_directory
 from distill.sweep import LONGEST_TAG, list_jobs, read_sweep
+
+
+def directory(overrides: list[str]) -> Path:
+    config = compose(overrides)
+    return run_directory(config, identity(config))
 
 
 def test_jobs_are_the_product_in_hydras_order() -> None:
@@ -27,7 +32,7 @@ def test_jobs_are_the_product_in_hydras_order() -> None:
 def test_swept_settings_that_do_not_change_what_is_computed_keep_run_directories_apart() -> None:
     jobs = read_sweep(["seed=1,2", "plan.window=2,4", "launch.nproc_per_node=1"]).jobs
     assert [job[-1] for job in jobs] == ["run.tag=plan.window-2", "run.tag=plan.window-4"] * 2
-    folders = {run_directory(compose(job)).name for job in jobs}
+    folders = {directory(job).name for job in jobs}
     assert len(folders) == 4
     assert {folder.split("-", 1)[1] for folder in folders} == {"plan.window-2", "plan.window-4"}
 
@@ -35,7 +40,7 @@ def test_swept_settings_that_do_not_change_what_is_computed_keep_run_directories
 def test_a_sweep_over_what_is_computed_finds_the_run_directories_of_plain_runs() -> None:
     jobs = read_sweep(["seed=1,2", "plan.window=3"]).jobs
     assert jobs == [["seed=1", "plan.window=3"], ["seed=2", "plan.window=3"]]
-    assert run_directory(compose(jobs[0])) == run_directory(compose(["seed=1"]))
+    assert directory(jobs[0]) == directory(["seed=1"])
 
 
 @pytest.mark.parametrize("own", ["run.tag=mine", "run.dir=here"])
@@ -44,7 +49,7 @@ def test_a_given_run_directory_or_tag_stays(own: str) -> None:
 
 
 def test_a_tag_of_paths_is_a_folder_name_of_bounded_length() -> None:
-    tag = read_sweep([f"data.root=/{'long/' * 60}a,/b"]).jobs[0][-1].partition("=")[2]
+    tag = read_sweep([f"cache.dir=/{'long/' * 60}a,/b"]).jobs[0][-1].partition("=")[2]
     assert len(tag) <= LONGEST_TAG
     compose([f"run.tag={tag}"])
     with pytest.raises(ConfigError, match=r"run\.tag.*letters, digits"):
