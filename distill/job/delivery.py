@@ -26,8 +26,9 @@ from distill.files import read_json, write_json
 from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint, identity
 from distill.job.assembly import load_student_state, save_network
+from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.job.materials import TEACHER, Blocks, architecture_of
+from distill.job.materials import TEACHER, architecture_of
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report

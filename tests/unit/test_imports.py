@@ -70,16 +70,18 @@ ALLOWED: dict[str, set[str]] = {
     "precision": {"blocks"},
     "graphed_teacher": {"blocks", "graphs"},
     "data": {"errors"},
-    "teachers": {"errors"},
-    "recipes": {"blocks"},
+    "teachers": {"aliases", "errors", "memory_format"},
+    "recipes": {"blocks", "flops"},
     "losses": set(),
     # one block
-    "checkpoint": {"files"},
+    "aliases": set(),
+    "memory_format": set(),
+    "checkpoint": {"aliases", "files"},
     "ledger": {"files"},
     "lanes": set(),
     "graphs": {"lanes"},
     "stopwatch": set(),
-    "trainer": {"checkpoint", "graphs", "lanes", "losses", "stopwatch"},
+    "trainer": {"aliases", "checkpoint", "graphs", "lanes", "losses", "stopwatch"},
     "cost": {"blocks", "flops", "graphs", "trainer"},
     "flops": set(),
     "counting": {"devices", "flops"},
@@ -106,11 +108,11 @@ ALLOWED: dict[str, set[str]] = {
         "streams", "takeover", "trainer",
     },
     # the whole student
-    "assemble": {"recipes"},
-    "evaluate": {"cost", "data"},
-    "export": {"checkpoint", "errors", "files", "recipes", "teachers"},
+    "assemble": {"blocks", "recipes"},
+    "evaluate": {"aliases", "cost", "data"},
+    "export": {"aliases", "checkpoint", "errors", "files", "recipes", "teachers"},
     "programs": {"errors", "export", "files"},
-    "finetune": {"checkpoint", "data", "losses"},
+    "finetune": {"aliases", "checkpoint", "data", "losses", "memory_format"},
 }  # fmt: skip
 
 WITHOUT_TORCH = SETTINGS - {"launcher"} | {
