@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from distill.blocks import Chain, agree, copied, made_trainable
 from distill.recipes import Recipe, replace_convolutions
 
 
@@ -18,7 +18,7 @@ def assemble(
 
     `blocks` are state dicts with the teacher's own qualified names, one a trained block, without overlap.
     """
-    student = copy.deepcopy(teacher)
+    student = copied(teacher)
     replace_convolutions(student, replaced, recipe)
     state: dict[str, Tensor] = {}
     for weights in blocks:
@@ -26,7 +26,21 @@ def assemble(
         state |= weights
     unexpected = student.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected, unexpected
-    return student.requires_grad_(True)
+    return made_trainable(student).train(teacher.training)
+
+
+@torch.no_grad()
+def in_a_row(student: nn.Module, chain: Chain, modules: Mapping[int, nn.Module], x: Tensor) -> bool:
+    """Whether the assembled student gives for `x` what the student blocks `modules` give one after another, all in eval
+    mode; not so where the network's code reaches what was replaced in another way than by calling the module."""
+    for module in (student, *modules.values()):
+        module.eval()
+    try:
+        return agree(student(x), chain.run_with(modules, x))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a network's own code can raise anything
+        return False
 
 
 @torch.no_grad()

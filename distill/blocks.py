@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class Chain(ABC):
     blocks: tuple[Block, ...]
     boundaries: tuple[Boundary, ...]  # one more than blocks
     first_convolution: str | None  # the path of the nn.Conv2d that the network runs first, in a block or not
+    remark: str | None = None  # what stood against cutting the network finer, where that is worth telling
 
     @abstractmethod
     def run(self, x: Tensor, *, last: int, keep: Collection[int], first: int = 0) -> dict[int, Tensor]:
@@ -111,6 +113,12 @@ class Chain(ABC):
             x = self.run_block(index, x)
             yield counter() - before, x
 
+    def run_with(self, students: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Return the network's output for its input `x` with `students` in the place of the blocks of those indices."""
+        for index in range(len(self.blocks)):
+            x = students[index](x) if index in students else self.run_block(index, x)
+        return x
+
     @abstractmethod
     def block_module(self, index: int) -> nn.Module:
         """Return a trainable copy of a block, in training mode: one tensor in, one out.
@@ -122,8 +130,20 @@ class Chain(ABC):
 
 def share_tensors(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree whose parameters and buffers are the very tensors of `model`."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return _copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network with tensors of its own."""
+    return _copied(model, {})
+
+
+def _copied(model: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """deepcopy() also where a pass has left results in a module, such as the kernel of torch.nn.utils.weight_norm()."""
+    for module in model.modules():
+        results = [one for one in vars(module).values() if isinstance(one, Tensor) and one.grad_fn is not None]
+        known |= {id(one): one.detach().clone() for one in results}
+    return copy.deepcopy(model, known)
 
 
 def switch_off_in_place(root: nn.Module) -> None:

@@ -17,6 +17,7 @@ from distill.blocks import Block, Boundary, Chain, made_trainable, parameter_own
 from distill.cutting.grouping import Granularity, Group, NotACutPointError, group
 from distill.cutting.hooked import HookedChain
 from distill.cutting.listing import check_listed, expand
+from distill.cutting.obstacle import obstacle
 from distill.cutting.tracing import Trace, UntraceableError, trace
 from distill.errors import ConfigError
 
@@ -30,19 +31,39 @@ def cut(model: nn.Module, sample: Tensor, *, granularity: Granularity, modules: 
     shell patterns of them. Raises ConfigError on data.image_size, blocks.granularity or blocks.modules.
     """
     model.eval().requires_grad_(False)
-    output = _run_sample(model, sample)
+    output = run_sample(model, sample)
+    if not isinstance(output, Tensor):
+        raise ConfigError("teacher", type(output).__name__, "a network whose output is one tensor")
     modules = expand(model, modules)
     if granularity is Granularity.modules:
         check_listed(model, modules)
     try:
         traced = trace(model, sample, output)
-        return TracedChain(traced, group(traced, granularity=granularity, modules=modules))
+        groups = group(traced, granularity=granularity, modules=modules)
+        return TracedChain(traced, groups, remark=_remark(traced, groups, granularity))
     except UntraceableError as error:
         if granularity is not Granularity.modules:
             raise _needs_list(granularity, error) from error
     except NotACutPointError:
         pass  # a skip connection passes by, which does not keep hooks from hearing the module's own tensors
     return HookedChain(model, sample, output, modules)
+
+
+def _remark(traced: Trace, groups: Sequence[Group], granularity: Granularity) -> str | None:
+    """Return in words why all of several convolutions ended up in one block, where they did."""
+    holding = [[node for node in one.nodes if isinstance(traced.module(node), nn.Conv2d)] for one in groups]
+    holding = [nodes for nodes in holding if nodes]
+    if granularity is Granularity.modules or len(holding) != 1 or len(holding[0]) == 1:
+        return None
+    segments = [one for one in traced.segments if any(isinstance(traced.module(node), nn.Conv2d) for node in one.nodes)]
+    if len(segments) > 1:
+        why, way = f"blocks.granularity={granularity.name} joins them", "blocks.granularity=conv cuts finer, or"
+    else:
+        why, way = obstacle(traced), "change that, or"
+    return (
+        f"one block holds all {len(holding[0])} convolutions, so nothing is trained in parallel: {why}; {way} name "
+        "modules: blocks.granularity=modules blocks.modules=[...]"
+    )
 
 
 def _needs_list(granularity: Granularity, error: UntraceableError) -> ConfigError:
@@ -55,24 +76,23 @@ def _needs_list(granularity: Granularity, error: UntraceableError) -> ConfigErro
 
 
 @torch.no_grad()
-def _run_sample(model: nn.Module, sample: Tensor) -> Tensor:
+def run_sample(model: nn.Module, sample: Tensor) -> object:
+    """Return what `model` gives for a batch. Raises ConfigError on data.image_size where it fails."""
     try:
-        output = model(sample)
+        return model(sample)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         allowed = f"images that the network accepts; with a batch of {tuple(sample.shape)} it says: {reason}"
         raise ConfigError("data.image_size", tuple(sample.shape[2:]), allowed) from error
-    if not isinstance(output, Tensor):
-        raise ConfigError("teacher", type(output).__name__, "a network whose output is one tensor")
-    return output
 
 
 class TracedChain(Chain):
     """A chain of traced blocks, each a module of its own."""
 
-    def __init__(self, traced: Trace, groups: Sequence[Group]) -> None:
+    def __init__(self, traced: Trace, groups: Sequence[Group], *, remark: str | None = None) -> None:
+        self.remark = remark
         self.blocks = tuple(_facts(traced, index, one) for index, one in enumerate(groups))
         self.first_convolution = next((path for block in self.blocks for path in block.convolutions), None)
         sources = [one.segments[0].source for one in groups]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from distill.aliases import each_once, memory_of
 from distill.files import DamagedFileError, read_bytes, sealed, unsealed, write_bytes
 
 log = logging.getLogger(__name__)
@@ -97,8 +98,16 @@ def block_name(block: int) -> str:
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU in the plain memory format that safetensors wants; values unchanged."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Return the tensors on the CPU in the plain memory format that safetensors wants, without second names of the same
+    tensor; values unchanged. Inverse: load_state()."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in each_once(tensors).items()}
+    memories: set[int] = set()
+    for name, tensor in plain.items():
+        memory = memory_of(tensor)
+        if memory in memories:  # a view of another one, such as a slice of a larger table
+            plain[name] = tensor.clone()
+        memories.add(memory)
+    return plain
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

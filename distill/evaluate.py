@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.aliases import each_once
 from distill.cost import count_flops, measure_seconds
 from distill.data import Batch
 
@@ -51,7 +52,7 @@ def measure_network(network: nn.Module, *, image_shape: tuple[int, ...], device:
     batch = torch.zeros(64, *image_shape, device=device).to(memory_format=torch.channels_last)
     return {
         "params": sum(parameter.numel() for parameter in network.parameters()),
-        "bytes": sum(tensor.nbytes for tensor in network.state_dict().values()),
+        "bytes": sum(tensor.nbytes for tensor in each_once(network.state_dict()).values()),
         "flops": count_flops(lambda: network(image)),
         "latency_ms_batch1": 1000 * measure_seconds(lambda: network(image), device),
         "latency_ms_batch64": 1000 * measure_seconds(lambda: network(batch), device),

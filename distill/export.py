@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import nn
 
+from distill.aliases import load_state
 from distill.checkpoint import contiguous
 from distill.errors import DistillError
 from distill.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
@@ -79,5 +80,5 @@ def load_student(path: str | Path) -> nn.Module:
     student = build_architecture(**card["architecture"])
     recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
     replace_convolutions(student, card["replaced"], recipe)
-    student.load_state_dict(load(content))
+    load_state(student, load(content))
     return student.eval()

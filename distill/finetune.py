@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distill.aliases import load_state
 from distill.checkpoint import Checkpoint, CheckpointFolder, contiguous
 from distill.data import Batch, Dataset
 from distill.losses import soft_target_loss
+from distill.memory_format import to_channels_last
 
 NetworkLoss = Callable[[Tensor, Batch], Tensor]
 
@@ -85,7 +87,7 @@ def fit(
     After each epoch rank 0 writes the checkpoint `name`, from which a later call goes on, and `report` is called with
     (epochs done, mean loss of the epoch in nats, seconds of the epoch).
     """
-    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last(network, device)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay, fused=True
     )
@@ -171,7 +173,7 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Ch
     """Load a checkpoint; return the number of epochs it has behind it."""
     if checkpoint is None:
         return 0
-    network.load_state_dict(checkpoint.weights)
+    load_state(network, checkpoint.weights)
     for key, parameter in network.named_parameters():
         if key in checkpoint.optimizer:
             buffer = torch.empty_like(parameter).copy_(checkpoint.optimizer[key])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -45,6 +45,9 @@ class GraphedChain(Chain):
 
     def counted(self, x: Tensor, counter: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
         return self._chain.counted(x, counter)
+
+    def run_with(self, students: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        return self._chain.run_with(students, x)
 
     def block_module(self, index: int) -> nn.Module:
         return self._chain.block_module(index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -43,6 +43,9 @@ class Bf16Chain(Chain):
         with _autocast(x):  # the hooked network runs as a whole before anything is yielded
             readings = list(self._chain.counted(x.bfloat16(), counter))
         yield from ((seconds, tensor.bfloat16()) for seconds, tensor in readings)
+
+    def run_with(self, students: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        return self._chain.run_with(students, x)
 
     def block_module(self, index: int) -> nn.Module:
         return self._chain.block_module(index)

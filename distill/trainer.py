@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from distill.aliases import load_state
 from distill.checkpoint import Checkpoint, block_name, contiguous
 from distill.graphs import Captured, Work, cuda_capture
 from distill.lanes import Lane
@@ -83,7 +84,7 @@ def learning_rate(step: int, *, budget: int, options: TrainerOptions) -> float:
 def make_optimizer(module: nn.Module, options: TrainerOptions, device: torch.device) -> torch.optim.Optimizer:
     """Return the optimizer of a block, with PyTorch's fused update where it has one; on CUDA its learning rate lies on
     the device, where a captured update reads it."""
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     lr = torch.tensor(options.lr, device=device) if device.type == "cuda" else options.lr
     if options.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=options.weight_decay, fused=True)
@@ -305,7 +306,7 @@ class BlockTrainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: same weights, optimizer state and step, hence the same bits as without the break."""
-        self.module.load_state_dict(checkpoint.weights)
+        load_state(self.module, checkpoint.weights)
         self.step = checkpoint.step
         self.progress = Progress(**checkpoint.progress)
         saved = checkpoint.optimizer

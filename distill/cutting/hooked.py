@@ -7,7 +7,7 @@ A skip connection may pass a listed module by: it stays inside the network, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -131,6 +131,19 @@ class HookedChain(Chain):
     def run_block(self, index: int, x: Tensor) -> Tensor:
         module = self._root.get_submodule(self._path(index))
         return self.boundaries[index + 1].conform(module(self.boundaries[index].conform(x)))
+
+    def run_with(self, students: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        with torch.no_grad(), ExitStack() as stack:
+            for index, student in students.items():
+                module = self._root.get_submodule(self._path(index))
+
+                def answer(
+                    _: nn.Module, args: tuple[Tensor, ...], _result: Tensor, student: nn.Module = student
+                ) -> Tensor:
+                    return student(*args)  # type: ignore[no-any-return]
+
+                stack.callback(module.register_forward_hook(answer).remove)
+            return self._root(x)  # type: ignore[no-any-return]
 
     def block_module(self, index: int) -> nn.Module:
         path = self._path(index)

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from distill.blocks import Boundary, agree, share_tensors, switch_off_in_place
+from distill.cutting.sizes import read_at_hand
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -74,6 +76,7 @@ def trace(model: nn.Module, sample: Tensor, output: Tensor) -> Trace:
     root = share_tensors(model)
     graph = _symbolic_graph(root)
     _remove_in_place(graph, root)
+    read_at_hand(graph, root, sample)
     _settle(graph)
     values = _Recorder(root, graph)
     with torch.no_grad():
@@ -83,7 +86,10 @@ def trace(model: nn.Module, sample: Tensor, output: Tensor) -> Trace:
             raise UntraceableError(f"the traced network fails: {error}") from error
     if not agree(result, output):
         raise UntraceableError("the traced network gives another result than the network itself")
-    return Trace(root, tuple(_segments(graph, root, values)), values.forms)
+    segments = tuple(_segments(graph, root, values))
+    if not segments:
+        raise UntraceableError("it gives back its input")
+    return Trace(root, segments, values.forms)
 
 
 class _Tracer(fx.Tracer):
@@ -225,9 +231,7 @@ class _Recorder(fx.Interpreter):
             raise UntraceableError(f"{n.format_node()} changes its input in place")
         if isinstance(result, Tensor):
             self.forms[n] = Boundary.of(result)
-        carries = isinstance(result, Tensor) or (
-            isinstance(result, tuple | list) and any(isinstance(part, Tensor) for part in result)
-        )
+        carries = any(isinstance(part, Tensor) for part in tree_leaves(result))
         if carries and (n.op == "placeholder" or self.activations.intersection(n.all_input_nodes)):
             self.activations.add(n)
         return result

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from distill.assemble import assemble, recalibrate
+from distill.aliases import load_state
+from distill.assemble import assemble, in_a_row, recalibrate
 from distill.checkpoint import contiguous
 from distill.data import Dataset
+from distill.errors import DistillError
 from distill.files import write_bytes
+from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.job.materials import Blocks
 from distill.job.reuse import TEACHER
 from distill.ledger import Ledger, block_file
+from distill.memory_format import to_channels_last
 from distill.report.markup import show_count
 
 
@@ -26,10 +28,17 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
     def work() -> dict[str, Any]:
         start = time.monotonic()
         ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
-        weights = [ledger.weights(block) for block in sorted(blocks.replaced)]
-        student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=weights)
+        weights = {block: ledger.weights(block) for block in sorted(blocks.replaced)}
+        student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=weights.values())
+        modules = {block: blocks.student(block, state) for block, state in weights.items()}
+        if not in_a_row(student, blocks.chain, modules, dataset.train_batch(0).images):
+            raise DistillError(
+                "the assembled student is not its trained blocks in a row: it gives something else for the first "
+                "batch; the network's code reaches layers in other ways than by calling them: leave out their blocks "
+                "(blocks.exclude)"
+            )
         save_network(context, "assembled", student)
-        student.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(student, context.device)
         batches = context.config.assemble.batchnorm_batches
         if batches > 0:
             recalibrate(student, (batch.images for batch in dataset.train_batches(0, batches)))
@@ -50,6 +59,6 @@ def save_network(context: Context, name: str, network: nn.Module) -> None:
 def load_student_state(context: Context, name: str, teacher: nn.Module, blocks: Blocks) -> nn.Module:
     """Return the student with the weights of NAME.safetensors, on the device, in eval mode."""
     student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=())
-    student.load_state_dict(load(context.run.read(f"{name}.safetensors")))
-    student.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    load_state(student, load(context.run.read(f"{name}.safetensors")))
+    to_channels_last(student, context.device)
     return student.eval()

@@ -27,8 +27,8 @@ from distill.data import Dataset
 from distill.errors import ConfigError
 from distill.fingerprint import fingerprint
 from distill.host import host_identity
+from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.job.materials import Blocks
 from distill.job.reuse import tensors_digest
 from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.planning.strategies import plan_cached

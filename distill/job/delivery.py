@@ -27,8 +27,9 @@ from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint
 from distill.host import available_cores
 from distill.job.assembly import load_student_state, save_network
+from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.job.materials import Blocks, architecture_of
+from distill.job.materials import architecture_of
 from distill.job.reuse import TEACHER
 from distill.ledger import Ledger
 from distill.programs import deliver_programs

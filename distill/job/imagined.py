@@ -16,9 +16,11 @@ from distill.config import JobConfig
 from distill.counting import Recorder
 from distill.devices import Device, Operation
 from distill.errors import ConfigError
+from distill.job.blocks import Blocks, cut_blocks
 from distill.job.caching import is_cached, students_dtype
-from distill.job.materials import Blocks, architecture_of, cut_blocks
+from distill.job.materials import architecture_of
 from distill.job.planning import trainer_options
+from distill.memory_format import to_channels_last
 from distill.plan import Costs, Span
 from distill.recipes import replace_convolutions
 from distill.teachers import build_architecture
@@ -64,7 +66,7 @@ def imagined_costs(overrides: Sequence[str], device: Device, *, steps: int | Non
 def _cut(config: JobConfig) -> Blocks:
     """Build the teacher without its weights, and cut it."""
     teacher = build_architecture(**architecture_of(config, NUM_CLASSES.get(config.data.name, 1000))).to(META)
-    teacher = teacher.to(memory_format=torch.channels_last)
+    to_channels_last(teacher)
     shape = (3, config.data.image_size, config.data.image_size)
     return cut_blocks(config, shape, teacher, META)
 
@@ -85,7 +87,7 @@ def _student(config: JobConfig, blocks: Blocks, block: int) -> tuple[int, list[O
     chain = blocks.chain
     module = chain.block_module(block)
     replace_convolutions(module, blocks.replaced[block], blocks.recipe)
-    module = module.to(memory_format=torch.channels_last)
+    to_channels_last(module)
     size = sum(parameter.nbytes for parameter in module.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = _trainer(config, block, chain.blocks[block].name, module)

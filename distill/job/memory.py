@@ -18,8 +18,8 @@ from distill.cost import MakeTrainer, step_bytes
 from distill.errors import ConfigError
 from distill.graphed_teacher import MAX_GRAPHS
 from distill.host import available_memory
+from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.job.materials import Blocks
 from distill.lanes import NUM_LANES
 from distill.memory import Memory
 from distill.peak_memory import used_memory

@@ -28,15 +28,16 @@ from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.files import write_json
+from distill.job.blocks import Blocks
 from distill.job.caching import Caching, students_dtype
 from distill.job.context import Context
 from distill.job.links import find_network
-from distill.job.materials import Blocks
 from distill.job.memory import find_memory, fitting_plans, show_memory
 from distill.job.reuse import TEACHER
 from distill.lanes import Lane, lanes
 from distill.ledger import Ledger
 from distill.memory import Memory
+from distill.memory_format import to_channels_last
 from distill.peak_memory import PeakMemory
 from distill.plan import Costs, Plan, Span, memory_of
 from distill.recipes import replace_convolutions
@@ -73,7 +74,7 @@ class Trainers:
         module = self._blocks.chain.block_module(block)
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "student", block))
         replace_convolutions(module, self._blocks.replaced[block], self._blocks.recipe, generator)
-        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(module, device)
         name = self._blocks.chain.blocks[block].name
         options = trainer_options(config)
         self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())

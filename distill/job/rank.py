@@ -30,11 +30,12 @@ from distill.files import DiskError, open_to_add, write_text
 from distill.fingerprint import identity, run_directory
 from distill.host import share_of_cores
 from distill.job.assembly import assemble_student
+from distill.job.blocks import Blocks, cut_blocks
 from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
 from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
 from distill.job.logs import HeldBack
-from distill.job.materials import Blocks, build_teacher, cut_blocks, open_data, train_teacher
+from distill.job.materials import build_teacher, open_data, train_teacher
 from distill.job.memory import refuse_too_little
 from distill.job.metering import metering
 from distill.job.planning import refuse_impossible
@@ -169,6 +170,8 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
 
 def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
     """Run the stages from the plan on, as far as the configuration asks for."""
+    for remark in blocks.remarks:
+        context.say(remark)
     train_blocks(context, dataset, teacher, blocks)
     if context.config.stage not in (Stage.all, Stage.deliver):
         return

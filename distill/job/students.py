@@ -13,9 +13,9 @@ from distill.checkpoint import CheckpointFolder
 from distill.choices import Stage, Stop
 from distill.control import ranks_of
 from distill.data import Dataset
+from distill.job.blocks import Blocks
 from distill.job.caching import Caching, is_cached, students_dtype
 from distill.job.context import Context
-from distill.job.materials import Blocks
 from distill.job.planning import Trainers, make_plan, step_budget
 from distill.job.readings import Readings, latest_readings
 from distill.job.reuse import TEACHER, block_identities, take_blocks

@@ -45,6 +45,13 @@ class Separable(Recipe):
         height, width = conv.kernel_size
         return SeparableConv2d(conv, min(self.rank, height * width))
 
+    def at_full_size(self, conv: nn.Conv2d) -> SeparableConv2d:
+        height, width = conv.kernel_size
+        full = Separable(rank=height * width, init="teacher")
+        replacement = full.build(conv).to(conv.weight.device, conv.weight.dtype)
+        full.initialize(replacement, conv, torch.Generator())
+        return replacement
+
     def initialize(self, replacement: nn.Module, conv: nn.Conv2d, generator: torch.Generator) -> None:
         assert isinstance(replacement, SeparableConv2d)
         if self.init == "teacher":

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from distill.errors import ConfigError, install, one_of
+from distill.memory_format import without_overlaps
 from distill.teachers.cifar_resnet import UNITS_PER_STAGE, cifar_resnet
 from distill.teachers.cifar_vgg import LAYERS, cifar_vgg
 
@@ -37,15 +38,12 @@ def build_architecture(
     `options` are extra keyword arguments of the architecture. Raises ConfigError on teacher.source, teacher.name,
     teacher.factory or teacher.options.
     """
-    if source == "cifar":
-        return _cifar(name, num_classes, options)
-    if source == "torchvision":
-        return _torchvision(name, num_classes, options)
-    if source == "timm":
-        return _timm(name, num_classes, options)
     if source == "factory":
-        return _factory(factory, num_classes, options)
-    raise ConfigError("teacher.source", source, one_of(SOURCES, source))
+        return without_overlaps(_factory(factory, num_classes, options))
+    if source not in SOURCES:
+        raise ConfigError("teacher.source", source, one_of(SOURCES, source))
+    build = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}[source]
+    return without_overlaps(build(name, num_classes, options))
 
 
 def _cifar(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from distill.aliases import for_all_names
 from distill.errors import ConfigError, one_of
 from distill.teachers.architectures import import_timm
 
@@ -161,6 +162,7 @@ def _common_prefix(state: Mapping[str, Tensor]) -> str:
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:
     own = model.state_dict()
+    state = for_all_names(own, state)
     # Files older than torch 0.4.1 have no such counters, and eval() does not use them.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]

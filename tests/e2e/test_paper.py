@@ -55,7 +55,7 @@ class Case:
 
 
 CASES = [
-    Case("paper_vgg16_cifar10", "cifar", "cifar_vgg16", pixels=32, batch=4, blocks=13, raw_pixels=32),
+    Case("paper_vgg16_cifar10", "cifar", "cifar_vgg16", pixels=32, batch=4, blocks=12, raw_pixels=32),
     Case("paper_resnet50_cifar10", "torchvision", "resnet50", pixels=64, batch=4, blocks=16, raw_pixels=32),
     Case("paper_resnet50_imagenet", "torchvision", "resnet50", pixels=224, batch=2, blocks=16, raw_pixels=240),
 ]

@@ -8,8 +8,8 @@ from distill.cost import flop_costs
 from distill.counting import Recorder
 from distill.devices import Device, Operation, load_device
 from distill.errors import ConfigError
+from distill.job.blocks import cut_blocks, make_recipe
 from distill.job.imagined import imagined_costs
-from distill.job.materials import cut_blocks, make_recipe
 from distill.job.planning import trainer_options
 from distill.plan import Span
 from distill.recipes import replace_convolutions

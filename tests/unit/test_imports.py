@@ -76,16 +76,18 @@ ALLOWED: dict[str, set[str]] = {
     "graphed_teacher": {"blocks", "graphs"},
     "image_files": {"errors"},
     "data": {"errors", "host", "image_files"},
-    "teachers": {"errors"},
-    "recipes": {"blocks"},
+    "teachers": {"aliases", "errors", "memory_format"},
+    "recipes": {"blocks", "flops"},
     "losses": set(),
     # one block
-    "checkpoint": {"files"},
+    "aliases": set(),
+    "memory_format": set(),
+    "checkpoint": {"aliases", "files"},
     "ledger": {"files"},
     "lanes": set(),
     "graphs": {"lanes"},
     "stopwatch": set(),
-    "trainer": {"checkpoint", "graphs", "lanes", "losses", "stopwatch"},
+    "trainer": {"aliases", "checkpoint", "graphs", "lanes", "losses", "stopwatch"},
     "cost": {"blocks", "flops", "graphs", "trainer"},
     "flops": set(),
     "counting": {"devices", "flops"},
@@ -113,11 +115,11 @@ ALLOWED: dict[str, set[str]] = {
         "streams", "takeover", "trainer",
     },
     # the whole student
-    "assemble": {"recipes"},
-    "evaluate": {"cost", "data"},
-    "export": {"checkpoint", "errors", "files", "recipes", "teachers"},
+    "assemble": {"blocks", "recipes"},
+    "evaluate": {"aliases", "cost", "data"},
+    "export": {"aliases", "checkpoint", "errors", "files", "recipes", "teachers"},
     "programs": {"errors", "export", "files"},
-    "finetune": {"checkpoint", "data", "losses"},
+    "finetune": {"aliases", "checkpoint", "data", "losses", "memory_format"},
 }  # fmt: skip
 
 WITHOUT_TORCH = SETTINGS - {"launcher"} | {

@@ -1,5 +1,6 @@
 """Recipes: what replaces a convolution, what its first weights are, and how replacements get into a network."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.recipes import RECIPES, Separable, SeparableX2, replace_convolutions
+from distill.recipes import RECIPES, Separable, SeparableX2, replace_convolutions, select
 from distill.recipes.separable import SeparableConv2d, decouple
 
 SEED = 7
@@ -214,3 +215,40 @@ class TestReplaceConvolutions:
 
         assert torch.equal(weights(["first", "body.1"]), weights(["first"]))
         assert not torch.equal(weights(["body.1", "first"]), weights(["first"]))
+
+
+class _Late(Separable):
+    """Strides in the pointwise layer: fewer parameters than the dense convolution, and more FLOPs."""
+
+    def build(self, conv: nn.Conv2d) -> Any:
+        replacement = super().build(conv)
+        replacement.depthwise.stride, replacement.pointwise.stride = (1, 1), conv.stride
+        return replacement
+
+
+class _Wrong(Separable):
+    """Forgets the padding."""
+
+    def build(self, conv: nn.Conv2d) -> Any:
+        replacement = super().build(conv)
+        replacement.depthwise.padding = (0, 0)
+        return replacement
+
+    def at_full_size(self, conv: nn.Conv2d) -> nn.Module:
+        return self.build(conv)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Separable(rank=1, init="random"), None),
+        (Separable(rank=7, init="random"), r"its replacement would have 357 parameters for 216"),
+        (_Late(rank=2, init="random"), r"its replacement would take [\d,]+ FLOPs an image for"),
+        (_Wrong(rank=1, init="random"), "the recipe at full size is 1.* off"),
+    ],
+)
+def test_a_convolution_is_kept_that_a_replacement_would_not_better(recipe: Separable, words: str | None) -> None:
+    block = nn.Sequential(conv(stride=4, padding=1, bias=False), nn.ReLU())
+    taken, kept = select(block, images(), ["0"], recipe)
+    assert (taken, list(kept)) == (((), ["0"]) if words else (("0",), []))
+    assert words is None or re.search(words, kept["0"])

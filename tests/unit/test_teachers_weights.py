@@ -136,7 +136,7 @@ def test_googlenet_is_delivered_with_the_input_transformation_of_its_published_w
     published = models.GoogLeNet(aux_logits=True, init_weights=False).state_dict()
     monkeypatch.setattr(models.GoogLeNet_Weights, "get_state_dict", lambda *_, **__: published)
     config = compose(["teacher=torchvision", "teacher.name=googlenet", "+teacher.options.init_weights=false"])
-    dataset = SimpleNamespace(classes=[str(number) for number in range(1000)])
+    dataset = SimpleNamespace(classes=[str(number) for number in range(1000)], image_shape=(3, 64, 64))
     teacher = build_teacher(config, dataset, torch.device("cpu"))  # type: ignore[arg-type]
     assert _same(teacher, published)
     card = StudentCard(

@@ -1,0 +1,151 @@
+"""Which convolutions of a block a recipe replaces: those that it makes cheaper, and for which it is shown, on a sample
+and before anything is trained, that the block runs, learns, and is the teacher's at full size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.flops import flop_counter
+from distill.recipes.plain import OddConvolutionError, plain_form
+from distill.recipes.recipe import Recipe, replace_convolutions
+
+TOLERANCE = 1e-2  # relative error at full size; tf32 explains 1e-3
+CROP = 64  # pixels a side that are enough to compare two convolutions
+
+Kept = dict[str, str]  # path of a convolution that stays as it is -> why
+
+
+def select(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Recipe) -> tuple[tuple[str, ...], Kept]:
+    """Return those of the convolutions at `paths` that `recipe` replaces in `block`, and why it keeps the others.
+
+    `x` are two rows or more of the block's input. `block` must be a copy: its mode and its statistics change.
+    """
+    heard = _listen(block.eval(), x, paths)
+    owners = _owners(block)
+    kept: Kept = {}
+    for path in paths:
+        reason = _objection(block.get_submodule(path), heard[path], recipe, owners)
+        if reason is not None:
+            kept[path] = reason
+    remaining = [path for path in paths if path not in kept]
+    if remaining and _failure(block, x, remaining, recipe) is not None:
+        for path in remaining:
+            failure = _failure(block, x, [path], recipe)
+            if failure is not None:
+                kept[path] = failure
+        remaining = [path for path in paths if path not in kept]
+        failure = _failure(block, x, remaining, recipe) if remaining else None
+        if failure is not None:
+            kept |= dict.fromkeys(remaining, failure)
+            remaining = []
+    return tuple(remaining), kept
+
+
+@torch.no_grad()
+def _listen(block: nn.Module, x: Tensor, paths: Iterable[str]) -> Mapping[str, list[Tensor]]:
+    """Return the inputs that each convolution gets when `block` runs on `x`, one for every use of it."""
+    heard: dict[str, list[Tensor]] = {path: [] for path in paths}
+    hooks = []
+    for path, inputs in heard.items():
+
+        def hear(_: nn.Module, args: tuple[Tensor, ...], inputs: list[Tensor] = inputs) -> None:
+            inputs += args
+
+        hooks.append(block.get_submodule(path).register_forward_pre_hook(hear))
+    try:
+        block(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return heard
+
+
+def _owners(block: nn.Module) -> Mapping[int, list[str]]:
+    """Return, by its id, the paths of the modules that own each parameter; a module at several places counts once."""
+    owners: dict[int, list[str]] = {}
+    for path, module in block.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    return owners
+
+
+def _objection(conv: nn.Module, inputs: list[Tensor], recipe: Recipe, owners: Mapping[int, list[str]]) -> str | None:
+    assert isinstance(conv, nn.Conv2d)
+    if conv.groups > 1:
+        return "its channels are in groups"
+    if not inputs:
+        return "the network does not run it"
+    for parameter in conv.parameters():
+        if len(owners[id(parameter)]) > 1:
+            return f"a weight of it belongs to {' and '.join(owners[id(parameter)])}"
+    try:
+        form = plain_form(conv)
+    except OddConvolutionError as odd:
+        return str(odd)
+    if not recipe.replaces(form.conv):
+        return "of no kind that the recipe replaces"
+    return _too_large(form.conv, inputs[0], recipe) or _inexact(conv, form.pad, form.conv, inputs[0], recipe)
+
+
+@torch.no_grad()
+def _too_large(conv: nn.Conv2d, x: Tensor, recipe: Recipe) -> str | None:
+    """Return in words how the replacement exceeds what it replaces, or None."""
+    replacement = recipe.build(conv)
+    params, more = (sum(p.numel() for p in module.parameters()) for module in (conv, replacement))
+    if more > params:
+        return f"its replacement would have {more:,} parameters for {params:,}"
+    shape = (1, *x.shape[1:])
+    flops, more = (_flops(module, shape) for module in (conv, replacement))
+    if more > flops:
+        return f"its replacement would take {more:,} FLOPs an image for {flops:,}"
+    return None
+
+
+def _flops(module: nn.Module, shape: tuple[int, ...]) -> int:
+    imagined = copy.deepcopy(module).to("meta")
+    with flop_counter() as counter:
+        imagined(torch.empty(shape, device="meta", dtype=next(imagined.parameters()).dtype))
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def _inexact(conv: nn.Conv2d, pad: nn.Module | None, plain: nn.Conv2d, x: Tensor, recipe: Recipe) -> str | None:
+    """Return in words how far the recipe at full size is from `conv`, or None where it gives the same."""
+    if x.device.type == "meta":
+        return None
+    full = recipe.at_full_size(plain)
+    if full is None:
+        return None
+    reach = max((size - 1) * step + 1 for size, step in zip(conv.kernel_size, conv.dilation, strict=True))
+    crop = x[:1, :, : max(CROP, reach), : max(CROP, reach)]
+    wanted, found = conv(crop), full(crop if pad is None else pad(crop))
+    if wanted.shape != found.shape:
+        return f"its replacement would give {tuple(found.shape[1:])} for {tuple(wanted.shape[1:])}"
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))
+    return f"the recipe at full size is {error:.2g} off" if not error <= TOLERANCE else None
+
+
+def _failure(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Recipe) -> str | None:
+    """Return in words why `block` could not be trained with replacements at `paths`, or None."""
+    with torch.no_grad():
+        wanted = block(x)
+    student = copy.deepcopy(block)
+    try:
+        replace_convolutions(student, paths, recipe)
+        found = student.train()(x.float())
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            return "with its replacement, the block gives something else in training mode"
+        found.sum().backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a network's own code can raise anything
+        return (
+            f"with its replacement, the block fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        )
+    learning = [parameter.grad for path in paths for parameter in student.get_submodule(path).parameters()]
+    return None if all(gradient is not None for gradient in learning) else "no gradient reaches it"
