@@ -24,6 +24,7 @@ from distill.protocol import Checks
 from distill.transport import PairGroup
 from tests.dist import ranks
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
+from tests.matrix import matrix
 
 ALONE = ((0, 1, 2, 3),)
 BUDGETS = {0: 80, 1: 80, 2: 80, 3: 5}  # block 3 ends early, and its rank runs dry
@@ -58,7 +59,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     return bits(run_toy(toy(tmp_path_factory.mktemp("alone"), ALONE, slow={})))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", matrix(LAYOUTS))
 def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
     tmp_path: Path, alone: dict[int, str], layout: str
 ) -> None:
@@ -99,13 +100,13 @@ def run_self_fed(run_dir: Path, case: str, **settings: Any) -> dict[int, Entry]:
     return entries
 
 
-@pytest.mark.parametrize("case", SELF_FED)
+@pytest.mark.parametrize("case", matrix(SELF_FED))
 def test_a_rank_that_runs_the_teacher_itself_takes_blocks_and_keeps_their_bits(tmp_path: Path, case: str) -> None:
     alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, budgets=SELF_FED[case][2]))
     assert bits(run_self_fed(tmp_path / "moved", case)) == bits(alone)
 
 
-@pytest.mark.parametrize("case", SELF_FED)
+@pytest.mark.parametrize("case", matrix(SELF_FED))
 def test_blocks_that_stop_at_a_plateau_after_they_were_taken_stop_at_the_same_step(tmp_path: Path, case: str) -> None:
     rule = {"checks": Checks(every=4, batches=2), "patience": 4}
     budgets = SELF_FED[case][2]
@@ -212,7 +213,7 @@ def state_comes_last(
     toy_rank(rank, world_size, environment, settings)
 
 
-@pytest.mark.parametrize("case", [*LAYOUTS, *list(SELF_FED)[:3]])
+@pytest.mark.parametrize("case", matrix([*LAYOUTS, *list(SELF_FED)[:3]]))
 def test_nobody_waits_for_a_state_that_is_long_on_its_way(tmp_path: Path, case: str) -> None:
     settings = case_of(tmp_path / "late", case)
     alone = run_toy(replace(settings, run_dir=str(tmp_path / "alone"), owners=ALONE, strategy="broadcast", slow={}))
@@ -253,7 +254,7 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "victim"), DEATHS)
+@pytest.mark.parametrize(("case", "victim"), matrix(DEATHS))
 def test_a_death_in_the_middle_of_a_hand_over_is_told_and_a_restart_ends_with_the_same_bits(
     tmp_path: Path, case: str, victim: int
 ) -> None:

@@ -11,6 +11,8 @@ import pytest
 from tests.documents import fenced
 from tests.e2e.command import bits, distill, interrupt_after_first_checkpoint, metrics
 
+pytestmark = pytest.mark.jobs
+
 
 @pytest.fixture(scope="module")
 def job(finished: tuple[Path, str]) -> tuple[str, ...]:

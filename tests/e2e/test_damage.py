@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from distill.files import json_line, read_json, read_lines, write_json
 from tests.e2e.command import SMALL, environment
 
+pytestmark = pytest.mark.jobs
+
 LIMIT_S = 900
 JOBS = """
     import contextlib, io, json, logging, sys, traceback

@@ -29,6 +29,7 @@ from distill.recipes import RECIPES, replace_convolutions
 from distill.teachers import build_architecture
 from tests.documents import fenced
 from tests.e2e.command import environment, metrics, torchrun
+from tests.matrix import matrix
 
 PAGE = "docs/deploy.md"
 PREPARE, *WAYS, PT2_CARD, ONNX_CARD = fenced(PAGE, "python")
@@ -148,12 +149,14 @@ def prepared(folder: Path, card: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
 
 @pytest.mark.parametrize(
     ("source", "name", "recipe", "size"),
-    [
-        ("cifar", "cifar_resnet20", "separable_x2", 16),
-        ("cifar", "cifar_vgg16_bn", "separable_x2", 32),
-        ("torchvision", "mobilenet_v2", "separable", 32),
-        ("torchvision", "resnet18", "separable", 32),
-    ],
+    matrix(
+        [
+            ("cifar", "cifar_resnet20", "separable_x2", 16),
+            ("cifar", "cifar_vgg16_bn", "separable_x2", 32),
+            ("torchvision", "mobilenet_v2", "separable", 32),
+            ("torchvision", "resnet18", "separable", 32),
+        ]
+    ),
 )
 def test_students_of_every_family_export(tmp_path: Path, source: str, name: str, recipe: str, size: int) -> None:
     torch.manual_seed(0)

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, distill, environment
+
+pytestmark = pytest.mark.jobs
 
 PLAN, SIMULATE, IMAGINE = (shlex.split(command) for command in fenced("docs/plan.md", "sh"))
 

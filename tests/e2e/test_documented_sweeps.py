@@ -15,6 +15,8 @@ from distill.sweep import compose_master, hydra_ready, read_sweep
 from tests.documents import fenced
 from tests.e2e.command import distill, environment
 
+pytestmark = pytest.mark.jobs
+
 PAGE = "docs/sweeps.md"
 COMMANDS = [shlex.split(line, comments=True) for block in fenced(PAGE, "sh") for line in block.splitlines()]
 SWEEPS = [command[4:] for command in COMMANDS if command[1:4] == ["-m", "distill", "--multirun"]]

@@ -16,6 +16,8 @@ from distill.teachers import build_architecture
 from tests.documents import ROOT, fenced
 from tests.e2e.command import bits, distill, metrics
 
+pytestmark = pytest.mark.jobs
+
 CLASSES = ("cat", "dog")
 TRAIN_IMAGES, TEST_IMAGES = 5, 2  # of each class
 

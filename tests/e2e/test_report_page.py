@@ -23,6 +23,8 @@ from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, SMALL, environment
 from tests.run_directories import energy, huge, metrics, planned, run_directory, traced
 
+pytestmark = pytest.mark.jobs
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 DRIVER = shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium and chromedriver are not here")

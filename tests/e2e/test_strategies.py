@@ -11,6 +11,8 @@ import pytest
 from distill.rundir import RunDirectory
 from tests.e2e.command import bits, distill
 
+pytestmark = pytest.mark.jobs
+
 STRATEGIES = {
     "relay": ("plan.strategy=relay",),
     "layerwise": ("plan.strategy=layerwise",),

@@ -15,6 +15,8 @@ import pytest
 
 from tests.e2e.command import LIMIT_S, ONE_BLOCK, SMALL, distill, environment
 
+pytestmark = pytest.mark.jobs
+
 # Two of these four jobs cannot be composed, and the ranks of one find no file.
 SWEEP = (
     *ONE_BLOCK,

@@ -11,6 +11,7 @@ from torch import nn
 
 from distill.chain import Chain, Granularity, cut
 from distill.teachers import build_architecture
+from tests.matrix import matrix
 
 
 def _torchvision(name: str, **options: object) -> nn.Module:
@@ -103,7 +104,7 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, int]:
     return model, size
 
 
-@pytest.mark.parametrize("granularity", [Granularity.conv, Granularity.residual, Granularity.resolution])
+@pytest.mark.parametrize("granularity", matrix([Granularity.residual, Granularity.conv, Granularity.resolution]))
 def test_blocks_together_are_bitwise_the_network(network: tuple[nn.Module, int], granularity: Granularity) -> None:
     model, size = network
     sample = torch.randn(2, 3, size, size)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from spython.main.parse.parsers import SingularityParser
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 DOCKERFILE = (LAUNCH / "Dockerfile").read_text()
@@ -16,6 +15,8 @@ DOCKERFILE = (LAUNCH / "Dockerfile").read_text()
 
 def apptainer() -> dict[str, object]:
     """The definition's sections as spython reads them."""
+    from spython.main.parse.parsers import SingularityParser
+
     recipe = SingularityParser(str(LAUNCH / "distill.def")).parse()
     return vars(recipe["spython-base"] if isinstance(recipe, dict) else recipe)
 
