@@ -10,6 +10,7 @@ from pathlib import Path
 from distill import cgroups
 
 MEMORY = Path("/proc/meminfo")
+SHARED = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers and network namespaces of a machine
 
 
@@ -38,3 +39,9 @@ def available_memory() -> int:
     line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
     left, spare = cgroups.memory_left(), 1024 * int(line.split()[1])
     return spare if left is None else min(left, spare)
+
+
+def shared_memory_left() -> int:
+    """Return the bytes that processes can still share by name: a container is given 64 MB by default."""
+    status = os.statvfs(SHARED)
+    return status.f_bavail * status.f_frsize

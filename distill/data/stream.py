@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import multiprocessing
 import weakref
 from collections.abc import Generator, Iterable, Iterator
@@ -22,8 +24,12 @@ from distill.data.request import Request, View
 from distill.data.skipped import SkippedImages
 from distill.data.source import ImageSource
 from distill.errors import ConfigError
+from distill.host import shared_memory_left
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PREFETCHED = 2  # batches that a worker is ahead by
 WORKER_TIMEOUT_S = 600  # a worker that gives no batch in this time is presumed stuck; the loader then raises
 
 
@@ -118,6 +124,7 @@ class StreamImages:
         self.evaluation_side = decoding.evaluation_side(image_size)
         self._must_be_full = groups is not None
         self._skipped = skipped
+        self._image_size = image_size
         self._num_workers = num_workers
         self._device = device
         self._running: weakref.WeakSet[Generator[tuple[Tensor, Tensor], None, None]] = weakref.WeakSet()
@@ -129,9 +136,14 @@ class StreamImages:
         return self._accept(self._decoder[request], len(request.rows))
 
     def read_many(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._num_workers == 0:
-            return map(self.read, requests)
-        batches = self._read_in_workers(requests)
+        coming = iter(requests)
+        first = next(coming, None)
+        if first is None:
+            return iter(())
+        num_workers = self._workers_with_room(len(first.rows))
+        if num_workers == 0:
+            return map(self.read, itertools.chain([first], coming))
+        batches = self._read_in_workers(itertools.chain([first], coming), num_workers)
         self._running.add(batches)
         return batches
 
@@ -139,7 +151,21 @@ class StreamImages:
         for batches in list(self._running):
             batches.close()
 
-    def _read_in_workers(self, requests: Iterable[Request]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _workers_with_room(self, batch_size: int) -> int:
+        """Return how many workers may start: their batches wait in shared memory, and writing beyond it kills them."""
+        left, room = shared_memory_left(), batch_size * self._image_size**2 * 3 * (PREFETCHED + 1)
+        fitting = min(self._num_workers, left // room)
+        if fitting < self._num_workers:
+            log.warning(
+                "%d of %d processes decode images: there are %.0f MB of shared memory for batches, and each takes %.0f "
+                "MB; docker gives a container more with --shm-size",
+                fitting, self._num_workers, left / 1e6, room / 1e6,
+            )  # fmt: skip
+        return fitting
+
+    def _read_in_workers(
+        self, requests: Iterable[Request], num_workers: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         sizes: list[int] = []  # of the requests under way, oldest first
 
         def noted() -> Iterator[Request]:
@@ -151,8 +177,8 @@ class StreamImages:
             self._decoder,  # type: ignore[arg-type]  # its index is a Request, not a number
             batch_size=None,
             sampler=noted(),
-            num_workers=self._num_workers,
-            prefetch_factor=2,
+            num_workers=num_workers,
+            prefetch_factor=PREFETCHED,
             collate_fn=_unchanged,
             pin_memory=self._device.type == "cuda",
             timeout=WORKER_TIMEOUT_S,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from distill.data import Augment, Batch, Dataset
+from distill.data import Augment, Batch, Dataset, stream
 from distill.data.decoding import UnreadableImageError, decode
 from distill.errors import ConfigError
 from tests.opened import AS_THEY_ARE, opened
@@ -64,6 +64,17 @@ def test_worker_processes_change_no_bit_and_report_the_images_they_skip(root: Pa
     assert set(workers.skipped) == set(here.skipped)
     assert set(workers.skipped) <= set(BAD)
     assert workers.skipped
+
+
+@pytest.mark.parametrize(("left", "workers"), [(3 * 6 * 16 * 16 * 3, 1), (1000, 0)])
+def test_no_more_processes_decode_than_shared_memory_has_room_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, left: int, workers: int
+) -> None:
+    monkeypatch.setattr(stream, "shared_memory_left", lambda: left)
+    with open_images(root, num_workers=2) as dataset:
+        assert same(next(dataset.train_batches(0, 1)), open_images(root).train_batch(0))
+    assert f"{workers} of 2 processes decode images" in caplog.text
+    assert "--shm-size" in caplog.text
 
 
 def test_closing_ends_an_iterator_under_way(root: Path) -> None:
