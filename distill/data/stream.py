@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import weakref
 from collections.abc import Generator, Iterable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,6 +128,9 @@ class StreamImages:
         self._image_size = image_size
         self._num_workers = num_workers
         self._device = device
+        if num_workers:
+            _worker_context()
+            forkserver.ensure_running()  # in the background, so that it is ready when images are read
         self._running: weakref.WeakSet[Generator[tuple[Tensor, Tensor], None, None]] = weakref.WeakSet()
 
     def readable(self, rows: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ def test_no_more_processes_decode_than_shared_memory_has_room_for(
     assert "--shm-size" in caplog.text
 
 
+def test_what_decoding_processes_are_forked_from_starts_early(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", lambda: started.append(1))
+    open_images(root).close()
+    assert not started
+    open_images(root, num_workers=1).close()
+    assert started
+
+
 def test_closing_ends_an_iterator_under_way(root: Path) -> None:
     dataset = open_images(root, num_workers=1)
     batches = dataset.train_batches(0, 1000)
