@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "commit": _commit(),
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": version("torch"),
         "torchvision": version("torchvision"),

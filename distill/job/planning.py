@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -178,7 +180,8 @@ def _measure(
         control.wait(f"measuring/{peer}", peer=peer, purpose="start of the measurement")
     _, _, local_rank, num_local = ranks_of(os.environ)
     if context.device.type == "cuda":
-        own = sustained_costs(blocks.chain, trainers.fresh, lambda: dataset.train_batch(0).images)
+        with closing(dataset.train_batches(0, sys.maxsize)) as batches:
+            own = sustained_costs(blocks.chain, trainers.fresh, lambda: next(batches).images)
     else:
         sample = dataset.train_batch(0).images
         own = measured_costs(blocks.chain, trainers.fresh, sample, steps=steps, ahead=local_rank / num_local)
