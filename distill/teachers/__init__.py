@@ -1,13 +1,8 @@
 """Teachers: architectures by source and name, and the weights that go into them. Knows no configuration objects."""
 
 from distill.teachers.architectures import build_architecture
-from distill.teachers.weights import (
-    load_backbone,
-    load_teacher_weights,
-    load_weights,
-    options_for_weights,
-    pretrained_weights,
-)
+from distill.teachers.published import pretrained_weights
+from distill.teachers.weights import load_backbone, load_teacher_weights, load_weights, options_for_weights
 
 __all__ = [
     "build_architecture",
