@@ -27,8 +27,9 @@ class StudentCard:
     `replaced` the paths of the convolutions it replaced.
 
     A picture becomes an input by: turned as its EXIF orientation says, if `exif_orientation`; its colours as `colours`;
-    shorter side resized to `resize_shorter_side` pixels by `resize_filter`; `crop` to image_size x image_size; values
-    in `value_range`; minus `mean`, divided by `std`, one a channel; as `input_layout`. That is how the test images were
+    shorter side resized to `resize_shorter_side` pixels by `resize_filter` (both sides, where the `aspect` is
+    squashed); `crop` to image_size x image_size; values in `value_range`; minus `mean`, divided by `std`, one a
+    channel; as `input_layout`. That is how the test images were
     prepared. Outputs are logits, one a class.
     """
 
@@ -42,6 +43,7 @@ class StudentCard:
     resize_shorter_side: int
     exif_orientation: bool = True
     resize_filter: str = "bilinear, antialiased (as PIL resizes)"
+    aspect: str = "kept"
     crop: str = "centre"
     colours: str = "RGB"
     value_range: Sequence[float] = field(default_factory=lambda: [0.0, 1.0])

@@ -32,6 +32,13 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __str__(self) -> str:
+        resized = (
+            f"{'both sides' if self.squash else 'the shorter side'} resized to {self.resize} ({self.interpolation})"
+        )
+        mean, std = (", ".join(f"{number:.4g}" for number in values) for values in (self.mean, self.std))
+        return f"the central {self.image_size} pixels of {resized}, mean {mean}, deviation {std}"
+
 
 def pretrained_weights(source: str, name: str, which: str) -> dict[str, Tensor]:
     """Return the published weights `which` of an architecture; downloads them unless they are cached.
@@ -46,16 +53,18 @@ def pretrained_weights(source: str, name: str, which: str) -> dict[str, Tensor]:
     raise ConfigError("teacher.weights", which, f"a file: there are no published weights for source {source!r}")
 
 
-def published_preprocessing(source: str, name: str, which: str | None) -> Preprocessing:
+def published_preprocessing(source: str, name: str, which: str | None) -> Preprocessing | None:
     """Return how the published weights `which` of an architecture expect images; nothing is downloaded.
 
-    With None, what timm's own training does with an architecture; torchvision has no such thing. Raises ConfigError on
-    teacher.name or teacher.weights for an unknown name.
+    With None it is how timm itself trains the architecture; for torchvision, which has no such thing, None. Raises
+    ConfigError on teacher.name or teacher.weights for an unknown name.
     """
     check_name(source, name)
     if source == "timm":
-        return _of_timm(import_timm("teacher.source").models.get_pretrained_cfg(_tagged(name, which)).to_dict())
-    assert which is not None, "torchvision tells it for weights alone"
+        cfg = import_timm("teacher.source").models.get_pretrained_cfg(_tagged(name, which))
+        return _of_timm(cfg.to_dict()) if cfg is not None and len(cfg.mean) == 3 else None
+    if which is None:
+        return None
     transforms = _torchvision_entry(name, which).transforms()
     return Preprocessing(
         image_size=transforms.crop_size[0],
@@ -73,7 +82,7 @@ def _of_timm(cfg: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(
         image_size=image_size,
         resize=int(image_size / cfg.get("crop_pct", 0.875)),
-        interpolation=cfg.get("interpolation", "bicubic"),
+        interpolation="bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic",
         squash=cfg.get("crop_mode") == "squash",
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),

@@ -13,7 +13,7 @@ from distill.aliases import for_all_names
 from distill.errors import ConfigError
 from distill.teachers.checkpoint_file import SAVE, read
 from distill.teachers.inert import Inert, kind_of
-from distill.teachers.published import pretrained_weights
+from distill.teachers.published import Preprocessing, pretrained_weights, published_preprocessing
 from distill.teachers.unwrapping import Place, find, is_counter, missing
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,15 @@ def is_published(source: str, weights: str) -> bool:
     """Whether `weights` names published weights of a registry, and not a file."""
     looks_like_file = "/" in weights or weights.endswith(_SUFFIXES) or Path(weights).is_file()
     return source in {"torchvision", "timm"} and not looks_like_file
+
+
+def expected_preprocessing(source: str, name: str, weights: str) -> Preprocessing | None:
+    """Return how `weights` of a registry's architecture expect images, as far as the registry tells.
+
+    A file for one of timm's architectures counts as trained by timm. Raises ConfigError on teacher.name or
+    teacher.weights for an unknown name.
+    """
+    return published_preprocessing(source, name, weights if is_published(source, weights) else None)
 
 
 def options_for_weights(source: str, name: str, weights: str | None) -> dict[str, object]:
