@@ -124,7 +124,7 @@ class StreamImages:
         self.evaluation_side = squaring.evaluation_side
         self._must_be_full = groups is not None
         self._skipped = skipped
-        self._image_size = image_size
+        self._image_size = squaring.image_size
         self._num_workers = num_workers
         self._device = device
         self._running: weakref.WeakSet[Generator[tuple[Tensor, Tensor], None, None]] = weakref.WeakSet()

@@ -25,6 +25,7 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
 from distill.job.reuse import TEACHER, take_teacher
+from distill.job.suitability import refuse_unshrinkable
 from distill.memory_format import to_channels_last
 from distill.report.markup import show_count
 from distill.teachers import (
@@ -91,6 +92,7 @@ def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> 
     torch.manual_seed(derive_seed(config.seed, "teacher"))
     network = build_architecture(**architecture_of(config, len(dataset.classes)))
     refuse_lazy(config, network)
+    refuse_unshrinkable(config, network)
     if teacher.weights is not None and teacher.fit_epochs > 0:
         kept = load_backbone(network, teacher.source.name, teacher.name, teacher.weights)
         log.info("teacher: all weights from %s but those of %s", teacher.weights, ", ".join(kept) or "nothing")
