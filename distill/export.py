@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from distill.aliases import load_state
 from distill.checkpoint import contiguous
-from distill.errors import DistillError
+from distill.errors import ConfigError, DistillError
 from distill.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
 from distill.recipes import RECIPES, replace_convolutions
 from distill.teachers import build_architecture
@@ -77,10 +78,25 @@ def load_student(path: str | Path) -> nn.Module:
         raise DistillError(f"{damage}; copy student.json and student.safetensors again") from damage
     if card.get("format") != FORMAT:
         raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads format {FORMAT}")
-    if hashlib.sha256(content).hexdigest() != card["weights_sha256"]:
+    if hashlib.sha256(content).hexdigest() != card.get("weights_sha256"):
         raise DistillError(f"{weights}: damaged, or not the weights that {card_path.name} is about; copy both again")
-    student = build_architecture(**card["architecture"])
-    recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
-    replace_convolutions(student, card["replaced"], recipe)
-    load_state(student, load(content))
+    student = _build(card, card_path)
+    try:
+        load_state(student, load(content))
+    except (RuntimeError, SafetensorError) as error:
+        raise DistillError(f"{weights}: not the weights of {card_path.name}'s network ({error})") from error
     return student.eval()
+
+
+def _build(card: Mapping[str, Any], path: Path) -> nn.Module:
+    """Return the network that a card describes, its weights not yet meaningful."""
+    try:
+        student = build_architecture(**card["architecture"])
+        recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
+        replace_convolutions(student, card["replaced"], recipe)
+    except ConfigError as error:  # its words name settings of the run that made the student
+        raise DistillError(f"{path}: the network that it describes cannot be built here: {error}") from error
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DistillError(f"{path}: no card of a student that this version can build ({reason})") from error
+    return student
