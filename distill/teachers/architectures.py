@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -92,13 +93,29 @@ def _torchvision(name: str, num_classes: int, options: Mapping[str, object]) -> 
     check_name("torchvision", name)
     build = models.get_model_builder(name)
     merged = {**_QUIET_OPTIONS.get(name, {}), **options}
-    return _call(build, num_classes=num_classes, options={"weights": None, **merged})
+    with _blamed(options):
+        return _call(build, num_classes=num_classes, options={"weights": None, **merged})
 
 
 def _timm(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     timm = import_timm("teacher.source")
     check_name("timm", name)
-    return _call(timm.create_model, name, num_classes=num_classes, options={"pretrained": False, **options})
+    with _blamed(options):
+        return _call(timm.create_model, name, num_classes=num_classes, options={"pretrained": False, **options})
+
+
+@contextmanager
+def _blamed(options: Mapping[str, object]) -> Iterator[None]:
+    """Turn what a registry's architecture says to options, often deep inside, into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if not options:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError("teacher.options", dict(options), f"what the architecture takes ({reason})") from error
 
 
 def import_timm(setting: str) -> Any:
@@ -135,8 +152,9 @@ def _import_factory(factory: str | None) -> Callable[..., object]:
     module_name, function_name = factory.split(":")
     try:
         target: Any = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ConfigError("teacher.factory", factory, f"a module that can be imported ({error})") from error
+    except Exception as error:  # whatever stands in the user's file
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError("teacher.factory", factory, f"a module that can be imported ({reason})") from error
     for attribute in function_name.split("."):
         if not hasattr(target, attribute):
             public = [choice for choice in dir(target) if not choice.startswith("_")]

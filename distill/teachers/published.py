@@ -76,6 +76,15 @@ def published_preprocessing(source: str, name: str, which: str | None) -> Prepro
     )
 
 
+def name_of_file(name: str, path: str) -> str | None:
+    """Return the name of torchvision's weights of an architecture that are published in a file of that name, if any."""
+    from torchvision import models
+
+    check_name("torchvision", name)
+    members = models.get_model_weights(name).__members__.items()
+    return next((which for which, entry in members if Path(urlparse(entry.url).path).name == Path(path).name), None)
+
+
 def _of_timm(cfg: Mapping[str, Any]) -> Preprocessing:
     """Return timm's description as it resolves it. A border around the picture, its third way, is not made here."""
     image_size = cfg["input_size"][-1]

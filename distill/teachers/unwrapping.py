@@ -96,10 +96,11 @@ def _dictionaries(
     content: object, path: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """Return every dictionary that names a tensor, or what was not made, once, and the names that lead to it."""
-    if not isinstance(content, Mapping) or id(content) in seen or len(path) > DEPTH:
+    if not isinstance(content, Mapping | list | tuple) or id(content) in seen or len(path) > DEPTH:
         return
     seen.add(id(content))
-    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    items = content.items() if isinstance(content, Mapping) else ((str(at), item) for at, item in enumerate(content))
+    named = {key: value for key, value in items if isinstance(key, str)}
     if any(isinstance(value, Tensor | Inert) for value in named.values()):
         yield path, named
     for key, value in named.items():

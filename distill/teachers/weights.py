@@ -13,7 +13,7 @@ from distill.aliases import for_all_names
 from distill.errors import ConfigError
 from distill.teachers.checkpoint_file import SAVE, read
 from distill.teachers.inert import Inert, kind_of
-from distill.teachers.published import Preprocessing, pretrained_weights, published_preprocessing
+from distill.teachers.published import Preprocessing, name_of_file, pretrained_weights, published_preprocessing
 from distill.teachers.unwrapping import Place, find, is_counter, missing
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,10 @@ def is_published(source: str, weights: str) -> bool:
 def expected_preprocessing(source: str, name: str, weights: str) -> Preprocessing | None:
     """Return how `weights` of a registry's architecture expect images, as far as the registry tells.
 
-    A file for one of timm's architectures counts as trained by timm. Raises ConfigError on teacher.name or
-    teacher.weights for an unknown name.
+    A file for one of timm's architectures counts as trained by timm; torchvision's own are known by their names.
+    Raises ConfigError on teacher.name or teacher.weights for an unknown name.
     """
-    return published_preprocessing(source, name, weights if is_published(source, weights) else None)
+    return published_preprocessing(source, name, _published_name(source, name, weights))
 
 
 def options_for_weights(source: str, name: str, weights: str | None) -> dict[str, object]:
@@ -75,7 +75,14 @@ def options_for_weights(source: str, name: str, weights: str | None) -> dict[str
     torchvision's own weights of GoogLeNet and Inception transform their input from ImageNet's mean and deviation.
     """
     transformed = source == "torchvision" and name in {"googlenet", "inception_v3"}
-    return {"transform_input": True} if transformed and weights and is_published(source, weights) else {}
+    return {"transform_input": True} if transformed and weights and _published_name(source, name, weights) else {}
+
+
+def _published_name(source: str, name: str, weights: str) -> str | None:
+    """Return the name of published weights, which may be given as a file that was downloaded by hand."""
+    if is_published(source, weights):
+        return weights
+    return name_of_file(name, weights) if source == "torchvision" else None
 
 
 def _find_state(model: nn.Module, source: str, name: str, weights: str) -> Mapping[str, Tensor]:
@@ -190,7 +197,7 @@ def _problems(
         given, needed = len(state[misshaped[-1]]), len(own[misshaped[-1]])
         parts.append(
             f"only the last layer differs: the weights are for {given} classes, this network has {needed}; "
-            f"give a file of weights for {needed} classes"
+            f"give a file of weights for {needed} classes, or train a new last layer: teacher.fit.epochs=N"
         )
     return "; ".join(parts)
 

@@ -38,6 +38,7 @@ def test_torchvisions_weights_tell_their_sizes_and_filter() -> None:
         ("resnet50", "IMAGENET1K_V1", 224, 256, "bilinear"),
         ("efficientnet_b0", "DEFAULT", 224, 256, "bicubic"),
         ("inception_v3", "DEFAULT", 299, 342, "bilinear"),
+        ("resnet50", "/downloads/resnet50-11ad3fa6.pth", 224, 232, "bilinear"),
     ):
         config = of("teacher=torchvision", f"teacher.name={name}", f"teacher.weights={weights}")
         data = config.data

@@ -87,6 +87,8 @@ def test_what_lies_beside_the_weights_does_not_matter(tmp_path: Path, protocol: 
     assert taken(tmp_path / FILE, state)
     torch.save({"model": state} | BESIDE, tmp_path / FILE, _use_new_zipfile_serialization=False)
     assert taken(tmp_path / FILE, state)
+    torch.save((3, state, BESIDE), tmp_path / FILE)
+    assert taken(tmp_path / FILE, state)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def _other_zip(path: Path) -> None:
         (lambda path: torch.save(network(), path), "save model.state_dict() instead"),
         (lambda path: torch.save({"model": network()}, path), "under 'model' torch.nn.modules.container.Sequential"),
         (lambda path: torch.save(network().to("meta").state_dict(), path), "9 are not: conv.weight is a torch._utils"),
-        (lambda path: torch.save([network().state_dict()], path), "found list"),
+        (lambda path: torch.save(["weights"], path), "found list"),
         (lambda path: torch.save(network(10).state_dict(), path), "for 10 classes, this network has 3"),
         (lambda path: torch.save({k: v.int() for k, v in network().state_dict().items()}, path), "is int32"),
         (lambda path: torch.save({k: v / 0 for k, v in network().state_dict().items()}, path), "NaN or infinity"),
