@@ -17,6 +17,7 @@ from distill.blocks import Block, Boundary, Chain, made_trainable, parameter_own
 from distill.cutting.grouping import Granularity, Group, NotACutPointError, group
 from distill.cutting.hooked import HookedChain
 from distill.cutting.listing import check_listed, expand
+from distill.cutting.misfit import channel_misfit
 from distill.cutting.obstacle import obstacle
 from distill.cutting.tracing import Trace, UntraceableError, trace
 from distill.errors import ConfigError
@@ -83,6 +84,9 @@ def run_sample(model: nn.Module, sample: Tensor) -> object:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        misfit = channel_misfit(model, sample)
+        if misfit:
+            raise misfit from error
         reason = str(error).strip().partition("\n")[0]
         allowed = f"images that the network accepts; with a batch of {tuple(sample.shape)} it says: {reason}"
         raise ConfigError("data.image_size", tuple(sample.shape[2:]), allowed) from error

@@ -50,6 +50,18 @@ class AugmentName(Choice):
     resized_crop_flip = "resized_crop_flip"
 
 
+class Interpolation(Choice):
+    auto = "auto"
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class CropMode(Choice):
+    auto = "auto"
+    centre = "centre"
+    squash = "squash"
+
+
 class GranularityName(Choice):
     conv = "conv"
     residual = "residual"

@@ -23,10 +23,12 @@ from distill.choices import (
     BlockLoss,
     Cache,
     Cost,
+    CropMode,
     DataName,
     Device,
     GranularityName,
     Init,
+    Interpolation,
     OptimizerName,
     RecipeName,
     Schedule,
@@ -80,7 +82,7 @@ class TeacherConfig:
     factory: str | None = setting(None, "package.module:function that returns the network (source factory)")
     folder: str | None = setting(None, "folder that teacher.factory is imported from; null: as Python finds it here")
     options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
-    mean: list[float] | None = setting(None, "input mean per channel that the weights expect; null: data.mean")
+    mean: list[float] | None = setting(None, "input mean per channel that a file of weights expects; null: data.mean")
     std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
     amp: Amp = setting(Amp.off, "precision of the teacher and of the activations that it gives to students")
     fit: FitConfig = field(default_factory=FitConfig)
@@ -108,12 +110,27 @@ class TeacherConfig:
 class DataConfig:
     name: DataName = setting(MISSING, "which kind of data")
     root: str | None = setting(None, "folder, parquet file or hub name")
-    image_size: int = setting(MISSING, "height and width of the teacher's input, in pixels")
+    image_size: int | None = setting(
+        None, "height and width of the teacher's input, in pixels; null: the published weights', else 224"
+    )
+    resize: int | None = setting(
+        None,
+        "what a picture's shorter side is resized to before the central image_size is taken; null: as the published "
+        "weights were tested, else image_size in memory, 256/224 of it streamed",
+    )
+    interpolation: Interpolation = setting(
+        Interpolation.auto, "of resizing; auto: the published weights', else bilinear"
+    )
+    crop_mode: CropMode = setting(
+        CropMode.auto, "squash resizes both sides, centre keeps their ratio; auto: the published weights', else centre"
+    )
     batch_size: int = setting(128, "images in a batch, the same for every block")
     augment: AugmentName = setting(AugmentName.none, "augmentation of the training images")
     validation_fraction: float = setting(0.05, "share of the training images held out for the job's own decisions")
-    mean: list[float] = setting([0.485, 0.456, 0.406], "input mean per channel, of images in 0..1")
-    std: list[float] = setting([0.229, 0.224, 0.225], "input standard deviation per channel")
+    mean: list[float] | None = setting(
+        None, "input mean per channel, of images in 0..1; null: the published weights', else ImageNet's"
+    )
+    std: list[float] | None = setting(None, "input standard deviation per channel; null: as for the mean")
     num_workers: int | None = setting(
         None,
         "decoding processes per reading rank, of streamed sets; null: its share of the cores, at most 8",
@@ -127,15 +144,24 @@ class DataConfig:
     image_column: str | None = setting(None, "image column of a parquet file; null: found by its type")
     label_column: str | None = setting(None, "label column of a parquet file; null: found by its type")
 
+    @property
+    def side(self) -> int:
+        """The image size, which load() fills in where it is left open."""
+        assert self.image_size is not None
+        return self.image_size
+
     def __post_init__(self) -> None:
-        _at_least("data", self, image_size=1, batch_size=1, num_workers=0, memory_limit_gib=0, max_bad_images=0)
+        _at_least(
+            "data", self, image_size=1, resize=1, batch_size=1, num_workers=0, memory_limit_gib=0, max_bad_images=0
+        )
         _between("data", self, 0.0, 0.9, "validation_fraction")
         if self.root is None and self.name is not DataName.digits:
             raise ConfigError("data.root", None, f"the place of the images for data={self.name.name}")
         for name in ("mean", "std"):
-            if len(getattr(self, name)) != 3:
-                raise ConfigError(f"data.{name}", getattr(self, name), "three numbers, one a channel")
-        if min(self.std) <= 0:
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                raise ConfigError(f"data.{name}", values, "three numbers, one a channel")
+        if self.std is not None and min(self.std) <= 0:
             raise ConfigError("data.std", self.std, "numbers > 0: images are divided by them")
 
 
@@ -338,6 +364,20 @@ class JobConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    @property
+    def mean(self) -> list[float]:
+        """What is subtracted from an input's channels."""
+        mean = self.teacher.mean or self.data.mean
+        assert mean is not None, "load() fills it in"
+        return mean
+
+    @property
+    def std(self) -> list[float]:
+        """What an input's channels are divided by."""
+        std = self.teacher.std or self.data.std
+        assert std is not None, "load() fills it in"
+        return std
+
     def __post_init__(self) -> None:
         if self.distill.stop is Stop.plateau and (self.plan.groups or self.plan.strategy is Strategy.ddp):
             setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", "ddp")
@@ -370,9 +410,45 @@ def load(cfg: DictConfig) -> JobConfig:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
         make_absolute(cast(dict[str, Any], plain))
-        return cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
+        config = cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
     except OmegaConfBaseException as error:
+        if getattr(error, "full_key", None) == "teacher.name":
+            _refuse_nameless(cfg)
         raise explain(error, setting_kinds()) from error
+    _take_over(config.teacher, config.data)
+    return config
+
+
+def _refuse_nameless(cfg: DictConfig) -> None:
+    """Raise the error of a misspelt name where a registry's network has none."""
+    from distill.teachers import check_name  # imports torch
+
+    source = OmegaConf.select(cfg, "teacher.source")
+    check_name(source.name if isinstance(source, TeacherSource) else str(source), "")
+
+
+def _take_over(teacher: TeacherConfig, data: DataConfig) -> None:
+    """Fill in what `data` leaves open of how images become inputs: from what the teacher's weights expect, as far as a
+    registry tells, else as networks for ImageNet usually have it."""
+    expected = None
+    if teacher.source in (TeacherSource.torchvision, TeacherSource.timm) and teacher.weights is not None:
+        from distill.teachers import expected_preprocessing  # which imports torch: seconds that only these teachers pay
+
+        expected = expected_preprocessing(teacher.source.name, teacher.name, teacher.weights)
+    data.image_size = data.image_size or (expected.image_size if expected else 224)
+    data.mean = data.mean or (list(expected.mean) if expected else [0.485, 0.456, 0.406])
+    data.std = data.std or (list(expected.std) if expected else [0.229, 0.224, 0.225])
+    has_room = data.name is DataName.imagefolder or (expected and data.image_size == expected.image_size)
+    if data.resize is None and expected and has_room:  # small pictures are shown whole
+        data.resize = round(data.image_size * expected.resize / expected.image_size)
+    if data.interpolation is Interpolation.auto:
+        data.interpolation = Interpolation[expected.interpolation] if expected else Interpolation.bilinear
+    if data.crop_mode is CropMode.auto:
+        data.crop_mode = CropMode.squash if expected and expected.squash else CropMode.centre
+    if data.resize is not None and data.resize < data.image_size:
+        raise ConfigError(
+            "data.resize", data.resize, f"at least data.image_size={data.image_size}, which is cut out of it"
+        )
 
 
 def to_yaml(config: JobConfig) -> str:

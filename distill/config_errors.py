@@ -32,7 +32,7 @@ def explain(error: BaseException, kinds: Mapping[str, str], overrides: Sequence[
         available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
         extra = f"; submitit_slurm comes with the extra slurm: {install('slurm')}"
         lacking = group == "hydra/launcher" and "submitit_slurm" not in available
-        return ConfigError(group, given, one_of(available, given) + extra * lacking)
+        return ConfigError(group, given, _of_registries(group, given) + one_of(available, given) + extra * lacking)
     several = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text)
     if several:
         return ConfigError(several[1], several[2], "one value; several make a sweep with --multirun, [a,b] is a list")
@@ -46,6 +46,17 @@ def explain(error: BaseException, kinds: Mapping[str, str], overrides: Sequence[
     if not key:
         return ConfigError("command line", text.splitlines()[0], "group=choice or setting=value; see --help")
     return _refused(key, typed.get(key, quoted.group(1) if quoted else text.splitlines()[0]), kinds)
+
+
+def _of_registries(group: str, given: str) -> str:
+    """Return how to name a network that is no choice of its own but one of a registry's, with "or" after it."""
+    if group != "teacher":
+        return ""
+    from distill.teachers import registries_of  # imports torch
+
+    return "".join(
+        f"teacher={source} teacher.name={given}, or " for source in registries_of(given) if source != "cifar"
+    )
 
 
 def _refused(key: str, given: str, kinds: Mapping[str, str]) -> ConfigError:

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from distill.aliases import load_state
 from distill.checkpoint import contiguous
-from distill.errors import DistillError
+from distill.errors import ConfigError, DistillError
 from distill.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
 from distill.recipes import RECIPES, replace_convolutions
 from distill.teachers import build_architecture
@@ -27,8 +28,9 @@ class StudentCard:
     `replaced` the paths of the convolutions it replaced.
 
     A picture becomes an input by: turned as its EXIF orientation says, if `exif_orientation`; its colours as `colours`;
-    shorter side resized to `resize_shorter_side` pixels by `resize_filter`; `crop` to image_size x image_size; values
-    in `value_range`; minus `mean`, divided by `std`, one a channel; as `input_layout`. That is how the test images were
+    shorter side resized to `resize_shorter_side` pixels by `resize_filter` (both sides, where the `aspect` is
+    squashed); `crop` to image_size x image_size; values in `value_range`; minus `mean`, divided by `std`, one a
+    channel; as `input_layout`. That is how the test images were
     prepared. Outputs are logits, one a class.
     """
 
@@ -42,6 +44,7 @@ class StudentCard:
     resize_shorter_side: int
     exif_orientation: bool = True
     resize_filter: str = "bilinear, antialiased (as PIL resizes)"
+    aspect: str = "kept"
     crop: str = "centre"
     colours: str = "RGB"
     value_range: Sequence[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -75,10 +78,25 @@ def load_student(path: str | Path) -> nn.Module:
         raise DistillError(f"{damage}; copy student.json and student.safetensors again") from damage
     if card.get("format") != FORMAT:
         raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads format {FORMAT}")
-    if hashlib.sha256(content).hexdigest() != card["weights_sha256"]:
+    if hashlib.sha256(content).hexdigest() != card.get("weights_sha256"):
         raise DistillError(f"{weights}: damaged, or not the weights that {card_path.name} is about; copy both again")
-    student = build_architecture(**card["architecture"])
-    recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
-    replace_convolutions(student, card["replaced"], recipe)
-    load_state(student, load(content))
+    student = _build(card, card_path)
+    try:
+        load_state(student, load(content))
+    except (RuntimeError, SafetensorError) as error:
+        raise DistillError(f"{weights}: not the weights of {card_path.name}'s network ({error})") from error
     return student.eval()
+
+
+def _build(card: Mapping[str, Any], path: Path) -> nn.Module:
+    """Return the network that a card describes, its weights not yet meaningful."""
+    try:
+        student = build_architecture(**card["architecture"])
+        recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
+        replace_convolutions(student, card["replaced"], recipe)
+    except ConfigError as error:  # its words name settings of the run that made the student
+        raise DistillError(f"{path}: the network that it describes cannot be built here: {error}") from error
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DistillError(f"{path}: no card of a student that this version can build ({reason})") from error
+    return student

@@ -35,7 +35,10 @@ _BY_CONTENT = {"data.root"}
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
 _COMPUTES_OTHERWISE = {"plan.strategy": "ddp", "plan.groups": True}
 # Settings that came after others had run: left out at the value that computes what was computed without them.
-_NOT_IN_FINGERPRINT_AT = (("teacher.amp", "off"), ("distill.views", None))
+_NOT_IN_FINGERPRINT_AT = (
+    ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
+    ("data.crop_mode", "centre"),
+)  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
 FOLDER_TEST_SPLITS = ("val", "test")

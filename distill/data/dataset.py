@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.data.addressing import TrainOrder, split_rows
 from distill.data.augment import Augment, Draws, crop_and_flip, draw, normalise
 from distill.data.cifar import open_cifar
+from distill.data.decoding import Squaring
 from distill.data.digits import open_digits
 from distill.data.folder import open_folder
 from distill.data.hub import open_hub
@@ -46,7 +47,7 @@ class Batch:
 class Reading:
     """How pixels are read: what the training and the test split have in common."""
 
-    image_size: int
+    squaring: Squaring
     augment: Augment
     memory_limit_bytes: float
     num_workers: int
@@ -59,14 +60,14 @@ class Reading:
         `held_out` are the rows that must not stand in for undecodable ones of the rest; None: none may stand in.
         Raises ConfigError where they should be in memory by the configuration and there is too little of it.
         """
-        num_bytes = len(source) * self.image_size**2 * 3
+        num_bytes = len(source) * self.squaring.image_size**2 * 3
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
             if num_bytes > (spare := available_memory()):
                 allowed = f"less than {num_bytes / GIB:.3g}, so that images are streamed: {spare / GIB:.3g} are free"
                 raise ConfigError("data.memory_limit_gib", self.memory_limit_bytes / GIB, allowed)
             return MemoryImages(
                 source,
-                image_size=self.image_size,
+                squaring=self.squaring,
                 skipped=skipped,
                 num_threads=self.num_threads,
                 device=self.device,
@@ -77,7 +78,7 @@ class Reading:
             groups[held_out.numpy()] = 1
         return StreamImages(
             source,
-            image_size=self.image_size,
+            squaring=self.squaring,
             groups=groups,
             skipped=skipped,
             num_workers=self.num_workers,
@@ -124,7 +125,7 @@ class Dataset:
         self._order = TrainOrder(train, batch_size=batch_size, seed=seed)
         self.batch_size = batch_size
         self.classes = splits.classes
-        self.image_shape = (3, reading.image_size, reading.image_size)
+        self.image_shape = (3, reading.squaring.image_size, reading.squaring.image_size)
         self.num_train = len(train)
         self.num_validation = len(self._validation)
         self.num_validation_batches = max(1, self.num_validation // batch_size)
@@ -259,11 +260,11 @@ class Dataset:
         assert 0 <= part < num_parts, (part, num_parts)
         if self._views is not None:
             return self._view_draws(self._order.rows(step)[part::num_parts], step // self.steps_per_epoch % self._views)
-        size = self._reading.image_size
+        size = self._reading.squaring.image_size
         return draw(batch_size=self.batch_size, image_size=size, seed=self._seed, step=step).part(part, num_parts)
 
     def _view_draws(self, rows: Tensor, view: int) -> Draws:
-        return draw_view(rows, view=view, image_size=self._reading.image_size, seed=self._seed)
+        return draw_view(rows, view=view, image_size=self._reading.squaring.image_size, seed=self._seed)
 
     def _train_request(self, step: int, part: int, num_parts: int, draws: Draws) -> Request:
         return self._request(self._order.rows(step)[part::num_parts], draws)
@@ -297,6 +298,9 @@ def open_dataset(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
+    squash: bool = False,
     num_workers: int | None = None,
     ranks_here: int = 1,
     memory_limit_gib: float = 4.0,
@@ -314,7 +318,8 @@ def open_dataset(
     one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes (None: one for each core of
     this process, where `ranks_here` share the host's, at most 8). In memory, an image that is not image_size x
     image_size has its shorter side resized to that and is centre cropped; streamed validation and test images are
-    resized to 256/224 of it first, as ImageNet networks expect.
+    resized to 256/224 of it first, as ImageNet networks expect. `resize` replaces both sizes, `squash` resizes both
+    sides.
     mean and std are per channel, of pixels in 0 .. 1. train_split and test_split name folders or hub splits.
     exif_orientation: images are turned as that says.
     Raises ConfigError on the setting of data.* that cannot be honoured.
@@ -333,7 +338,7 @@ def open_dataset(
     )
     cores = min(MOST_CORES, share_of_cores(ranks_here))
     reading = Reading(
-        image_size=image_size,
+        squaring=Squaring(image_size, resize, interpolation, squash),
         augment=augment,
         memory_limit_bytes=memory_limit_gib * GIB,
         num_workers=cores if num_workers is None else num_workers,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 # The usual evaluation of ImageNet networks: shorter side to 256, centre crop of 224; other sizes in proportion.
@@ -69,32 +71,50 @@ def _turned(image: Image.Image, orientation: object) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def fit(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the image at image_size x image_size: as it is, or shorter side resized and centre cropped."""
-    if image.size == (image_size, image_size):
+@dataclass(frozen=True)
+class Squaring:
+    """How an image becomes image_size x image_size pixels: its shorter side, or where it is squashed both, resized to
+    `resize` (None: what is usual where it is asked for), and the centre of that."""
+
+    image_size: int
+    resize: int | None = None
+    interpolation: str = "bilinear"
+    squash: bool = False
+
+    @property
+    def fit_side(self) -> int:
+        """What fit() resizes an image to, in pixels."""
+        return self.resize or self.image_size
+
+    @property
+    def evaluation_side(self) -> int:
+        """What evaluation_view() resizes an image to, in pixels."""
+        return self.resize or round(self.image_size * EVALUATION_RESIZE)
+
+
+def fit(image: Image.Image, squaring: Squaring) -> Image.Image:
+    """Return the image resized and centre cropped; as it is where it has the size, and no other is asked for first."""
+    if image.size == (squaring.fit_side, squaring.fit_side) == (squaring.image_size, squaring.image_size):
         return image
-    return _resize_and_crop(image, shorter_side=image_size, image_size=image_size)
+    return _resize_and_crop(image, squaring, squaring.fit_side)
 
 
-def evaluation_side(image_size: int) -> int:
-    """Return what the shorter side of an image is resized to before evaluation_view() crops it, in pixels."""
-    return round(image_size * EVALUATION_RESIZE)
+def evaluation_view(image: Image.Image, squaring: Squaring) -> Image.Image:
+    """Return the centre crop after resizing, by default of the shorter side to round(image_size * 256 / 224)."""
+    return _resize_and_crop(image, squaring, squaring.evaluation_side)
 
 
-def evaluation_view(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the centre crop after resizing the shorter side to round(image_size * 256 / 224)."""
-    return _resize_and_crop(image, shorter_side=evaluation_side(image_size), image_size=image_size)
-
-
-def crop_view(image: Image.Image, image_size: int, box: tuple[int, int, int, int]) -> Image.Image:
+def crop_view(image: Image.Image, squaring: Squaring, box: tuple[int, int, int, int]) -> Image.Image:
     """Return the box (top, left, height, width) of the image, resized to image_size x image_size."""
-    view: Image.Image = functional.resized_crop(image, *box, size=[image_size, image_size])
+    size, mode = [squaring.image_size] * 2, InterpolationMode(squaring.interpolation)
+    view: Image.Image = functional.resized_crop(image, *box, size=size, interpolation=mode)
     return view
 
 
-def _resize_and_crop(image: Image.Image, *, shorter_side: int, image_size: int) -> Image.Image:
-    resized = functional.resize(image, [shorter_side])
-    view: Image.Image = functional.center_crop(resized, [image_size, image_size])
+def _resize_and_crop(image: Image.Image, squaring: Squaring, side: int) -> Image.Image:
+    sides = [side, side] if squaring.squash else [side]
+    resized = functional.resize(image, sides, interpolation=InterpolationMode(squaring.interpolation))
+    view: Image.Image = functional.center_crop(resized, [squaring.image_size] * 2)
     return view
 
 

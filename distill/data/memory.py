@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.decoding import UnreadableImageError, fit, pixels
+from distill.data.decoding import Squaring, UnreadableImageError, fit, pixels
 from distill.data.request import Request
 from distill.data.skipped import SkippedImages
 from distill.data.source import ImageSource
@@ -27,18 +27,19 @@ ROWS_PER_TASK = 256  # small enough to stop soon after one bad image too many
 class MemoryImages:
     """All images of a source at image_size x image_size, uint8, resident on the device.
 
-    An image that has the size already is kept as it is; any other has its shorter side resized to image_size and is
-    centre cropped, for training and evaluation alike. Undecodable images are never returned: `readable` drops them.
+    An image that has the size already is kept as it is; any other has its shorter side resized and is centre
+    cropped, as `squaring` says, for training and evaluation alike. Undecodable images are never returned: `readable`
+    drops them.
     Raises ConfigError on data.max_bad_images when there are too many.
     """
 
     def __init__(
-        self, source: ImageSource, *, image_size: int, skipped: SkippedImages, num_threads: int, device: torch.device
+        self, source: ImageSource, *, squaring: Squaring, skipped: SkippedImages, num_threads: int, device: torch.device
     ) -> None:
-        images_NHWC, self._is_bad = _load(source, image_size, skipped, num_threads)
+        images_NHWC, self._is_bad = _load(source, squaring, skipped, num_threads)
         self._images_NHWC = images_NHWC.to(device)
         self._labels = source.labels.to(device)
-        self.evaluation_side = image_size
+        self.evaluation_side = squaring.fit_side
 
     def readable(self, rows: Tensor) -> Tensor:
         return rows[~self._is_bad[rows]]
@@ -54,17 +55,17 @@ class MemoryImages:
         self._images_NHWC = self._images_NHWC.new_empty(0)
 
 
-def _load(source: ImageSource, image_size: int, skipped: SkippedImages, num_threads: int) -> tuple[Tensor, Tensor]:
+def _load(source: ImageSource, squaring: Squaring, skipped: SkippedImages, num_threads: int) -> tuple[Tensor, Tensor]:
     """Return the images (N, S, S, 3), black where undecodable, and which ones those are, bool (N,)."""
-    count = len(source)
-    images_NHWC = np.zeros((count, image_size, image_size, 3), dtype=np.uint8)
+    count, side = len(source), squaring.image_size
+    images_NHWC = np.zeros((count, side, side, 3), dtype=np.uint8)
     is_bad = torch.zeros(count, dtype=torch.bool)
 
     def load_rows(start: int) -> list[tuple[int, str]]:
         bad = []
         for row in range(start, min(start + ROWS_PER_TASK, count)):
             try:
-                images_NHWC[row] = pixels(fit(source.open(row), image_size))
+                images_NHWC[row] = pixels(fit(source.open(row), squaring))
             except UnreadableImageError as error:
                 bad.append((row, str(error)))
         return bad

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from distill.data import decoding
 from distill.data.augment import resized_crop_box
-from distill.data.decoding import UnreadableImageError
+from distill.data.decoding import Squaring, UnreadableImageError
 from distill.data.request import Request, View
 from distill.data.skipped import SkippedImages
 from distill.data.source import ImageSource
@@ -50,10 +50,10 @@ class BatchDecoder:
     """
 
     def __init__(
-        self, source: ImageSource, *, image_size: int, groups: npt.NDArray[np.int8] | None, max_bad_images: int
+        self, source: ImageSource, *, squaring: Squaring, groups: npt.NDArray[np.int8] | None, max_bad_images: int
     ) -> None:
         self._source = source
-        self._image_size = image_size
+        self._squaring = squaring
         self._groups = groups
         self._max_bad_images = max_bad_images
 
@@ -86,16 +86,16 @@ class BatchDecoder:
 
     def _square(self, image: Image.Image, request: Request, position: int) -> Image.Image:
         if request.view is View.fit:
-            return decoding.fit(image, self._image_size)
+            return decoding.fit(image, self._squaring)
         if request.view is View.evaluation:
-            return decoding.evaluation_view(image, self._image_size)
+            return decoding.evaluation_view(image, self._squaring)
         assert request.uniforms is not None
         uniforms = torch.from_numpy(request.uniforms[position])
         box = resized_crop_box(uniforms, height=image.height, width=image.width)
-        return decoding.crop_view(image, self._image_size, box)
+        return decoding.crop_view(image, self._squaring, box)
 
     def _decoded(self, images: list[npt.NDArray[np.uint8]], rows: list[int], bad: dict[str, str]) -> Decoded:
-        size = self._image_size
+        size = self._squaring.image_size
         images_BHWC = np.stack(images) if images else np.empty((0, size, size, 3), dtype=np.uint8)
         return Decoded(
             torch.from_numpy(images_BHWC),
@@ -115,17 +115,17 @@ class StreamImages:
         self,
         source: ImageSource,
         *,
-        image_size: int,
+        squaring: Squaring,
         groups: npt.NDArray[np.int8] | None,
         skipped: SkippedImages,
         num_workers: int,
         device: torch.device,
     ) -> None:
-        self._decoder = BatchDecoder(source, image_size=image_size, groups=groups, max_bad_images=skipped.limit)
-        self.evaluation_side = decoding.evaluation_side(image_size)
+        self._decoder = BatchDecoder(source, squaring=squaring, groups=groups, max_bad_images=skipped.limit)
+        self.evaluation_side = squaring.evaluation_side
         self._must_be_full = groups is not None
         self._skipped = skipped
-        self._image_size = image_size
+        self._image_size = squaring.image_size
         self._num_workers = num_workers
         self._device = device
         if num_workers:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import distill
 from distill.checkpoint import CheckpointFolder
-from distill.choices import Stage
+from distill.choices import CropMode, Stage
 from distill.config import JobConfig
 from distill.control import ranks_of
 from distill.data import Dataset
@@ -148,12 +148,14 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             architecture=architecture_of(config, len(dataset.classes)),
             recipe={"name": config.student.recipe.name, "options": blocks.recipe.options()},
             replaced=blocks.replaced_paths,
-            image_size=config.data.image_size,
-            mean=config.teacher.mean or config.data.mean,
-            std=config.teacher.std or config.data.std,
+            image_size=config.data.side,
+            mean=config.mean,
+            std=config.std,
             classes=dataset.classes,
             resize_shorter_side=dataset.evaluation_side,
             exif_orientation=config.data.exif_orientation,
+            resize_filter=f"{config.data.interpolation.name}, antialiased (as PIL resizes)",
+            aspect="squashed" if config.data.crop_mode is CropMode.squash else "kept",
         )
         save_student(run.path, student, card)
         exports = deliver_programs(run.path, student, card, _some_test_images(dataset))

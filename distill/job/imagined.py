@@ -67,7 +67,7 @@ def _cut(config: JobConfig) -> Blocks:
     """Build the teacher without its weights, and cut it."""
     teacher = build_architecture(**architecture_of(config, NUM_CLASSES.get(config.data.name, 1000))).to(META)
     to_channels_last(teacher)
-    shape = (3, config.data.image_size, config.data.image_size)
+    shape = (3, config.data.side, config.data.side)
     return cut_blocks(config, shape, teacher, META)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from distill.aliases import load_state
 from distill.blocks import made_trainable
 from distill.checkpoint import CheckpointFolder, contiguous
-from distill.choices import AugmentName
+from distill.choices import AugmentName, CropMode, TeacherSource
 from distill.config import JobConfig
 from distill.control import ranks_of
 from distill.data import Augment, Dataset, open_dataset
@@ -25,9 +25,16 @@ from distill.finetune import FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
 from distill.job.reuse import TEACHER, take_teacher
+from distill.job.suitability import refuse_unshrinkable
 from distill.memory_format import to_channels_last
 from distill.report.markup import show_count
-from distill.teachers import build_architecture, load_backbone, load_teacher_weights, options_for_weights
+from distill.teachers import (
+    build_architecture,
+    expected_preprocessing,
+    load_backbone,
+    load_teacher_weights,
+    options_for_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +46,16 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
     return open_dataset(
         name=data.name.name,
         root=data.root,
-        image_size=data.image_size,
+        image_size=data.side,
+        resize=data.resize,
+        interpolation=data.interpolation.name,
+        squash=data.crop_mode is CropMode.squash,
         augment=augment,
         batch_size=data.batch_size,
         seed=config.seed,
         validation_fraction=data.validation_fraction,
-        mean=config.teacher.mean or data.mean,
-        std=config.teacher.std or data.std,
+        mean=config.mean,
+        std=config.std,
         device=device,
         num_workers=data.num_workers,
         ranks_here=ranks_of(os.environ)[3],
@@ -76,11 +86,13 @@ def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:
 def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> nn.Module:
     """Return the teacher with its weights as far as they are given, frozen, on the device, in channels_last."""
     teacher = config.teacher
+    _tell_preprocessing(config)
     if teacher.folder is not None and teacher.folder not in sys.path[:1]:
         sys.path.insert(0, teacher.folder)
     torch.manual_seed(derive_seed(config.seed, "teacher"))
     network = build_architecture(**architecture_of(config, len(dataset.classes)))
     refuse_lazy(config, network)
+    refuse_unshrinkable(config, network)
     if teacher.weights is not None and teacher.fit_epochs > 0:
         kept = load_backbone(network, teacher.source.name, teacher.name, teacher.weights)
         log.info("teacher: all weights from %s but those of %s", teacher.weights, ", ".join(kept) or "nothing")
@@ -91,6 +103,28 @@ def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> 
     to_channels_last(network, device).eval().requires_grad_(False)
     refuse_other_outputs(config, network, dataset.image_shape, len(dataset.classes))
     return network
+
+
+def _tell_preprocessing(config: JobConfig) -> None:
+    """Say how images become the teacher's inputs where a registry knows what its weights expect, and what differs."""
+    teacher, data = config.teacher, config.data
+    if teacher.weights is None or teacher.source not in (TeacherSource.torchvision, TeacherSource.timm):
+        return
+    expected = expected_preprocessing(teacher.source.name, teacher.name, teacher.weights)
+    if expected is None:
+        return
+    log.info("teacher: its weights expect %s", expected)
+    settings = {
+        "data.image_size": (data.side, expected.image_size),
+        "data.resize": (data.resize or expected.resize, expected.resize),
+        "data.interpolation": (data.interpolation.name, expected.interpolation),
+        "data.crop_mode": (data.crop_mode.name, CropMode.squash.name if expected.squash else CropMode.centre.name),
+        "data.mean": (config.mean, list(expected.mean)),
+        "data.std": (config.std, list(expected.std)),
+    }
+    different = [f"{name}={got}" for name, (got, wanted) in settings.items() if got != wanted]
+    if different:
+        log.warning("teacher: images are prepared otherwise: %s", " ".join(different))
 
 
 def train_teacher(context: Context, dataset: Dataset, teacher: nn.Module) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -46,9 +47,42 @@ def build_architecture(
     return without_overlaps(build(name, num_classes, options))
 
 
+def check_name(source: str, name: str) -> None:
+    """Raise ConfigError on teacher.name unless the registry `source` has that architecture; "" is none of them."""
+    if source == "timm":
+        timm = import_timm("teacher.source")
+        if not timm.is_model(name):
+            raise ConfigError("teacher.name", name, _nearest_timm(timm, name))
+        bare, _, tag = name.partition(".")
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]
+        if tag and tag not in tags:
+            raise ConfigError("teacher.name", name, f"{bare}, or {one_of([f'{bare}.{each}' for each in tags], name)}")
+    elif source in ("cifar", "torchvision"):
+        known = _names(source)
+        if name not in known:
+            raise ConfigError("teacher.name", name, one_of(known, name))
+
+
+def registries_of(name: str) -> list[str]:
+    """Return the sources that have an architecture of that name, as far as they are installed."""
+    found = [source for source in ("cifar", "torchvision") if name in _names(source)]
+    try:
+        timm = import_timm("teacher.source")
+    except ConfigError:
+        return found
+    return [*found, "timm"] if timm.is_model(name) else found
+
+
+def _names(source: str) -> list[str]:
+    if source == "cifar":
+        return [*UNITS_PER_STAGE, *LAYERS]
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
 def _cifar(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
-    if name not in {*UNITS_PER_STAGE, *LAYERS}:
-        raise ConfigError("teacher.name", name, one_of([*UNITS_PER_STAGE, *LAYERS], name))
+    check_name("cifar", name)
     build: Callable[..., nn.Module] = cifar_resnet if name in UNITS_PER_STAGE else cifar_vgg
     return _call(build, name, num_classes=num_classes, options=options)
 
@@ -56,19 +90,32 @@ def _cifar(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Mod
 def _torchvision(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ConfigError("teacher.name", name, one_of(known, name))
+    check_name("torchvision", name)
     build = models.get_model_builder(name)
     merged = {**_QUIET_OPTIONS.get(name, {}), **options}
-    return _call(build, num_classes=num_classes, options={"weights": None, **merged})
+    with _blamed(options):
+        return _call(build, num_classes=num_classes, options={"weights": None, **merged})
 
 
 def _timm(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     timm = import_timm("teacher.source")
-    if not timm.is_model(name):
-        raise ConfigError("teacher.name", name, _nearest_timm(timm, name))
-    return _call(timm.create_model, name, num_classes=num_classes, options={"pretrained": False, **options})
+    check_name("timm", name)
+    with _blamed(options):
+        return _call(timm.create_model, name, num_classes=num_classes, options={"pretrained": False, **options})
+
+
+@contextmanager
+def _blamed(options: Mapping[str, object]) -> Iterator[None]:
+    """Turn what a registry's architecture says to options, often deep inside, into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if not options:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError("teacher.options", dict(options), f"what the architecture takes ({reason})") from error
 
 
 def import_timm(setting: str) -> Any:
@@ -105,8 +152,9 @@ def _import_factory(factory: str | None) -> Callable[..., object]:
     module_name, function_name = factory.split(":")
     try:
         target: Any = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ConfigError("teacher.factory", factory, f"a module that can be imported ({error})") from error
+    except Exception as error:  # whatever stands in the user's file
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError("teacher.factory", factory, f"a module that can be imported ({reason})") from error
     for attribute in function_name.split("."):
         if not hasattr(target, attribute):
             public = [choice for choice in dir(target) if not choice.startswith("_")]

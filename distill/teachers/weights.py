@@ -1,21 +1,23 @@
-"""Reads a teacher's weights, from a file or by name, into its architecture. Never runs code from a file."""
+"""Loads weights, from a file or by name, into the architecture that they belong to, or says why they do not fit."""
 
 from __future__ import annotations
 
-import pickle
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distill.aliases import for_all_names
-from distill.errors import ConfigError, one_of
-from distill.teachers.architectures import import_timm
+from distill.errors import ConfigError
+from distill.teachers.checkpoint_file import SAVE, read
+from distill.teachers.inert import Inert, kind_of
+from distill.teachers.published import Preprocessing, name_of_file, pretrained_weights, published_preprocessing
+from distill.teachers.unwrapping import Place, find, is_counter, missing
 
-_WRAPPERS = ("state_dict", "model", "model_state")  # where checkpoints hide the weights
-_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+log = logging.getLogger(__name__)
+
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 
 
@@ -27,24 +29,13 @@ def load_teacher_weights(model: nn.Module, source: str, name: str, weights: str)
     _load_state(model, _find_state(model, source, name, weights), weights)
 
 
-def _find_state(model: nn.Module, source: str, name: str, weights: str) -> dict[str, Tensor]:
-    if _is_published(source, weights):
-        return pretrained_weights(source, name, weights)
-    return _unwrap(_read(weights), weights, model)
+def load_weights(model: nn.Module, weights: str) -> None:
+    """Load the file `weights`, safetensors or a torch checkpoint of tensors, into `model`; names and shapes must match.
 
-
-def _is_published(source: str, weights: str) -> bool:
-    looks_like_file = "/" in weights or weights.endswith(_SUFFIXES) or Path(weights).is_file()
-    return source in {"torchvision", "timm"} and not looks_like_file
-
-
-def options_for_weights(source: str, name: str, weights: str | None) -> dict[str, object]:
-    """Return the options of build_architecture() without which `weights` would not mean what they were trained for.
-
-    torchvision's own weights of GoogLeNet and Inception transform their input from ImageNet's mean and deviation.
+    They may be in dictionaries, and behind a prefix of all their names; what is chosen and what is left out is logged.
+    Raises ConfigError on teacher.weights if the file cannot be read or does not fit.
     """
-    transformed = source == "torchvision" and name in {"googlenet", "inception_v3"}
-    return {"transform_input": True} if transformed and weights and _is_published(source, weights) else {}
+    _load_state(model, _unwrap(weights, model), weights)
 
 
 def load_backbone(model: nn.Module, source: str, name: str, weights: str) -> tuple[str, ...]:
@@ -58,119 +49,126 @@ def load_backbone(model: nn.Module, source: str, name: str, weights: str) -> tup
     if 2 * len(fitting) < len(own):
         allowed = f"weights of this architecture; only {len(fitting)} of its {len(own)} tensors are among them"
         raise ConfigError("teacher.weights", weights, allowed)
+    _refuse_unusable(own, fitting, weights)
     model.load_state_dict(fitting, strict=False)
-    return tuple(key for key in own if key not in fitting and not key.endswith("num_batches_tracked"))
+    return tuple(key for key in own if key not in fitting and not is_counter(key))
 
 
-def load_weights(model: nn.Module, weights: str) -> None:
-    """Load the file `weights`, safetensors or a torch checkpoint of tensors, into `model`; names and shapes must match.
+def is_published(source: str, weights: str) -> bool:
+    """Whether `weights` names published weights of a registry, and not a file."""
+    looks_like_file = "/" in weights or weights.endswith(_SUFFIXES) or Path(weights).is_file()
+    return source in {"torchvision", "timm"} and not looks_like_file
 
-    Raises ConfigError on teacher.weights if the file cannot be read or does not fit.
+
+def expected_preprocessing(source: str, name: str, weights: str) -> Preprocessing | None:
+    """Return how `weights` of a registry's architecture expect images, as far as the registry tells.
+
+    A file for one of timm's architectures counts as trained by timm; torchvision's own are known by their names.
+    Raises ConfigError on teacher.name or teacher.weights for an unknown name.
     """
-    _load_state(model, _unwrap(_read(weights), weights, model), weights)
+    return published_preprocessing(source, name, _published_name(source, name, weights))
 
 
-def pretrained_weights(source: str, name: str, which: str) -> dict[str, Tensor]:
-    """Return the published weights `which` of an architecture; downloads them unless they are cached.
+def options_for_weights(source: str, name: str, weights: str | None) -> dict[str, object]:
+    """Return the options of build_architecture() without which `weights` would not mean what they were trained for.
 
-    torchvision: a member of the weights enum (IMAGENET1K_V2) or DEFAULT; timm: a pretrained tag or DEFAULT.
-    Raises ConfigError on teacher.weights for an unknown name or a failed download.
+    torchvision's own weights of GoogLeNet and Inception transform their input from ImageNet's mean and deviation.
     """
-    if source == "torchvision":
-        return _torchvision_weights(name, which)
-    if source == "timm":
-        return _timm_weights(name, which)
-    raise ConfigError("teacher.weights", which, f"a file: there are no published weights for source {source!r}")
+    transformed = source == "torchvision" and name in {"googlenet", "inception_v3"}
+    return {"transform_input": True} if transformed and weights and _published_name(source, name, weights) else {}
 
 
-def _torchvision_weights(name: str, which: str) -> dict[str, Tensor]:
-    from torchvision import models
-
-    choices = models.get_model_weights(name)
-    if which not in choices.__members__:
-        raise ConfigError("teacher.weights", which, f"a file, or {one_of(choices.__members__, which)}")
-    try:
-        # Building the model, not reading the file, follows renamed keys (DenseNet) and dropped heads (GoogLeNet).
-        built = models.get_model(name, weights=choices[which], progress=False)
-    except (OSError, RuntimeError) as error:
-        raise _download_failed(which, error) from error
-    return cast(dict[str, Tensor], built.state_dict())
+def _published_name(source: str, name: str, weights: str) -> str | None:
+    """Return the name of published weights, which may be given as a file that was downloaded by hand."""
+    if is_published(source, weights):
+        return weights
+    return name_of_file(name, weights) if source == "torchvision" else None
 
 
-def _timm_weights(name: str, which: str) -> dict[str, Tensor]:
-    timm = import_timm("teacher.weights")
-    bare = name.partition(".")[0]
-    tagged = name if which == "DEFAULT" else f"{bare}.{which}"
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]
-    if not timm.is_model_pretrained(tagged):
-        raise ConfigError("teacher.weights", which, f"a file, or {one_of(['DEFAULT', *filter(None, tags)], which)}")
-    try:
-        built = timm.create_model(tagged, pretrained=True)
-    except Exception as error:  # the hub client's errors share no base class
-        raise _download_failed(which, error) from error
-    return cast(dict[str, Tensor], built.state_dict())
+def _find_state(model: nn.Module, source: str, name: str, weights: str) -> Mapping[str, Tensor]:
+    if is_published(source, weights):
+        return pretrained_weights(source, name, weights)
+    return _unwrap(weights, model)
 
 
-def _download_failed(which: str, error: Exception) -> ConfigError:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ConfigError(
-        "teacher.weights",
-        which,
-        f"weights that can be downloaded: there seems to be no network ({reason}); give a file",
-    )
-
-
-def _read(weights: str) -> object:
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise ConfigError("teacher.weights", weights, "a file that exists (.safetensors, or one written by torch.save)")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            "teacher.weights",
-            weights,
-            "a file of tensors only; this one is damaged, or needs code to be read: save model.state_dict() instead",
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError("teacher.weights", weights, f"a readable file of tensors ({reason})") from error
-
-
-def _unwrap(checkpoint: object, weights: str, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors by name: out of a checkpoint's wrapping, and without prefixes that `model` does not have."""
-    state: Any = checkpoint
-    while isinstance(state, Mapping) and (inner := [k for k in _WRAPPERS if isinstance(state.get(k), Mapping)]):
-        state = state[inner[0]]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
-        allowed = f"a state_dict, bare or under one of {', '.join(_WRAPPERS)}; found {found}"
-        raise ConfigError("teacher.weights", weights, allowed)
+def _unwrap(weights: str, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a file by the network's names for them, from the best place in it."""
+    content = read(weights)
     own = model.state_dict()
-    while (prefix := _common_prefix(state)) and not any(key.startswith(prefix) for key in own):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
+    places = find(content, own)
+    if not places:
+        raise ConfigError("teacher.weights", weights, f"a state_dict, bare or in dictionaries; {_found(content)}")
+    place = places[0]
+    others = [str(other) for other in places[1:] if other.is_whole(own)]
+    if place.is_whole(own):
+        _tell(place, others, own, weights)
+    inert = [f"{key} is a {kind_of(place.state[key])}" for key in own if isinstance(place.state.get(key), Inert)]
+    if inert:
+        raise ConfigError("teacher.weights", weights, f"plain tensors of numbers; {len(inert)} are not: {inert[0]}")
+    return {key: value for key, value in place.state.items() if isinstance(value, Tensor)}
 
 
-def _common_prefix(state: Mapping[str, Tensor]) -> str:
-    return next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), "")
+def _found(content: object) -> str:
+    """Say what a file without tensors holds instead."""
+    items = content.items() if isinstance(content, Mapping) else [("", content)]
+    pickled = [(f"under {key!r} " if key else "") + kind_of(value) for key, value in items if isinstance(value, Inert)]
+    if pickled:
+        return (
+            f"found a pickled object ({pickled[0]}), which could run any code; save model.state_dict() instead: {SAVE}"
+        )
+    return f"found {list(content)[:5] if isinstance(content, Mapping) else kind_of(content)}"
+
+
+def _tell(place: Place, others: list[str], own: Mapping[str, Tensor], weights: str) -> None:
+    """Log what was chosen where the file leaves a choice, and which of its tensors are left out."""
+    if others:
+        log.info("teacher: of %s the weights under %s are taken, not those under %s", weights, place, ", ".join(others))
+    elif place.path or place.prefix:
+        log.info("teacher: the weights are under %s in %s", place, weights)
+    left_out = [key for key in place.state if key not in own and not is_counter(key)]
+    left_out += [key for key in place.beside if not is_counter(key)]
+    if left_out and not others:
+        log.info("teacher: left out, for the network has no such names: %s", _some(left_out))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:
     own = model.state_dict()
     state = for_all_names(own, state)
-    # Files older than torch 0.4.1 have no such counters, and eval() does not use them.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    misshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or unexpected or misshaped:
-        problems = _problems(own, state, missing=missing, unexpected=unexpected, misshaped=misshaped)
+    lacking = missing(own, state)
+    unexpected = Place((), "", state, ()).unexpected(own)
+    misshaped = [key for key in own if key in state and own[key].shape != state[key].shape and not is_counter(key)]
+    if lacking or unexpected or misshaped:
+        problems = _problems(own, state, missing=lacking, unexpected=unexpected, misshaped=misshaped)
         raise ConfigError("teacher.weights", weights, f"weights of this architecture; {problems}")
-    model.load_state_dict(state, strict=False)
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    _refuse_unusable(own, fitting, weights)
+    model.load_state_dict(fitting, strict=False)
+
+
+def _refuse_unusable(own: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: str) -> None:
+    """Refuse what would be loaded without a word and mean something else; say it where precision changes."""
+    for key, value in state.items():
+        is_plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+        if not is_plain or value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+            form = f"{str(value.dtype).removeprefix('torch.')}, {str(value.layout).removeprefix('torch.')}"
+            raise ConfigError(
+                "teacher.weights", weights, f"dense floating-point weights, not quantized ones; {key} is {form}"
+            )
+        if not torch.isfinite(value).all():
+            raise ConfigError(
+                "teacher.weights", weights, f"finite numbers; {key} has NaN or infinity: training diverged"
+            )
+    cast = sorted({str(value.dtype)[6:] for key, value in state.items() if value.dtype != own[key].dtype})
+    if cast:
+        log.info("teacher: weights in %s are computed with in %s", " and ".join(cast), _precision(own))
+
+
+def _precision(own: Mapping[str, Tensor]) -> str:
+    return next((str(value.dtype)[6:] for value in own.values() if value.is_floating_point()), "float32")
 
 
 def _problems(
@@ -190,11 +188,16 @@ def _problems(
         first = misshaped[0]
         shapes = f"{tuple(state[first].shape)} given, {tuple(own[first].shape)} needed"
         parts.append(f"{len(misshaped)} of another shape (first: {first}, {shapes})")
+    if unexpected and not missing and not misshaped:
+        parts.append(
+            "all that the network has is there: it is a larger network's file, or has more than a network in it, "
+            "which must be taken out first"
+        )
     if not missing and not unexpected and _is_head(misshaped, own):
         given, needed = len(state[misshaped[-1]]), len(own[misshaped[-1]])
         parts.append(
             f"only the last layer differs: the weights are for {given} classes, this network has {needed}; "
-            f"give a file of weights for {needed} classes"
+            f"give a file of weights for {needed} classes, or train a new last layer: teacher.fit.epochs=N"
         )
     return "; ".join(parts)
 

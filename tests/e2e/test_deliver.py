@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from distill.assemble import recalibrate
 from distill.config import from_yaml
 from distill.data import decoding
+from distill.data.decoding import Squaring
 from distill.data.digits import open_digits
 from distill.export import StudentCard, load_student
 from distill.files import read_json
@@ -133,8 +135,11 @@ class TestDocumented:
             "resize_shorter_side": side,
             "exif_orientation": True,
         }
-        ours = decoding.fit(picture, 32) if side == 32 else decoding.evaluation_view(picture, 32)
-        assert np.array_equal(prepared(tmp_path, card), decoding.pixels(ours))
+        for filtering, aspect in itertools.product(["bilinear", "bicubic"], ["kept", "squashed"]):
+            form = Squaring(32, None, filtering, aspect == "squashed")
+            ours = decoding.fit(picture, form) if side == 32 else decoding.evaluation_view(picture, form)
+            card |= {"resize_filter": f"{filtering}, antialiased", "aspect": aspect}
+            assert np.array_equal(prepared(tmp_path, card), decoding.pixels(ours))
 
 
 def prepared(folder: Path, card: Mapping[str, Any]) -> npt.NDArray[np.uint8]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import distill as package
 from distill.energy import describe, summarize
@@ -178,10 +181,13 @@ def test_two_launchers_meet_as_two_nodes_in_one_run(finished: tuple[Path, str], 
     assert bits(tmp_path / "run") == bits(finished[0])
 
 
-def test_more_ranks_than_blocks_is_a_warning(finished: tuple[Path, str], tmp_path: Path) -> None:
-    weights = f"teacher.weights={finished[0] / 'teacher.safetensors'}"
+def test_more_ranks_than_blocks_and_where_weights_were_found_are_told(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    state = {f"module.{key}": tensor for key, tensor in load_file(finished[0] / "teacher.safetensors").items()}
+    torch.save({"state_dict": state, "args": argparse.Namespace()}, tmp_path / "best.pt")
     result = distill(
-        weights,
+        "teacher.weights=best.pt",
         "teacher.fit.epochs=0",
         "finetune.epochs=0",
         "blocks.include=[layer3.2]",
@@ -191,4 +197,5 @@ def test_more_ranks_than_blocks_is_a_warning(finished: tuple[Path, str], tmp_pat
     )
     assert result.returncode == 0, result.stderr
     assert "more ranks than blocks to train" in result.stdout
+    assert result.stdout.count("teacher: the weights are under state_dict > module.* in best.pt\n") == 1
     assert [block["name"] for block in metrics(tmp_path / "run")["blocks"]] == ["layer3.2"]

@@ -158,7 +158,7 @@ class TestWrongType:
             ("distill.steps=1.5", "distill.steps: got '1.5'; expected an integer, or null"),
             ("distill.lr=null", "distill.lr: got 'null'; expected a number"),
             ("data.download=maybe", "data.download: got 'maybe'; expected true or false"),
-            ("data.mean=grey", "data.mean: got 'grey'; expected a list of numbers, such as [1,2,3]"),
+            ("data.mean=grey", "data.mean: got 'grey'; expected a list of numbers, such as [1,2,3], or null"),
             (
                 "teacher.mean=[a,b,c]",
                 "teacher.mean: got '[a,b,c]'; expected a list of numbers, such as [1,2,3], or null",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,27 @@ def test_a_card_of_another_format_is_refused(folder: Path, form: int | None) -> 
 def test_a_card_that_is_no_json_is_refused(folder: Path) -> None:
     (folder / "student.json").write_text('{"format": 1, "archi')
     with pytest.raises(DistillError, match=r"student\.json"):
+        load_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"architecture": {"source": "cifar", "name": "cifar_resnet21", "num_classes": 4}},
+            "cannot be built here.*nearest",
+        ),
+        ({"architecture": {"source": "factory", "name": "", "num_classes": 4, "factory": "gone:net"}}, "gone"),
+        ({"architecture": None}, "no card of a student that this version can build"),
+        ({"recipe": {"name": "later", "options": {}}}, "no card of a student .*KeyError: 'later'"),
+        ({"replaced": ["layer9.conv"]}, "no card of a student"),
+        ({"replaced": []}, "not the weights of student.json's network"),
+        ({"weights_sha256": None}, "not the weights that student.json is about"),
+    ],
+)
+def test_a_card_of_another_student_is_told_as_that(folder: Path, changes: dict[str, Any], words: str) -> None:
+    write_json(folder / "student.json", read_json(folder / "student.json") | changes)
+    with pytest.raises(DistillError, match=words):
         load_student(folder)
 
 

@@ -28,11 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "shipped": set(),
     # settings and starting
-    "config_errors": {"errors"},
+    "config_errors": {"errors", "teachers"},
     "choices": set(),
     "sources": set(),
     "config_paths": {"sources"},
-    "config": {"choices", "config_errors", "config_paths", "errors"},
+    "config": {"choices", "config_errors", "config_paths", "errors", "teachers"},
     "contents": {"errors", "files", "image_files"},
     "fingerprint": {"choices", "config", "contents", "errors", "sources"},
     "compose": {"choices", "config", "config_errors", "errors", "files", "shipped"},

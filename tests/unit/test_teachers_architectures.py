@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_an_option_the_architecture_does_not_take_is_refused() -> None:
     with pytest.raises(ConfigError, match="widht") as caught:
         build_architecture(source="cifar", name="cifar_resnet20", num_classes=10, options={"widht": 2})
     assert caught.value.setting == "teacher.options"
+
+
+@pytest.mark.parametrize("options", [{"nonsense": 1}, {"weights": "DEFAULT"}])
+def test_options_that_a_registry_refuses_deep_inside_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"teacher.options: got .* what the architecture takes \(\w+Error"):
+        build_architecture(source="torchvision", name="resnet18", num_classes=10, options=options)
+
+
+def test_a_module_that_fails_while_it_is_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_factory.py").write_text("def net(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"teacher.factory: .*SyntaxError.*broken_factory.py"):
+        build_architecture(source="factory", name="", num_classes=4, factory="broken_factory:net")
 
 
 def _from_factory(function: str, **options: object) -> nn.Module:

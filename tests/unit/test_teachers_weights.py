@@ -122,7 +122,9 @@ def test_published_weights_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_the_input_transformation_belongs_to_the_published_weights_alone(name: str) -> None:
-    assert options_for_weights("torchvision", name, "DEFAULT") == {"transform_input": True}
+    own_file = {"googlenet": "googlenet-1378be20.pth", "inception_v3": "inception_v3_google-0cc3c7bd.pth"}[name]
+    for published in ("DEFAULT", f"/downloads/{own_file}"):
+        assert options_for_weights("torchvision", name, published) == {"transform_input": True}
     for source, other, weights in (("torchvision", name, "mine.pth"), ("torchvision", name, None),
                                    ("timm", name, "DEFAULT"), ("torchvision", "resnet18", "DEFAULT")):  # fmt: skip
         assert options_for_weights(source, other, weights) == {}
