@@ -17,6 +17,8 @@ from distill.job import run_rank
 from distill.report import write_report
 from tests.e2e.command import SMALL, bits, distill
 
+pytestmark = pytest.mark.jobs
+
 QUICK = ("stage=distill", "plan.cost=flops")
 FACTORY = "from distill.teachers.cifar_resnet import cifar_resnet\n\ndef net(num_classes):\n    return {}\n"
 

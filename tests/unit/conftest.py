@@ -1,9 +1,9 @@
-"""What unit tests put in the machine's place: NVML and a powercap tree (see tests/metered.py), its free memory, and one
-of its threads for all of them."""
+"""What unit tests put in the machine's place: NVML and a powercap tree (see tests/metered.py), and its free
+memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,14 +38,3 @@ def available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int]
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "run" / "metrics").mkdir(parents=True)
     return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are not worth a second thread."""
-    import torch  # most unit tests do without
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -8,8 +8,6 @@ import torch
 from distill.trainer import BlockTrainer
 from tests.training import batch, look, same_bits, train, trainer, weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def poisoned(one: BlockTrainer, *, at: int, stop: int) -> None:
     """Train, with inputs that are not a number at step `at`."""

@@ -7,8 +7,6 @@ import pytest
 from distill.checkpoint import Checkpoint, CheckpointFolder
 from tests.training import batch, same_bits, train, trainer, weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class TestResume:
     @pytest.mark.parametrize("channels_last", [False, True], ids=["plain", "channels_last"])

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from distill.trainer import BlockTrainer, TrainerOptions, learning_rate
 from tests.training import CPU, batch, look, module, same_bits, train, trainer, weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class TestLearningRate:
     def test_cosine_falls_from_the_peak_to_zero(self) -> None:
