@@ -16,7 +16,8 @@ class HeldBack(logging.Handler):
         self._logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._records.append(record)
+        if self._logger.handlers == [self]:  # with others there, they have it
+            self._records.append(record)
 
     def hand_on(self) -> None:
         """Log what was kept, by what handles records now (standard error, if nothing does); keep nothing any more."""

@@ -54,7 +54,7 @@ def torchrun(*overrides: str, cwd: Path, ranks: int) -> subprocess.CompletedProc
 
 def interrupt_after_first_checkpoint(*job: str, cwd: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Start the job on two ranks, run directory cwd/broken, and press Ctrl-C once a block has been checkpointed; do
-    something before, while all its processes stand still."""
+    something before, while rank 0 stands still."""
     command = [sys.executable, "-m", "distill", *SMALL, *job, "run.dir=broken", "launch.nproc_per_node=2"]
     process = subprocess.Popen(
         command, cwd=cwd, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
@@ -64,11 +64,12 @@ def interrupt_after_first_checkpoint(*job: str, cwd: Path, meanwhile: Callable[[
         assert process.poll() is None, "the job ended before it wrote a checkpoint"
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGSTOP)
+    leader = json.loads((cwd / "broken" / "lease.json").read_text())["pid"]
+    os.kill(leader, signal.SIGSTOP)
     try:
         meanwhile()
     finally:
-        os.killpg(process.pid, signal.SIGCONT)
+        os.kill(leader, signal.SIGCONT)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
