@@ -71,10 +71,9 @@ def describe_images(folder: Path) -> str:
     What is no image of the user's is not part of it (see image_files.py). Raises OSError.
     """
     classes = class_folders(folder)
-    listed = [found for name in classes for found in image_files(folder, name)]
-    images = [
-        Listed.at(entry.path, name) for name, entry in listed if os.path.exists(entry.path)
-    ]  # not links to nowhere
+    listed = [one for name in classes for one in image_files(folder, name)]
+    found = [(name, entry.path) for name, entry in listed if os.path.exists(entry.path)]  # no links to nowhere
+    images = [Listed.at(path, name) for name, path in found]
     digest = _remembered(folder, images, lambda: _digest_of(images, classes))
     some = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
     return _printable(f"{len(images)} images of {len(classes)} classes ({some}), content {digest}")
@@ -97,7 +96,7 @@ def describe_cifar(name: str, root: Path) -> str:
     """Return AS_PUBLISHED where `root` has the published files, or none yet; else digits of what it has instead."""
     folder, published = CIFAR[name]
     try:
-        files = list(_files_under(str(root / folder), ""))
+        files = [Listed.at(entry.path, entry.name) for entry in os.scandir(root / folder) if entry.is_file()]
     except FileNotFoundError:
         return AS_PUBLISHED
     known = [file for file in files if file.name in published]
@@ -107,19 +106,6 @@ def describe_cifar(name: str, root: Path) -> str:
 def _as_published(files: Sequence[Listed], published: dict[str, str]) -> str:
     found = {file.name: _hash_whole(hashlib.md5(usedforsecurity=False), file.path, digits=32) for file in files}
     return AS_PUBLISHED if found == published else ""
-
-
-def _files_under(folder: str, name: str) -> Iterator[Listed]:
-    """Every file that is not hidden, in any order, through links; names are relative and begin with `name`."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        within = f"{name}/{entry.name}" if name else entry.name
-        if entry.is_dir():
-            yield from _files_under(entry.path, within)
-        elif entry.is_file():
-            found = entry.stat()
-            yield Listed(entry.path, within, found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
 
 
 def _digest_of(files: Iterable[Listed], classes: Sequence[str] = ()) -> str:
@@ -132,11 +118,11 @@ def _digest_of(files: Iterable[Listed], classes: Sequence[str] = ()) -> str:
         digest.update(os.fsencode(name) + b"\0")
     for place, file in enumerate(files):
         digest.update(os.fsencode(file.name) + b"\0" + str(file.size).encode() + b"\0")
-        if whole:
-            digest.update(_hash_whole(hashlib.sha256(), file.path).encode())
-        elif place % every == 0:
-            for piece in _pieces(file):
-                digest.update(piece)
+        with suppress(PermissionError):  # it will be counted as an image that cannot be decoded
+            if whole:
+                digest.update(_hash_whole(hashlib.sha256(), file.path).encode())
+            elif place % every == 0:
+                digest.update(b"".join(_pieces(file)))
     return digest.hexdigest()[:DIGITS]
 
 
