@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -47,7 +48,7 @@ class Listed:
     path: str
     name: str
     size: int
-    stamp: tuple[int, ...]  # times of the last change to content and inode in ns, and the inode
+    stamp: tuple[int, int, int]  # times of the last change to content and inode in ns, and the inode
 
     @property
     def changed_ns(self) -> int:
@@ -72,11 +73,14 @@ def describe_images(folder: Path) -> str:
     """
     classes = class_folders(folder)
     listed = [one for name in classes for one in image_files(folder, name)]
-    found = [(name, entry.path) for name, entry in listed if os.path.exists(entry.path)]  # no links to nowhere
-    images = [Listed.at(path, name) for name, path in found]
+    images = [Listed.at(entry.path, name) for name, entry in listed if _leads_somewhere(entry)]
     digest = _remembered(folder, images, lambda: _digest_of(images, classes))
     some = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
     return _printable(f"{len(images)} images of {len(classes)} classes ({some}), content {digest}")
+
+
+def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
+    return not entry.is_symlink() or os.path.exists(entry.path)
 
 
 def describe_tables(place: Path) -> str:
@@ -148,7 +152,7 @@ def _remembered(place: Path, files: Sequence[Listed], find: Callable[[], str]) -
         return find()
     stamp = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        stamp.update(repr((os.fsencode(file.name), file.size, file.stamp)).encode())
+        stamp.update(os.fsencode(file.name) + struct.pack("3qQ", file.size, *file.stamp))
     settled = time.time_ns() - max((file.changed_ns for file in files), default=0) > SETTLED_NS
     key = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
