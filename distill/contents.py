@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -47,7 +48,7 @@ class Listed:
     path: str
     name: str
     size: int
-    stamp: tuple[int, ...]  # times of the last change to content and inode in ns, and the inode
+    stamp: tuple[int, int, int]  # times of the last change to content and inode in ns, and the inode
 
     @property
     def changed_ns(self) -> int:
@@ -71,13 +72,15 @@ def describe_images(folder: Path) -> str:
     What is no image of the user's is not part of it (see image_files.py). Raises OSError.
     """
     classes = class_folders(folder)
-    listed = [found for name in classes for found in image_files(folder, name)]
-    images = [
-        Listed.at(entry.path, name) for name, entry in listed if os.path.exists(entry.path)
-    ]  # not links to nowhere
+    listed = [one for name in classes for one in image_files(folder, name)]
+    images = [Listed.at(entry.path, name) for name, entry in listed if _leads_somewhere(entry)]
     digest = _remembered(folder, images, lambda: _digest_of(images, classes))
     some = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
     return _printable(f"{len(images)} images of {len(classes)} classes ({some}), content {digest}")
+
+
+def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
+    return not entry.is_symlink() or os.path.exists(entry.path)
 
 
 def describe_tables(place: Path) -> str:
@@ -97,7 +100,7 @@ def describe_cifar(name: str, root: Path) -> str:
     """Return AS_PUBLISHED where `root` has the published files, or none yet; else digits of what it has instead."""
     folder, published = CIFAR[name]
     try:
-        files = list(_files_under(str(root / folder), ""))
+        files = [Listed.at(entry.path, entry.name) for entry in os.scandir(root / folder) if entry.is_file()]
     except FileNotFoundError:
         return AS_PUBLISHED
     known = [file for file in files if file.name in published]
@@ -107,19 +110,6 @@ def describe_cifar(name: str, root: Path) -> str:
 def _as_published(files: Sequence[Listed], published: dict[str, str]) -> str:
     found = {file.name: _hash_whole(hashlib.md5(usedforsecurity=False), file.path, digits=32) for file in files}
     return AS_PUBLISHED if found == published else ""
-
-
-def _files_under(folder: str, name: str) -> Iterator[Listed]:
-    """Every file that is not hidden, in any order, through links; names are relative and begin with `name`."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        within = f"{name}/{entry.name}" if name else entry.name
-        if entry.is_dir():
-            yield from _files_under(entry.path, within)
-        elif entry.is_file():
-            found = entry.stat()
-            yield Listed(entry.path, within, found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
 
 
 def _digest_of(files: Iterable[Listed], classes: Sequence[str] = ()) -> str:
@@ -132,11 +122,11 @@ def _digest_of(files: Iterable[Listed], classes: Sequence[str] = ()) -> str:
         digest.update(os.fsencode(name) + b"\0")
     for place, file in enumerate(files):
         digest.update(os.fsencode(file.name) + b"\0" + str(file.size).encode() + b"\0")
-        if whole:
-            digest.update(_hash_whole(hashlib.sha256(), file.path).encode())
-        elif place % every == 0:
-            for piece in _pieces(file):
-                digest.update(piece)
+        with suppress(PermissionError):  # it will be counted as an image that cannot be decoded
+            if whole:
+                digest.update(_hash_whole(hashlib.sha256(), file.path).encode())
+            elif place % every == 0:
+                digest.update(b"".join(_pieces(file)))
     return digest.hexdigest()[:DIGITS]
 
 
@@ -162,7 +152,7 @@ def _remembered(place: Path, files: Sequence[Listed], find: Callable[[], str]) -
         return find()
     stamp = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        stamp.update(repr((os.fsencode(file.name), file.size, file.stamp)).encode())
+        stamp.update(os.fsencode(file.name) + struct.pack("3qQ", file.size, *file.stamp))
     settled = time.time_ns() - max((file.changed_ns for file in files), default=0) > SETTLED_NS
     key = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())

@@ -16,6 +16,7 @@ from distill.choices import Cache, DataName, TeacherSource
 from distill.config import JobConfig
 from distill.contents import describe_cifar, describe_file, describe_images, describe_tables
 from distill.errors import ConfigError
+from distill.image_files import USUAL_TEST_SPLITS
 from distill.sources import describe_module
 
 # Raised by one whenever the same configuration comes to compute other bits: runs of before are not continued then.
@@ -41,7 +42,6 @@ _NOT_IN_FINGERPRINT_AT = (
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
-FOLDER_TEST_SPLITS = ("val", "test")
 
 Found = Mapping[str, Any]
 Memory = dict[tuple[Any, ...], Found]
@@ -86,7 +86,7 @@ def _images(name: DataName, root: str | None, train_split: str | None, test_spli
     if not place.is_dir():
         raise ConfigError("data.root", root, f"an existing folder (looked for {place.absolute()})")
     train = place / (train_split or "train")
-    tests = [place / test_split] if test_split else [place / split for split in FOLDER_TEST_SPLITS]
+    tests = [place / test_split] if test_split else [place / split for split in USUAL_TEST_SPLITS]
     splits = {TRAIN: [train], TEST: tests}
     there = {key: next((path for path in paths if path.is_dir()), None) for key, paths in splits.items()}
     return {key: _described_images(root, path) for key, path in there.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distill.errors import ConfigError
 
+USUAL_TEST_SPLITS = ("val", "test", "validation", "valid")  # the first that is there has the test images
 # What torchvision.datasets.ImageFolder takes for images, and other names of formats that Pillow reads as well.
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",

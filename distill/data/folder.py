@@ -15,11 +15,10 @@ from distill.data.decoding import decode
 from distill.data.mapped import FileNames
 from distill.data.source import Splits, readable
 from distill.errors import ConfigError, one_of
-from distill.image_files import SUFFIXES, class_folders, image_files, images_beside
+from distill.image_files import SUFFIXES, USUAL_TEST_SPLITS, class_folders, image_files, images_beside
 
 log = logging.getLogger(__name__)
 
-USUAL_TEST_SPLITS = ("val", "test", "validation", "valid")
 SHOWN = 5  # of the names in a warning
 
 

@@ -158,6 +158,9 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
                 refuse_too_large(config, dataset, blocks)
         context = _claim(config, control, device, facts, run)  # only now is anything written: the job can run
         held.hand_on()
+        context.say(f"run directory: {context.run.path} (attempt {control.generation})")
+        for damage in run.mended:
+            log.warning("%s", damage)
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
@@ -206,9 +209,6 @@ def _claim(
     scalars = Scalars(run.path / "tensorboard" / f"rank{control.rank}")
     context = Context(config, control, run, device, Console(), trace, scalars, facts)
     _log_to(context)
-    context.say(f"run directory: {context.run.path} (attempt {control.generation})")
-    for damage in run.mended:
-        log.warning("%s", damage)
     return context
 
 

@@ -158,8 +158,9 @@ def test_a_link_between_hosts_where_there_is_one_host_is_said_to_change_nothing(
     ("place", "said"), [("off", ["cache.dir=files", "cache.max_gib=2"]), ("ram", ["cache.dir=files"]), ("disk", [])]
 )
 def test_settings_of_a_cache_that_is_not_there_are_said_to_change_nothing(
-    capsys: pytest.CaptureFixture[str], place: str, said: list[str]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str, said: list[str]
 ) -> None:
+    said = [setting.replace("=files", f"={tmp_path}/files") for setting in said]
     given = ("cache.dir=files", "cache.max_gib=2", "distill.views=2", f"teacher.cache={place}")
     assert run_rank([*SMALL, "run.dir=run", "stage=teacher", *given]) == 0
     printed = capsys.readouterr().out.partition("teacher: training")[0]

@@ -17,11 +17,11 @@ from tests.e2e.command import LIMIT_S, ONE_BLOCK, SMALL, distill, environment
 
 pytestmark = pytest.mark.jobs
 
-# Two of these four jobs cannot be composed, and the ranks of one find no file.
+# Two of these four jobs cannot be composed, and the ranks of one find no weights in a file.
 SWEEP = (
     *ONE_BLOCK,
     "run.name=swept",
-    "teacher.weights=null,/nowhere.pt",
+    "teacher.weights=null,broken.pt",
     "plan.window=3,1",
 )
 MARK = "DISTILL_TEST_MARK"
@@ -29,6 +29,7 @@ MARK = "DISTILL_TEST_MARK"
 
 def start(cwd: Path) -> subprocess.Popen[str]:
     """Start the sweep in the background, every process of it marked with the folder's name."""
+    (cwd / "broken.pt").write_text("no weights")
     return subprocess.Popen(
         [sys.executable, "-m", "distill", "--multirun", *SMALL, "launch.nproc_per_node=1", *SWEEP],
         cwd=cwd,
@@ -123,7 +124,7 @@ def test_failing_jobs_do_not_end_the_sweep_but_give_it_their_status(
     assert [job["status"] for job in found] == ["finished", "failed", "failed", "failed"]
     assert [job["exit_status"] for job in found] == [0, 2, 1, 2]
     assert "plan.window: got 1" in found[1]["reason"]
-    assert "teacher.weights: got '/nowhere.pt'" in found[2]["reason"], "the words of the rank itself"
+    assert f"teacher.weights: got '{cwd}/broken.pt'" in found[2]["reason"], "the words of the rank itself"
     table = result.stdout.rpartition("1 finished, 3 failed")[2]
     assert all(job["reason"] in table for job in found), "the last table names every job with its reason"
     assert "Traceback" not in result.stderr
@@ -131,7 +132,7 @@ def test_failing_jobs_do_not_end_the_sweep_but_give_it_their_status(
 
 def test_a_finished_job_is_skipped_without_ranks(continued: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     cwd, _ = continued
-    alone = [setting.replace("null,/nowhere.pt", "null") for setting in SWEEP]
+    alone = [setting.replace("null,broken.pt", "null") for setting in SWEEP]
     again = distill("--multirun", *alone, cwd=cwd)
     assert "1 skipped, 1 failed" in again.stdout
     assert "run directory:" not in again.stdout
@@ -142,7 +143,7 @@ def test_the_sweep_writes_its_comparison_and_nothing_astray(
     continued: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     cwd, _ = continued
-    assert [path.name for path in cwd.iterdir()] == ["outputs"]
+    assert {path.name for path in cwd.iterdir()} == {"outputs", "broken.pt"}
     assert {path.name for path in (cwd / "outputs").iterdir()} == {"swept", "sweeps"}
     [run_dir] = (cwd / "outputs" / "swept").iterdir()
     pages = list((cwd / "outputs" / "sweeps").glob("*/comparison.html"))

@@ -70,7 +70,8 @@ def submitted(cwd: Path) -> str:
 def one_node(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished sweep of two jobs of one node, the second of which finds no teacher; and what it printed."""
     cwd = tmp_path_factory.mktemp("submitit")
-    sweep = start(slurm, cwd, "teacher.weights=null,/nowhere.pt")
+    (cwd / "broken.pt").write_text("no weights")
+    sweep = start(slurm, cwd, "teacher.weights=null,broken.pt")
     return cwd, finish(sweep, cwd, 1)
 
 
@@ -78,10 +79,10 @@ def test_jobs_run_under_slurm_and_one_failing_leaves_the_other(one_node: tuple[P
     cwd, printed = one_node
     good, bad = jobs(cwd)
     assert (good["status"], bad["status"], bad["exit_status"]) == ("finished", "failed", 1)
-    assert "teacher.weights: got '/nowhere.pt'" in bad["reason"]
+    assert f"teacher.weights: got '{cwd}/broken.pt'" in bad["reason"]
     assert bad["reason"] in printed
     assert (Path(good["run_dir"]) / "student.safetensors").exists()
-    assert {path.name for path in cwd.iterdir()} == {"outputs", "sweep.out"}
+    assert {path.name for path in cwd.iterdir()} == {"outputs", "sweep.out", "broken.pt"}
 
 
 def test_a_job_of_two_nodes_goes_on_after_it_was_requeued(one_node: tuple[Path, str], slurm: Cluster) -> None:

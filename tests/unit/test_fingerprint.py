@@ -1,6 +1,7 @@
 """Which settings, and which content of what they name, tell two jobs apart."""
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from distill.compose import compose
 from distill.config import JobConfig, settings
 from distill.errors import ConfigError
 from distill.fingerprint import fingerprint, identity
+from distill.image_files import USUAL_TEST_SPLITS
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +158,19 @@ def test_cifar_is_the_published_one_before_it_is_downloaded_and_after(tmp_path: 
     assert digits(config) != before
 
 
-def test_images_are_listed_as_the_set_lists_them() -> None:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_image_that_may_not_be_read_is_left_to_be_counted_as_undecodable(tmp_path: Path) -> None:
+    config = image_set(tmp_path, "cat", "dog")
+    before = digits(config)
+    (tmp_path / "train" / "cat" / "0.png").chmod(0)
+    assert digits(config) != before
 
-    from distill.data import folder
 
-    assert set(IMG_EXTENSIONS) <= set(contents.IMAGE_ENDINGS)
-    assert folder.USUAL_TEST_SPLITS == rule.FOLDER_TEST_SPLITS
+@pytest.mark.parametrize("split", USUAL_TEST_SPLITS)
+def test_the_test_images_are_those_of_the_set(tmp_path: Path, split: str) -> None:
+    config = image_set(tmp_path, "cat", "dog")
+    (tmp_path / "val").rename(tmp_path / split)
+    assert "6 images" in identity(config)["data.root (test images)"]
 
 
 def test_a_large_set_is_read_in_part_and_what_took_long_is_noted(

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_paths": {"sources"},
     "config": {"choices", "config_errors", "config_paths", "errors", "teachers"},
     "contents": {"errors", "files", "image_files"},
-    "fingerprint": {"choices", "config", "contents", "errors", "sources"},
+    "fingerprint": {"choices", "config", "contents", "errors", "image_files", "sources"},
     "compose": {"choices", "config", "config_errors", "errors", "files", "shipped"},
     "launcher": {"compose", "config", "errors", "host", "stopper"},
     "stopper": set(),
