@@ -83,7 +83,7 @@ def run_sample(model: nn.Module, sample: Tensor) -> object:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         allowed = f"images that the network accepts; with a batch of {tuple(sample.shape)} it says: {reason}"
         raise ConfigError("data.image_size", tuple(sample.shape[2:]), allowed) from error
 
