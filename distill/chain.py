@@ -87,7 +87,7 @@ def run_sample(model: nn.Module, sample: Tensor) -> object:
         misfit = channel_misfit(model, sample)
         if misfit:
             raise misfit from error
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         allowed = f"images that the network accepts; with a batch of {tuple(sample.shape)} it says: {reason}"
         raise ConfigError("data.image_size", tuple(sample.shape[2:]), allowed) from error
 

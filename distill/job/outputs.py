@@ -65,7 +65,7 @@ def _in_training_mode(network: nn.Module, sample: Tensor, refuse: Refusal) -> ob
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a network's own code can raise anything
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         allowed = (
             "a network that runs in training mode too, as teacher.fit.epochs and finetune.epochs need (0: neither); "
             f"with a batch of {tuple(sample.shape)} it says: {reason}"
