@@ -113,8 +113,6 @@ class Dataset:
         self._std_C11 = torch.tensor(std, dtype=torch.float32, device=reading.device)[:, None, None]
         if len(splits.train) < 2:
             raise ConfigError("data.root", len(splits.train), "at least 2 training images, one of them held out")
-        if len(splits.classes) < 2:
-            raise ConfigError("data.root", ", ".join(splits.classes), "images of at least 2 classes")
         train, validation = split_rows(len(splits.train), fraction=validation_fraction, seed=seed)
         self._images = reading.open(splits.train, self._skipped, held_out=validation)
         train, self._validation = self._images.readable(train), self._images.readable(validation)

@@ -12,7 +12,7 @@ from torch import nn
 
 from distill.config import JobConfig
 from distill.data import Batch, Dataset
-from distill.errors import DistillError
+from distill.errors import ConfigError, DistillError
 from distill.evaluate import Hits, best_of, count_hits
 from distill.job.assembly import load_student_state
 from distill.job.blocks import Blocks
@@ -27,9 +27,13 @@ FEW_IMAGES = 50  # half of them right: a standard error of 7 points
 FIRST_GUESSES = 5  # top-5 says nothing where there are no more classes
 
 
-def refuse_unjudged(dataset: Dataset) -> None:
-    """Raise ConfigError where there are no test images: at the beginning, and not after hours of training."""
+def refuse_unjudged(config: JobConfig, dataset: Dataset) -> None:
+    """Raise ConfigError where no student could be judged, at the beginning and not after hours of training: without
+    test images, or with one class alone, of which every network is right."""
     assert dataset.num_test > 0, "an empty split is refused where it is listed"
+    if len(dataset.classes) < 2:
+        found = f"there is only {dataset.classes[0]}"
+        raise ConfigError("data.root", config.data.root, f"images of at least 2 classes; {found}")
 
 
 def warn_of_few_images(config: JobConfig, dataset: Dataset) -> None:

@@ -152,7 +152,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
     refuse_ranks_without_rows(config, world_size=control.world_size)
     with open_data(config, device) as dataset:
         if control.rank == 0 and config.stage is Stage.all:
-            refuse_unjudged(dataset)
+            refuse_unjudged(config, dataset)
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
         if blocks is not None and run.result("distill") is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from distill.compose import compose
-from distill.data import Batch
+from distill.data import Batch, Dataset
 from distill.errors import ConfigError
 from distill.evaluate import Hits, best_of, count_hits, first_not_finite
+from distill.job.evaluation import refuse_unjudged, warn_of_few_images
 from distill.job.finetuning import best_epoch, refuse_ranks_without_rows
 
 
@@ -76,6 +79,23 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     assert first_not_finite(network) == "1.running_var"
     network[0].bias.data.fill_(math.inf)
     assert first_not_finite(network) == "0.bias"
+
+
+def test_one_class_is_refused_and_few_validation_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    config = compose(["data=imagefolder", "data.root=pictures", "data.validation_fraction=0.01"])
+
+    def dataset(*classes: str, num_validation: int = 50) -> Dataset:
+        facts = SimpleNamespace(classes=classes, num_test=5, num_validation=num_validation)
+        return cast(Dataset, facts)
+
+    refuse_unjudged(config, dataset("cat", "dog"))
+    with pytest.raises(ConfigError, match=r"data\.root: got 'pictures'; expected images of at least 2 .* only images"):
+        refuse_unjudged(config, dataset("images"))
+    warn_of_few_images(config, dataset("cat", "dog"))
+    assert not caplog.records
+    warn_of_few_images(config, dataset("cat", "dog", num_validation=6))
+    assert "6 images to choose the student by, which says its accuracy to within 20 points" in caplog.text
+    assert "raise data.validation_fraction (0.01)" in caplog.text
 
 
 class TestRanksWithoutRows:
