@@ -43,6 +43,12 @@ def in_a_row(student: nn.Module, chain: Chain, modules: Mapping[int, nn.Module],
         return False
 
 
+def remembering_norms(student: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the batch norms that have running statistics."""
+    norms = (module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
 @torch.no_grad()
 def recalibrate(student: nn.Module, batches: Iterable[Tensor]) -> None:
     """Re-estimate every batch norm's running statistics as plain averages over the batches, in place.
@@ -50,13 +56,13 @@ def recalibrate(student: nn.Module, batches: Iterable[Tensor]) -> None:
     Blocks were trained on the teacher's activations; in the assembled network each sees the output of students. Only
     batch norms are put in training mode: dropout stays off.
     """
-    norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = remembering_norms(student)
     momenta = [norm.momentum for norm in norms]
     student.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-        norm.train()
+        norm.training = True  # and not its parts: others' batch norms may hold dropout
     for images in batches:
         student(images)
     for norm, momentum in zip(norms, momenta, strict=True):

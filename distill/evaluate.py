@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,18 +17,35 @@ from distill.data import Batch
 
 @dataclass(frozen=True)
 class Hits:
-    """Counts over some test images; counts of several ranks add up exactly, whatever the layout."""
+    """Counts over some images; counts of several ranks add up exactly. An image whose logits are not all finite numbers
+    is a miss."""
 
     top1: int = 0
     top5: int = 0
     images: int = 0
+    not_finite: int = 0
 
     def __add__(self, other: Hits) -> Hits:
-        return Hits(self.top1 + other.top1, self.top5 + other.top5, self.images + other.images)
+        return Hits(*(own + others for own, others in zip(astuple(self), astuple(other), strict=True)))
 
-    def percent(self) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy in percent."""
-        return {"top1": 100 * self.top1 / max(1, self.images), "top5": 100 * self.top5 / max(1, self.images)}
+    def percent(self) -> dict[str, float | None]:
+        """Return top-1 and top-5 accuracy in percent; None where there is no image."""
+        return {name: 100 * getattr(self, name) / self.images if self.images else None for name in ("top1", "top5")}
+
+    @property
+    def standard_error(self) -> float:
+        """How far the top-1 accuracy may be from that on all such images, in percent of them: one standard deviation.
+
+        By Laplace's estimate, one hit and one miss added, so that a few images are not trusted for being all right.
+        """
+        share = (self.top1 + 1) / (self.images + 2)
+        return 100 * math.sqrt(share * (1 - share) / max(1, self.images))
+
+
+def best_of(hits: Mapping[str, Hits]) -> str | None:
+    """Return the name with the most hits, the last of equals; None where none gives finite logits for all images."""
+    sound = [name for name, one in hits.items() if not one.not_finite]
+    return max(reversed(sound), key=lambda name: hits[name].top1, default=None)
 
 
 @torch.no_grad()
@@ -38,9 +56,19 @@ def count_hits(network: nn.Module, batches: Iterable[Batch]) -> Hits:
     for batch in batches:
         logits = network(batch.images)
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        right = guesses == batch.labels[:, None]
-        total += Hits(int(right[:, 0].sum()), int(right.any(dim=1).sum()), len(batch.labels))
+        finite = logits.isfinite().all(dim=1)
+        right = (guesses == batch.labels[:, None]) & finite[:, None]
+        counts = right[:, 0].sum(), right.any(dim=1).sum(), len(batch.labels), (~finite).sum()
+        total += Hits(*map(int, counts))
     return total
+
+
+def first_not_finite(network: nn.Module) -> str | None:
+    """Return the name of the first parameter that holds nan or infinity, or batch-norm statistic that holds nan."""
+    for name, tensor in network.named_parameters():
+        if not tensor.isfinite().all():
+            return name
+    return next((name for name, tensor in network.named_buffers() if tensor.isnan().any()), None)
 
 
 @torch.no_grad()

@@ -1,29 +1,36 @@
 """End-to-end training of a whole network: distillation of an assembled student, or labels alone for a teacher.
 
-Data parallel over the ranks by DistributedDataParallel; with one rank no process group is made.
+Data parallel over the ranks: gradients, losses and the statistics of batch norms are those of the whole batch. They are
+exchanged here and not by DistributedDataParallel, which ends at parameters that have no gradient, counts ranks where
+rows count, and knows no batch norms that share their statistics on a CPU.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from distill.aliases import load_state
 from distill.checkpoint import Checkpoint, CheckpointFolder, contiguous
 from distill.data import Batch, Dataset
+from distill.data.addressing import derive_seed
 from distill.losses import soft_target_loss
 from distill.memory_format import to_channels_last
+from distill.shared_norms import SharedStatistics
+from distill.transport import Averager, Store
 
 NetworkLoss = Callable[[Tensor, Batch], Tensor]
+Learner = Callable[[Batch], Tensor]  # this rank's rows of a batch -> the loss of the whole, the gradients being found
+Epoch = dict[str, Any]  # epoch (from 1), loss (mean of the epoch in nats; None: not finite), seconds, and what is added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +39,7 @@ class Team:
 
     rank: int = 0
     world_size: int = 1
-    store: dist.Store | None = None
+    store: Store | None = None
     backend: str = "gloo"
     timeout_s: float = 600.0
 
@@ -78,65 +85,101 @@ def fit(
     options: FitOptions,
     team: Team,
     device: torch.device,
+    seed: int,
     checkpoints: CheckpointFolder,
     name: str,
-    report: Callable[[int, float, float], None],
-) -> None:
+    report: Callable[[Sequence[Epoch]], None],
+) -> list[Epoch]:
     """Train `network` in place on `device`, each rank on its rows of every batch; every rank of the team must call it.
 
-    After each epoch rank 0 writes the checkpoint `name`, from which a later call goes on, and `report` is called with
-    (epochs done, mean loss of the epoch in nats, seconds of the epoch).
+    `report` is called after each epoch with the records so far, the same on all ranks, to the last of which it may add.
+    Then rank 0 writes the checkpoint `name`, from which a later call goes on. An epoch whose loss is not finite is the
+    last and leaves no checkpoint. Returns the records of all epochs, those before a break among them. Random numbers
+    (dropout) follow from `seed` and the step, the same on all ranks: what is left out by lot is left out everywhere.
     """
     to_channels_last(network, device)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay, fused=True
     )
-    first_epoch = _resume(network, optimizer, checkpoints.load(name))
-    with _Parallel(network, team, device) as replica:
-        for epoch in range(first_epoch, options.epochs):
+    course = _resume(network, optimizer, checkpoints.load(name))
+    with _learner(network, loss, team, dataset.batch_size) as learn:
+        for epoch in range(len(course), options.epochs):
             start = time.perf_counter()
-            mean = _epoch(replica, dataset, loss, optimizer, options=options, team=team, epoch=epoch)
+            mean = _epoch(network, dataset, learn, optimizer, options=options, team=team, epoch=epoch, seed=seed)
+            finite = math.isfinite(mean)
+            course.append(
+                {"epoch": epoch + 1, "loss": mean if finite else None, "seconds": time.perf_counter() - start}
+            )
+            report(course)
+            if not finite:
+                break
             if team.rank == 0:
-                checkpoints.save(_snapshot(network, optimizer, name=name, epochs=epoch + 1))
-            report(epoch + 1, mean, time.perf_counter() - start)
+                checkpoints.save(_snapshot(network, optimizer, name=name, course=course))
     network.eval()
+    return course
 
 
-class _Parallel:
-    """The network itself for one rank, a DistributedDataParallel over a fresh process group for several."""
+@contextmanager
+def _learner(network: nn.Module, loss: NetworkLoss, team: Team, batch_size: int) -> Iterator[Learner]:
+    """What finds the gradients of a whole batch and returns its mean loss: alone, or together with the other ranks."""
+    if team.world_size == 1:
+        yield partial(_learn_alone, network, loss)
+        return
+    assert team.store is not None, "several ranks meet in a store"
+    share = len(range(team.rank, batch_size, team.world_size)) / batch_size
+    others = Averager(
+        team.store,
+        rank=team.rank,
+        group=range(team.world_size),
+        share=1.0,  # losses have their weights already, as the backward passes of shared batch norms need it
+        timeout_s=team.timeout_s,
+        backend=team.backend,
+    )
+    try:
+        yield partial(_learn_together, network, loss, others, share)
+    finally:
+        others.close()
 
-    def __init__(self, network: nn.Module, team: Team, device: torch.device) -> None:
-        self._network, self._team, self._device = network, team, device
 
-    def __enter__(self) -> nn.Module:
-        team = self._team
-        if team.world_size == 1:
-            return self._network
-        dist.init_process_group(
-            team.backend,
-            store=team.store,
-            rank=team.rank,
-            world_size=team.world_size,
-            timeout=timedelta(seconds=team.timeout_s),
-        )
-        devices = [self._device.index] if self._device.type == "cuda" else None
-        return DistributedDataParallel(self._network, device_ids=devices)
+def _learn_alone(network: nn.Module, loss: NetworkLoss, batch: Batch) -> Tensor:
+    value = loss(network(batch.images), batch)
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach()
 
-    def __exit__(self, *_: object) -> None:
-        if self._team.world_size > 1:
-            dist.destroy_process_group()
+
+def _learn_together(network: nn.Module, loss: NetworkLoss, others: Averager, share: float, batch: Batch) -> Tensor:
+    """Find the gradients of the mean loss over all ranks' rows, of which this rank has a `share`.
+
+    A parameter has a gradient where it has one on any rank; without any it is left alone, as one rank would leave it.
+    """
+    with SharedStatistics(others.gather, network):
+        value = share * loss(network(batch.images), batch)
+        value.backward()  # type: ignore[no-untyped-call]
+    value = value.detach()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    known = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=value.device)
+    without = [number for number, parameter in enumerate(parameters) if parameter.grad is None]
+    for number in without:
+        parameters[number].grad = torch.zeros_like(parameters[number])
+    others([*(parameter.grad for parameter in parameters if parameter.grad is not None), known, value])()
+    for number in without:
+        if known[number] == 0:
+            parameters[number].grad = None
+    return value
 
 
 def _epoch(
     network: nn.Module,
     dataset: Dataset,
-    loss: NetworkLoss,
+    learn: Learner,
     optimizer: torch.optim.Optimizer,
     *,
     options: FitOptions,
     team: Team,
     epoch: int,
+    seed: int,
 ) -> float:
+    """Return the mean loss of an epoch's batches, the same on all ranks."""
     network.train()
     steps = dataset.steps_per_epoch
     total = torch.zeros(())
@@ -145,10 +188,10 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps=steps, options=options)
         optimizer.zero_grad(set_to_none=True)
-        value = loss(network(batch.images), batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.manual_seed(derive_seed(seed, step))
+        value = learn(batch)
         optimizer.step()
-        total = total.to(value.device) + value.detach()
+        total = total.to(value.device) + value
     return float(total) / max(1, steps)
 
 
@@ -160,22 +203,30 @@ def _rate(step: int, *, steps: int, options: FitOptions) -> float:
     return options.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, *, name: str, epochs: int) -> Checkpoint:
+def _snapshot(
+    network: nn.Module, optimizer: torch.optim.Optimizer, *, name: str, course: Sequence[Epoch]
+) -> Checkpoint:
     momentum = {
         key: optimizer.state[parameter]["momentum_buffer"]
         for key, parameter in network.named_parameters()
         if "momentum_buffer" in optimizer.state[parameter]
     }
-    return Checkpoint(name=name, step=epochs, weights=contiguous(network.state_dict()), optimizer=contiguous(momentum))
+    return Checkpoint(
+        name=name,
+        step=len(course),
+        weights=contiguous(network.state_dict()),
+        optimizer=contiguous(momentum),
+        progress={"epochs": list(course)},
+    )
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> int:
-    """Load a checkpoint; return the number of epochs it has behind it."""
+def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> list[Epoch]:
+    """Load a checkpoint; return the records of the epochs that it has behind it."""
     if checkpoint is None:
-        return 0
+        return []
     load_state(network, checkpoint.weights)
     for key, parameter in network.named_parameters():
         if key in checkpoint.optimizer:
             buffer = torch.empty_like(parameter).copy_(checkpoint.optimizer[key])
             optimizer.state[parameter] = {"momentum_buffer": buffer}
-    return checkpoint.step
+    return list(checkpoint.progress["epochs"])

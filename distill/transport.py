@@ -1,5 +1,5 @@
-"""Moves tensors between ranks: one two-rank process group per edge and direction. Besides finetune.py the only user of
-torch.distributed's process groups.
+"""Moves tensors between ranks: one two-rank process group per edge and direction, and one for every group of ranks that
+averages. The only user of torch.distributed's process groups.
 
 Over gloo a tensor travels in chunks of at most 512 KiB: a peer that dies between small messages is noticed at once, one
 that dies in the middle of a large message only when the group's timeout passes.
@@ -126,6 +126,14 @@ class Averager:
                 flat(tensor).copy_(mean)
 
         return finish
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, stacked in the order of the group. All ranks must call in the same order,
+        and with tensors of the same size."""
+        found = [torch.empty_like(tensor) for _ in range(1 + len(self._others))]
+        with self._failures_explained():
+            self._group.allgather([found], [tensor]).wait()
+        return torch.stack(found)
 
     def close(self) -> None:
         """Leave the group; what is under way on other ranks comes to its end."""

@@ -225,9 +225,10 @@ class Dataset:
         first = index % self.num_validation_batches * self.batch_size
         return self._batch(*self._images.read(_evaluation(self._validation[first : first + self.batch_size])))
 
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Return every validation image once, never augmented; the last batch may be smaller."""
-        requests = map(_evaluation, _cut(self._validation, batch_size))
+    def validation_batches(self, batch_size: int, part: int = 0, num_parts: int = 1) -> Iterator[Batch]:
+        """Return every validation image once over the parts, never augmented; the last batch may be smaller. Batches do
+        not depend on the number of parts, and hence what a network makes of them neither."""
+        requests = map(_evaluation, _cut(self._validation, batch_size)[part::num_parts])
         for images_BHWC, labels in self._images.read_many(requests):
             yield self._batch(images_BHWC, labels)
 

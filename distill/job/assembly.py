@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from distill.aliases import load_state
-from distill.assemble import assemble, in_a_row, recalibrate
+from distill.assemble import assemble, in_a_row, recalibrate, remembering_norms
 from distill.checkpoint import contiguous
 from distill.data import Dataset
 from distill.errors import DistillError
@@ -22,8 +22,9 @@ from distill.memory_format import to_channels_last
 from distill.report.markup import show_count
 
 
-def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
-    """Write assembled.safetensors (the blocks as they were trained) and recalibrated.safetensors (batch norms anew)."""
+def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> list[str]:
+    """Write assembled.safetensors (the blocks as they were trained) and recalibrated.safetensors (batch norms anew, by
+    whole batches on rank 0, so that they do not depend on the ranks). Returns the names of those that differ."""
 
     def work() -> dict[str, Any]:
         start = time.monotonic()
@@ -40,15 +41,18 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         save_network(context, "assembled", student)
         to_channels_last(student, context.device)
         batches = context.config.assemble.batchnorm_batches
-        if batches > 0:
+        norms = len(remembering_norms(student)) if batches > 0 else 0
+        if norms > 0:
             recalibrate(student, (batch.images for batch in dataset.train_batches(0, batches)))
         save_network(context, "recalibrated", student)
-        norms = f"batch norms re-estimated on {show_count(batches, 'batch')}"
-        context.say(f"assembled {show_count(len(weights), 'student block')}; {norms}")
-        return {"seconds": time.monotonic() - start}
+        done = f"re-estimated on {show_count(batches, 'batch')}" if norms else "not re-estimated"
+        context.say(f"assembled {show_count(len(weights), 'student block')}; batch norms {done}")
+        return {"seconds": time.monotonic() - start, "batch_norms_re_estimated": norms}
 
     made = ["assembled.safetensors", "recalibrated.safetensors"]
-    context.lead("assemble", work, made=made, used=[TEACHER, *map(block_file, blocks.replaced)])
+    used = [TEACHER, *map(block_file, blocks.replaced)]
+    record = context.lead("assemble", work, made=made, used=used)
+    return ["assembled", "recalibrated"] if record["batch_norms_re_estimated"] else ["assembled"]
 
 
 def save_network(context: Context, name: str, network: nn.Module) -> None:

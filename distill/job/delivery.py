@@ -1,9 +1,8 @@
-"""The stages after the blocks: fine-tuning, the one evaluation on the test split, and the delivered files."""
+"""The last stage of the job: the delivered student's files, what they say of it, and the result that is printed."""
 
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,20 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import distill
-from distill.checkpoint import CheckpointFolder
 from distill.choices import CropMode, Stage
 from distill.config import JobConfig
-from distill.control import ranks_of
 from distill.data import Dataset
 from distill.energy import joules_per_image, summarize
 from distill.errors import ConfigError, DistillError
-from distill.evaluate import Hits, count_hits, measure_network
+from distill.evaluate import measure_network
 from distill.export import StudentCard, save_student
 from distill.files import read_json, write_json
-from distill.finetune import FitOptions, Team, distillation_loss, fit
 from distill.fingerprint import fingerprint
 from distill.host import available_cores
-from distill.job.assembly import load_student_state, save_network
+from distill.job.assembly import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.materials import architecture_of
@@ -34,80 +30,11 @@ from distill.job.reuse import TEACHER
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report
-from distill.report.markup import show_count
 from distill.rundir import RunDirectory
-from distill.transport import wire_backend
 
 log = logging.getLogger(__name__)
 
-EVALUATION_BATCH = 250
 COMPARISON_BATCH, COMPARISON_IMAGES = 64, 256
-
-
-def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
-    """Distil the assembled student end to end over all ranks; writes finetuned.safetensors. Every rank takes part."""
-    options = context.config.finetune
-    if options.epochs == 0 or context.completed("finetune") is not None:
-        return
-    student = load_student_state(context, "recalibrated", teacher, blocks)
-    origin = context.run.origin(TEACHER, "recalibrated.safetensors")
-    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
-    course: list[dict[str, float]] = []
-
-    def report(epoch: int, loss: float, seconds: float) -> None:
-        course.append({"epoch": epoch, "loss": loss, "seconds": seconds})
-        if context.leads:
-            context.scalars.add("epochs/finetune_loss", loss, epoch)
-        context.say(f"finetune: epoch {epoch} of {options.epochs}, loss {loss:.4f}, {seconds:.1f} s")
-
-    context.say(f"finetune: {show_count(options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}")
-    fit(
-        student,
-        dataset,
-        distillation_loss(teacher, temperature=options.temperature, soft_weight=options.soft_weight),
-        options=FitOptions(epochs=options.epochs, lr=options.lr, weight_decay=options.weight_decay),
-        team=Team(
-            rank=context.rank,
-            world_size=context.world_size,
-            store=context.control.store_for("finetune") if context.world_size > 1 else None,
-            backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
-            timeout_s=context.config.plan.timeout_s,
-        ),
-        device=context.device,
-        checkpoints=checkpoints,
-        name="finetune",
-        report=report,
-    )
-    if context.leads:
-        save_network(context, "finetuned", student)
-        checkpoints.remove("finetune")
-        result = {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)}
-        used = [TEACHER, "recalibrated.safetensors"]
-        context.run.complete("finetune", result, made=["finetuned.safetensors"], used=used)
-
-
-def final_state(context: Context) -> str:
-    """Return the name of the state dict that is delivered."""
-    return "recalibrated" if context.config.finetune.epochs == 0 else "finetuned"
-
-
-def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
-    """Count every network's hits on the test split, each rank on its share: the only time that its labels are read."""
-    if context.completed("evaluate") is not None:
-        return
-    results: dict[str, dict[str, float]] = {}
-    names = ["teacher", "assembled", "recalibrated"] + ["finetuned"] * (context.config.finetune.epochs > 0)
-    for name in names:
-        network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
-        share = dataset.test_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
-        context.control.set(f"hits/{name}/{context.rank}", asdict(count_hits(network, share)))
-        if context.leads:
-            total = Hits()
-            for rank in range(context.world_size):
-                total += Hits(**context.control.wait(f"hits/{name}/{rank}", peer=rank, purpose=f"accuracy of {name}"))
-            results[name] = total.percent() | {"images": total.images}
-    if context.leads:
-        context.run.complete("evaluate", results, used=[f"{name}.safetensors" for name in names])
 
 
 def refuse_unfinished(config: JobConfig, facts: Mapping[str, Any], run: RunDirectory) -> None:
@@ -143,7 +70,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
     if config.stage is Stage.deliver:
         run.reopen("deliver")
     if run.result("deliver") is None:
-        student = load_student_state(context, final_state(context), teacher, blocks)
+        student = load_student_state(context, run.result("evaluate")["delivered"], teacher, blocks)
         card = StudentCard(
             architecture=architecture_of(config, len(dataset.classes)),
             recipe={"name": config.student.recipe.name, "options": blocks.recipe.options()},
@@ -164,7 +91,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
         made += [export["file"] for export in exports.values() if export["status"] == "ok"]
-        used = [TEACHER, f"{final_state(context)}.safetensors"]
+        used = [TEACHER, f"{run.result('evaluate')['delivered']}.safetensors"]
         run.complete("deliver", {"student": "student.safetensors"}, made=made, used=used)
     metrics = read_json(run.path / "metrics.json")
     context.console.print(result_table(metrics))
@@ -208,10 +135,14 @@ def _metrics(
     accuracy = run.result("evaluate")
     modules = dict(teacher.named_modules())
     replaced = blocks.replaced_paths
+    assembled = accuracy["assembled"]
     student_facts = measure_network(student, image_shape=dataset.image_shape, device=context.device) | {
-        **accuracy.get("finetuned", accuracy["recalibrated"]),
-        "top1_assembled": accuracy["assembled"]["top1"],
-        "top1_recalibrated": accuracy["recalibrated"]["top1"],
+        **accuracy[accuracy["delivered"]],
+        "delivered": accuracy["delivered"],
+        "validation": accuracy["validation"],
+        "top1_assembled": assembled["top1"],
+        "top1_recalibrated": accuracy.get("recalibrated", assembled)["top1"],
+        "top1_finetuned": accuracy.get("finetuned", {}).get("top1"),
         "replaced_params": _count(student, replaced),
     }
     return {
@@ -237,6 +168,7 @@ def _metrics(
             "machine": platform.machine(),
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
             "cores": available_cores(),
+            "threads": torch.get_num_threads(),
         },
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.identity),

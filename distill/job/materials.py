@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from distill.control import ranks_of
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
+from distill.evaluate import first_not_finite
 from distill.files import write_bytes
-from distill.finetune import FitOptions, Team, fit, label_loss
+from distill.finetune import Epoch, FitOptions, Team, fit, label_loss
 from distill.job.context import Context
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
 from distill.job.reuse import TEACHER, take_teacher
@@ -100,6 +102,8 @@ def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> 
         load_teacher_weights(network, teacher.source.name, teacher.name, teacher.weights)
     elif teacher.fit_epochs == 0:
         raise ConfigError("teacher.weights", None, "a weights file, or teacher.fit.epochs > 0 to train one on the data")
+    if teacher.weights is not None and (spoilt := first_not_finite(network)):
+        raise ConfigError("teacher.weights", teacher.weights, f"weights that are finite numbers; {spoilt} holds others")
     to_channels_last(network, device).eval().requires_grad_(False)
     refuse_other_outputs(config, network, dataset.image_shape, len(dataset.classes))
     return network
@@ -146,25 +150,31 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
     epochs = context.config.teacher.fit_epochs
     times, images = show_count(epochs, "epoch"), dataset.num_train
     context.say(f"teacher: training {context.config.teacher.name} for {times} on {images} images")
-    course: list[dict[str, float]] = []
 
-    def report(epoch: int, loss: float, seconds: float) -> None:
-        course.append({"epoch": epoch, "loss": loss, "seconds": seconds})
+    def report(course: Sequence[Epoch]) -> None:
+        epoch, loss = course[-1]["epoch"], course[-1]["loss"]
+        if loss is None:
+            allowed = f"a lower rate: the loss is not finite in epoch {epoch}"
+            raise ConfigError("teacher.fit.lr", options.lr, allowed)
         context.scalars.add("epochs/teacher_loss", loss, epoch)
-        context.say(f"teacher: epoch {epoch} of {epochs}, loss {loss:.4f}, {seconds:.1f} s")
+        context.say(f"teacher: epoch {epoch} of {epochs}, loss {loss:.4f}, {course[-1]['seconds']:.1f} s")
 
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=context.run.origin())
-    fit(
+    course = fit(
         made_trainable(network),
         dataset,
         label_loss,
         options=FitOptions(epochs=epochs, lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=1.0),
         team=Team(),
         device=context.device,
+        seed=derive_seed(context.config.seed, "teacher", "fit"),
         checkpoints=checkpoints,
         name="teacher",
         report=report,
     )
+    if spoilt := first_not_finite(network):
+        allowed = f"a lower rate: {spoilt} is not finite after the last epoch"
+        raise ConfigError("teacher.fit.lr", options.lr, allowed)
     write_bytes(context.run.path / TEACHER, save(contiguous(network.state_dict())))
     checkpoints.remove("teacher")
     return {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course)}

@@ -33,7 +33,9 @@ from distill.job.assembly import assemble_student
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.caching import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
-from distill.job.delivery import deliver, evaluate, finetune_student, refuse_unfinished
+from distill.job.delivery import deliver, refuse_unfinished
+from distill.job.evaluation import evaluate, refuse_unjudged, warn_of_few_images
+from distill.job.finetuning import finetune_student, refuse_ranks_without_rows
 from distill.job.logs import HeldBack
 from distill.job.materials import build_teacher, open_data, train_teacher
 from distill.job.memory import refuse_too_little
@@ -147,7 +149,10 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
     ending.callback(run.release)
     if config.stage is Stage.deliver:
         refuse_unfinished(config, facts, run)
+    refuse_ranks_without_rows(config, world_size=control.world_size)
     with open_data(config, device) as dataset:
+        if control.rank == 0 and config.stage is Stage.all:
+            refuse_unjudged(config, dataset)
         teacher = build_teacher(config, dataset, device)
         blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
         if blocks is not None and run.result("distill") is None:
@@ -164,6 +169,8 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
         with context.recording(), metering(control, context.run.path, device) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
+            if context.leads and config.stage is Stage.all:
+                warn_of_few_images(config, dataset)
             train_teacher(context, dataset, teacher)
             if blocks is None:
                 context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
@@ -179,11 +186,11 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     if context.config.stage not in (Stage.all, Stage.deliver):
         return
     with context.during("assemble"):
-        assemble_student(context, dataset, teacher, blocks)
+        students = assemble_student(context, dataset, teacher, blocks)
     with context.during("finetune"):
-        finetune_student(context, dataset, teacher, blocks)
+        students += finetune_student(context, dataset, teacher, blocks)
     with context.during("evaluate"):
-        evaluate(context, dataset, teacher, blocks)
+        evaluate(context, dataset, teacher, blocks, students)
     with context.during("deliver"):
         deliver(context, dataset, teacher, blocks)
 

@@ -18,6 +18,7 @@ from distill.report.markup import Markup, finite, join, section, show, show_coun
 from distill.report.page import document
 from distill.report.plot import Axis, chart, point
 from distill.report.run import NoRunError, Run
+from distill.report.tables import STUDENTS
 
 # What a speed-up is over, in the lines of its heading.
 SAME_JOB, ANY_JOB = "over\nthe fewest ranks\nof the same job", "over\nthe slowest run"
@@ -131,7 +132,9 @@ def _lines(run_dirs: Sequence[Path]) -> tuple[list[Line], str]:
         except NoRunError:
             found.append(Line(number, name, "missing"))
             continue
-        state = "finished" if run.finished else f"{'failed' if run.errors else 'unfinished'} in {run.current_stage}"
+        delivered = STUDENTS.get(str((run.metrics.get("student") or {}).get("delivered")))
+        done = f"finished, {delivered}" if delivered else "finished"
+        state = done if run.finished else f"{'failed' if run.errors else 'unfinished'} in {run.current_stage}"
         found.append(Line(number, name, state, run))
     _tell_differences([line for line in found if line.run is not None])
     return found, _set_speed_ups(found)

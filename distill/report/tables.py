@@ -10,6 +10,9 @@ from rich.table import Table
 from distill.plan import Plan
 from distill.report.markup import finite, show, show_count
 
+# The states of the student that one is chosen from, in the order in which they come about.
+STUDENTS = {"assembled": "assembled", "recalibrated": "batch norms re-estimated", "finetuned": "fine-tuned"}
+
 
 class PerBlock(Protocol):
     """Costs of the teacher's forward and of one student step, by block."""
@@ -73,20 +76,48 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         a, b = (None if finite(side.get(key)) is None else side[key] * scale for side in (teacher, student))
         return label, show(a, form), show(b, form), f"{b / a:.3f}" if a and b is not None else "-"
 
-    def points(label: str, key: str) -> tuple[str, str, str, str]:
-        a, b = finite(teacher.get("top1")), finite(student.get(key))
-        difference = "-" if a is None or b is None else f"{b - a:+.2f} points"
-        return label, show(a, "{:.2f} %"), show(student.get(key), "{:.2f} %"), difference
-
+    measured = measured_how(metrics)
     return [
-        points("top-1, assembled", "top1_assembled"),
-        points("top-1, batch norms re-estimated", "top1_recalibrated"),
-        points("top-1", "top1"),
-        row("top-5", "top5", "{:.2f} %"),
+        *_accuracies(teacher, student),
+        *([row("top-5", "top5", "{:.2f} %")] if teacher.get("top5") is not None else []),
         row("parameters", "params", "{:,.0f}"),
         row("parameters of replaced convolutions", "replaced_params", "{:,.0f}"),
         row("bytes", "bytes", "{:,.0f}"),
         row("MFLOP per image (2 per multiply-add)", "flops", "{:,.2f}", 1e-6),
-        row("latency, batch 1 (ms)", "latency_ms_batch1", "{:.2f}"),
-        row("latency, batch 64 (ms)", "latency_ms_batch64", "{:.2f}"),
+        row(f"latency, batch 1, {measured}", "latency_ms_batch1", "{:.2f} ms"),
+        row(f"latency, batch 64, {measured}", "latency_ms_batch64", "{:.2f} ms"),
     ]
+
+
+def _accuracies(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return a row for every state of the student on test images, which one is delivered, and the validation images'
+    figures that decided it with their standard error."""
+    a, delivered, validation = finite(teacher.get("top1")), student.get("delivered"), student.get("validation") or {}
+    rows: list[tuple[str, float | None, bool]] = []
+    for name, label in STUDENTS.items():
+        b = finite(student.get(f"top1_{name}"))
+        if b is not None and (not validation or name in validation["top1"]):
+            rows.append((f"top-1, {label}", b, name == delivered))
+    if delivered is None:
+        rows.append(("top-1", finite(student.get("top1")), False))  # of a run that did not choose
+    error = show(validation.get("standard_error"), "+-{:.1f} points")
+    return [
+        (
+            f"{label}, delivered" if chosen else label,
+            show(a, "{:.2f} %"),
+            show(b, "{:.2f} %"),
+            "-" if a is None or b is None else f"{b - a:+.2f} points",
+        )
+        for label, b, chosen in rows
+    ] + [
+        (f"validation top-1, {STUDENTS[name]}", "-", show(b, "{:.2f} %"), error)
+        for name, b in validation.get("top1", {}).items()
+    ]
+
+
+def measured_how(metrics: Mapping[str, Any]) -> str:
+    """Return how latencies were measured: by what, in which precision, on what."""
+    environment = metrics.get("environment") or {}
+    device, threads = environment.get("device"), environment.get("threads")
+    where = f" on {device}" if device not in (None, "cpu") else f", {show_count(threads, 'thread')}" if threads else ""
+    return f"eager fp32{where}"

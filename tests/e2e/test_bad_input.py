@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distill.job import memory as job_memory
 from distill.job import run_rank
+from distill.teachers import build_architecture
 from tests.e2e.command import SMALL, distill, environment
 
 FROM_ARGUMENTS = "import sys; from distill.job import run_rank; sys.exit(run_rank(sys.argv[1:]))"
@@ -82,6 +84,21 @@ def test_a_refused_job_leaves_no_run_directory(
         pytest.skip("this machine has CUDA")
     told(capsys, *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_teachers_that_are_not_finite_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    weights = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10, factory=None, options={})
+    state = weights.state_dict()
+    state["layer2.0.conv1.weight"][0] = torch.nan
+    save_file(state, tmp_path / "spoilt.safetensors")
+    error = told(capsys, "teacher.weights=spoilt.safetensors", "teacher.fit.epochs=0")
+    assert (
+        "teacher.weights: got 'spoilt.safetensors'; expected weights that are finite numbers; layer2.0.conv1" in error
+    )
+    assert not (tmp_path / "run").exists()
+    error = told(capsys, "teacher.fit.lr=1e30")
+    assert "teacher.fit.lr: got 1e+30; expected a lower rate: " in error
+    assert not (tmp_path / "run" / "teacher.safetensors").exists(), "which a rerun would take for a teacher"
 
 
 def test_no_cuda_where_it_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

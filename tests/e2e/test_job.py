@@ -91,6 +91,14 @@ def test_metrics_have_the_names_that_others_rely_on(finished: tuple[Path, str]) 
         assert block["steps"] == 4
     assert {block["rank"] for block in found["blocks"]} == {0, 1}
     assert found["student"]["params"] < 0.3 * found["teacher"]["params"]
+    student, validation = found["student"], found["student"]["validation"]
+    assert student["top1"] == student[f"top1_{student['delivered']}"]
+    assert [*validation["top1"]] == ["assembled", "recalibrated", "finetuned"]
+    assert validation["top1"][student["delivered"]] == max(validation["top1"].values())
+    assert validation["images"] == found["data"]["validation_images"]
+    assert validation["standard_error"] > 0
+    assert found["finetune"]["kept_epoch"] == 1
+    assert found["environment"]["threads"] == 1
 
 
 def test_the_student_loads_in_two_lines_and_scores_as_reported(finished: tuple[Path, str]) -> None:

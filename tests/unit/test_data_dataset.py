@@ -105,6 +105,14 @@ def test_few_validation_images_make_one_smaller_batch() -> None:
     assert dataset.validation_batch(3).labels.shape == (1,)
 
 
+def test_parts_of_the_validation_images_are_whole_batches_of_them(digits: Dataset) -> None:
+    whole = [batch.images for batch in digits.validation_batches(50)]
+    parts = [[batch.images for batch in digits.validation_batches(50, part, 2)] for part in range(2)]
+    assert [len(images) for images in whole] == [50, 50, 44]
+    assert all(torch.equal(a, b) for a, b in zip(parts[0], whole[0::2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parts[1], whole[1::2], strict=True))
+
+
 def test_parts_of_the_test_split_cover_it_once(digits: Dataset) -> None:
     whole = torch.cat([batch.labels for batch in digits.test_batches(100)])
     parts = [torch.cat([batch.labels for batch in digits.test_batches(100, part, 2)]) for part in range(2)]

@@ -119,7 +119,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"aliases", "cost", "data"},
     "export": {"aliases", "checkpoint", "errors", "files", "recipes", "teachers"},
     "programs": {"errors", "export", "files"},
-    "finetune": {"aliases", "checkpoint", "data", "losses", "memory_format"},
+    "shared_norms": {"errors"},
+    "finetune": {"aliases", "checkpoint", "data", "losses", "memory_format", "shared_norms", "transport"},
 }  # fmt: skip
 
 WITHOUT_TORCH = SETTINGS - {"launcher"} | {
@@ -155,7 +156,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "meter",
     "energy",
 }
-DISTRIBUTED = {"transport", "control", "finetune", "launcher"}
+DISTRIBUTED = {"transport", "control", "launcher"}
 
 
 def unit(file: Path) -> str:

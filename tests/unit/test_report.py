@@ -81,6 +81,31 @@ class TestResultTable:
         assert re.search(r"top-1, batch norms re-estimated +90\.00 % +85\.00 % +-5\.00 points", text)
         assert re.search(r"top-1 +90\.00 % +88\.50 % +-1\.50 points", text)
 
+    def test_the_delivered_state_is_named_and_what_it_was_chosen_by(self) -> None:
+        content = metrics(environment={"device": "cpu", "threads": 2})
+        top1 = {"assembled": 50.0, "recalibrated": 83.3, "finetuned": None}
+        content["student"] |= {
+            "top1": 85.0, "top1_finetuned": 10.0, "delivered": "recalibrated",
+            "validation": {"images": 6, "standard_error": 12.5, "top1": top1},
+        }  # fmt: skip
+        text = shown(result_table(content))
+        assert re.search(r"top-1, assembled +90\.00 % +40\.00 %", text)
+        assert re.search(r"top-1, batch norms re-estimated, delivered +90\.00 % +85\.00 % +-5\.00 points", text)
+        assert re.search(r"top-1, fine-tuned +90\.00 % +10\.00 %", text)
+        assert re.search(r"validation top-1, batch norms re-estimated +- +83\.30 % +\+-12\.5 points", text)
+        assert re.search(r"validation top-1, fine-tuned +- +- +", text)
+        assert not re.search(r"top-1 +90", text)
+        assert re.search(r"latency, batch 1, eager fp32, 2 threads +2\.00 ms +2\.00 ms +1\.000", text)
+        content["environment"]["device"] = "NVIDIA H100"
+        assert "latency, batch 64, eager fp32 on NVIDIA H100" in shown(result_table(content))
+
+    def test_states_that_did_not_come_about_have_no_row(self) -> None:
+        content = metrics(teacher=network(top5=None))
+        content["student"] |= {"delivered": "assembled", "top5": None, "validation": {"top1": {"assembled": 50.0}}}
+        text = shown(result_table(content))
+        assert "re-estimated" not in text
+        assert "top-5" not in text
+
     def test_nothing_replaced_has_no_ratio(self) -> None:
         content = metrics(teacher=network(replaced_params=0))
         assert re.search(r"replaced convolutions +0 +800 +-", shown(result_table(content)))
