@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.aliases import for_all_names
 from distill.errors import ConfigError, one_of
+from distill.paths import expanded
 from distill.teachers.architectures import import_timm
 
 _WRAPPERS = ("state_dict", "model", "model_state")  # where checkpoints hide the weights
@@ -121,7 +122,7 @@ def _download_failed(which: str, error: Exception) -> ConfigError:
 
 
 def _read(weights: str) -> object:
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     if not path.is_file():
         raise ConfigError("teacher.weights", weights, "a file that exists (.safetensors, or one written by torch.save)")
     try:
