@@ -155,7 +155,7 @@ def _remembered(place: Path, files: Sequence[Listed], find: Callable[[], str]) -
         stamp.update(os.fsencode(file.name) + struct.pack("3qQ", file.size, *file.stamp))
     settled = time.time_ns() - max((file.changed_ns for file in files), default=0) > SETTLED_NS
     key = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     note = folder / "distill" / "contents" / f"{key[:32]}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, DistillError):
         noted = read_json(note)

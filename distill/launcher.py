@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import uuid
@@ -12,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from distill import __version__
-from distill.compose import VERSION_BASE, compose, config_dir, register_schema
-from distill.config import JobConfig, load, to_yaml
+from distill.compose import compose
+from distill.config import JobConfig, to_yaml
 from distill.errors import DistillError
 from distill.host import share_of_cores
+from distill.provenance import COMMAND_VARIABLE
 from distill.stopper import Stop, Stopper, stoppable
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not pay
@@ -37,44 +36,24 @@ class Outcome:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that the command line describes; return the exit status. Flags (--help, --cfg) go to Hydra."""
-    if arguments == ["--version"]:
-        sys.stdout.write(f"distill {__version__}\n")
-        return 0
-    if any(argument.startswith("-") for argument in arguments):
-        return _hydra_main()
+    """Run the job that the command line describes; return the exit status."""
     try:
         config = compose(arguments)
     except DistillError as error:
         sys.stderr.write(f"distill: {error}\n")
         return 2
-    return _run(config)
-
-
-def _hydra_main() -> int:
-    import hydra
-
-    register_schema()
-
-    @hydra.main(version_base=VERSION_BASE, config_path=config_dir(), config_name="job")
-    def job(cfg: DictConfig) -> None:
-        status = _run(load(cfg))
-        if status != 0:
-            raise SystemExit(status)
-
-    job()
-    return 0
-
-
-def _run(config: JobConfig) -> int:
-    outcome = launch(config)
+    outcome = launch(config, command=shlex.join(["python", "-m", "distill", *arguments]))
     if outcome.stopped:
         sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
     return outcome.status
 
 
-def launch(config: JobConfig) -> Outcome:
-    """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first."""
+def launch(config: JobConfig, *, command: str) -> Outcome:
+    """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first.
+
+    `command` is what the user typed, for the record.
+    """
+    os.environ[COMMAND_VARIABLE] = command
     try:
         with stoppable() as stopper, tempfile.TemporaryDirectory(prefix="distill-") as scratch:
             return _launch(config, Path(scratch), stopper)
@@ -82,6 +61,7 @@ def launch(config: JobConfig) -> Outcome:
         return Outcome(stop.status, f"stopped by {stop.signal}", stopped=True)
     finally:
         os.environ.pop(CONFIG_VARIABLE, None)
+        os.environ.pop(COMMAND_VARIABLE, None)
 
 
 def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
@@ -97,7 +77,7 @@ def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
     # The ranks tell their own errors; the agent's account of them would only repeat that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     resolved = scratch / "resolved.yaml"
-    resolved.write_text(to_yaml(config))
+    resolved.write_text(to_yaml(config), encoding="utf-8")
     os.environ[CONFIG_VARIABLE] = str(resolved)
     plan = LaunchConfig(
         min_nodes=options.nnodes,

@@ -7,6 +7,7 @@ nothing of ranks; needs no torch for jobs that are finished.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -24,16 +25,16 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
-from rich.console import Console
 
 from distill.choices import Stage
+from distill.command_line import SEARCH_PATH, key_of
 from distill.compose import compose, register_schema
 from distill.config import JobConfig, load
 from distill.errors import ConfigError, DistillError
 from distill.files import DamagedFileError, read_json, write_json
 from distill.fingerprint import identity, run_directory
 from distill.launcher import Outcome, launch
-from distill.report import comparison_table, write_comparison
+from distill.report import comparison_table, console, write_comparison
 from distill.report.markup import show_count
 from distill.rundir import RunDirectory
 from distill.stopper import stoppable
@@ -42,7 +43,6 @@ from distill.sweep import Sweep, compose_master, hydra_ready, read_sweep
 
 FLAGS = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 RECORD = "job.json"  # in the job's folder within the sweep's
-WIDTH = 160  # columns of the comparison in a file, where no terminal limits it
 LONGEST_REASON = 400  # characters, for one line in a table
 
 
@@ -66,23 +66,14 @@ def multirun(arguments: Sequence[str]) -> int:
     0 where every job is finished, 1 where one failed, 2 where nothing could be started, 128 + N after signal N.
     """
     try:
-        overrides = _without_flags(arguments)
-        sweep = read_sweep(overrides)
+        sweep = read_sweep([argument for argument in arguments if argument not in FLAGS])
         jobs = prepare(sweep)
         with stoppable(), hydra_ready() as ready:
-            master = compose_master(ready, [f"hydra.sweep.dir=outputs/sweeps/{sweep.key}", *overrides])
+            master = compose_master(ready, [f"hydra.sweep.dir=outputs/sweeps/{sweep.key}", *sweep.arguments])
             return _run(jobs, master, ready.config_loader())
     except DistillError as error:
         sys.stderr.write(f"distill: {error}\n")
         return 2
-
-
-def _without_flags(arguments: Sequence[str]) -> list[str]:
-    rest = [argument for argument in arguments if argument not in FLAGS]
-    flags = [argument for argument in rest if argument.startswith("-")]
-    if flags:
-        raise ConfigError(flags[0], "--multirun", "one of the two; beside --multirun there are settings only")
-    return rest
 
 
 def prepare(sweep: Sweep) -> list[Job]:
@@ -91,11 +82,12 @@ def prepare(sweep: Sweep) -> list[Job]:
     Raises ConfigError where not one can be composed, and where two would share a run directory.
     """
     jobs, errors, seen = [], [], dict[tuple[Any, ...], Any]()
+    own_choices = [override for override in sweep.launching if key_of(override) == SEARCH_PATH]
     for number, (overrides, swept) in enumerate(zip(sweep.jobs, sweep.swept, strict=True)):
         job = Job(number, overrides, swept)
         jobs.append(job)
         try:
-            config = compose([*sweep.launching, *overrides])
+            config = compose([*own_choices, *overrides])
             facts = identity(config, seen)
         except ConfigError as error:
             errors.append(error)
@@ -191,7 +183,7 @@ def run_job(cfg: DictConfig) -> dict[str, Any]:
         config = load(cfg)
         run_dir = str(run_directory(config, identity(config)))
         _refuse_lonely_tasks(config)
-        outcome = launch(config)
+        outcome = launch(config, command=shlex.join(["python", "-m", "distill", *hydra.overrides.task]))
     except DistillError as error:
         outcome = Outcome(2, str(error))
         sys.stderr.write(f"distill: {error}\n")
@@ -245,8 +237,7 @@ def _tell(jobs: Sequence[Job], folder: Path) -> None:
         _say(f"  {job.number:>3} {job.status:<9}{job.seconds:>8.1f} s  {_shown(job)}{place}{tail}")
     runs = [Path(job.run_dir) for job in jobs if job.run_dir]
     if any(run.is_dir() for run in runs):
-        wide = None if sys.stdout.isatty() else WIDTH
-        Console(width=wide).print(comparison_table(runs))
+        console().print(comparison_table(runs))
         _say(f"comparison: {write_comparison(runs, folder / 'comparison.html')}")
 
 

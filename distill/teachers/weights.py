@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from distill.aliases import for_all_names
 from distill.errors import ConfigError
+from distill.paths import expanded
 from distill.teachers.checkpoint_file import SAVE, read
 from distill.teachers.inert import Inert, kind_of
 from distill.teachers.published import Preprocessing, name_of_file, pretrained_weights, published_preprocessing
@@ -56,7 +56,7 @@ def load_backbone(model: nn.Module, source: str, name: str, weights: str) -> tup
 
 def is_published(source: str, weights: str) -> bool:
     """Whether `weights` names published weights of a registry, and not a file."""
-    looks_like_file = "/" in weights or weights.endswith(_SUFFIXES) or Path(weights).is_file()
+    looks_like_file = "/" in weights or weights.endswith(_SUFFIXES) or expanded(weights).is_file()
     return source in {"torchvision", "timm"} and not looks_like_file
 
 
