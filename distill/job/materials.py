@@ -102,8 +102,6 @@ def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> 
         load_teacher_weights(network, teacher.source.name, teacher.name, teacher.weights)
     elif teacher.fit_epochs == 0:
         raise ConfigError("teacher.weights", None, "a weights file, or teacher.fit.epochs > 0 to train one on the data")
-    if teacher.weights is not None and (spoilt := first_not_finite(network)):
-        raise ConfigError("teacher.weights", teacher.weights, f"weights that are finite numbers; {spoilt} holds others")
     to_channels_last(network, device).eval().requires_grad_(False)
     refuse_other_outputs(config, network, dataset.image_shape, len(dataset.classes))
     return network

@@ -92,7 +92,7 @@ def test_teachers_that_are_not_finite_are_refused(capsys: pytest.CaptureFixture[
     state["layer2.0.conv1.weight"][0] = torch.nan
     save_file(state, tmp_path / "spoilt.safetensors")
     error = told(capsys, "teacher.weights=spoilt.safetensors", "teacher.fit.epochs=0")
-    assert "spoilt.safetensors'; expected weights that are finite numbers; layer2.0.conv1.weight holds others" in error
+    assert "spoilt.safetensors'; expected finite numbers; layer2.0.conv1.weight has NaN or infinity" in error
     assert not (tmp_path / "run").exists()
     error = told(capsys, "teacher.fit.lr=1e30")
     assert "teacher.fit.lr: got 1e+30; expected a lower rate: " in error
