@@ -14,10 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill.choices import Stage
+from distill.command_line import overrides as in_hydras_words
+from distill.command_line import unquoted
 from distill.config import JobConfig, LaunchConfig, from_yaml, load, setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError
 from distill.files import DamagedFileError, read_commented
+from distill.paths import expanded
 from distill.shipped import shipped
 
 VERSION_BASE = "1.3"
@@ -51,9 +54,10 @@ def compose(overrides: Sequence[str]) -> JobConfig:
     `run=DIR` starts from the configuration of the run in DIR, instead of from conf/. Raises ConfigError naming the
     setting, what was given and what is allowed.
     """
-    runs = [override.partition("=")[2] for override in overrides if override.startswith(RUN)]
+    runs = [unquoted(override.removeprefix(RUN)) for override in overrides if override.startswith(RUN)]
+    overrides = in_hydras_words([override for override in overrides if not override.startswith(RUN)], groups=groups())
     if runs:
-        return _compose_from_run(runs[-1], [override for override in overrides if not override.startswith(RUN)])
+        return _compose_from_run(runs[-1], overrides)
     register_schema()
     with initialize_config_dir(config_dir(), version_base=VERSION_BASE):
         return _compose("job", overrides)
@@ -74,7 +78,7 @@ def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
     """
     for override in overrides:
         group, _, choice = override.partition("=")
-        if group.lstrip("+~").partition("@")[0] in _groups():
+        if group.lstrip("+~").partition("@")[0] in groups():
             allowed = f"single settings, such as teacher.weights=FILE: with run={folder} the groups are that run's"
             raise ConfigError(group, choice, allowed)
     config = _of_run(folder)
@@ -90,7 +94,7 @@ def _compose_from_run(folder: str, overrides: Sequence[str]) -> JobConfig:
 
 
 def _of_run(folder: str) -> JobConfig:
-    path = Path(folder) / "resolved.yaml"
+    path = expanded(folder) / "resolved.yaml"
     if not path.is_file():
         raise ConfigError("run", folder, "a run directory: there is no resolved.yaml in it")
     try:
@@ -102,5 +106,6 @@ def _of_run(folder: str) -> JobConfig:
         raise ConfigError("run", folder, f"a run that this version can read; in its resolved.yaml: {error}") from error
 
 
-def _groups() -> set[str]:
+def groups() -> set[str]:
+    """Return the groups that have choices."""
     return {path.name for path in Path(config_dir()).iterdir() if path.is_dir()}

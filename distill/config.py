@@ -10,7 +10,7 @@ import json
 import math
 import re
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, cast, get_type_hints
 
@@ -410,7 +410,8 @@ def load(cfg: DictConfig) -> JobConfig:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
         make_absolute(cast(dict[str, Any], plain))
-        config = cast(JobConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), plain)))
+        merged = OmegaConf.merge(OmegaConf.structured(JobConfig), _literals(plain))
+        config = cast(JobConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         if getattr(error, "full_key", None) == "teacher.name":
             _refuse_nameless(cfg)
@@ -453,7 +454,21 @@ def _take_over(teacher: TeacherConfig, data: DataConfig) -> None:
 
 def to_yaml(config: JobConfig) -> str:
     """Return the configuration as YAML that load() reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_literals(asdict(config))))
+
+
+def literal(text: str) -> str:
+    r"""Return a text in which OmegaConf finds no interpolation: \${ stands for the two characters."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _literals(value: Any) -> Any:
+    """Return plain values whose texts are literal()."""
+    if isinstance(value, dict):
+        return {key: _literals(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literals(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
 
 
 def from_yaml(text: str) -> JobConfig:

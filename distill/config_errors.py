@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from distill.errors import ConfigError, UnknownSettingError, install, one_of
 
@@ -41,11 +41,13 @@ def explain(error: BaseException, kinds: Mapping[str, str], overrides: Sequence[
     key = re.sub(r"\[\d+\]$", "", key)  # an element of a list is not a setting of its own
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(key, "???", "a value: this setting has no default here")
+    if isinstance(error, InterpolationResolutionError):
+        return ConfigError(key, text.splitlines()[0], "${...} that names a setting; \\${ stands for the characters ${")
     typed = {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
     quoted = re.search(r"[Vv]alue '([^']*)'", text)
     if not key:
         return ConfigError("command line", text.splitlines()[0], "group=choice or setting=value; see --help")
-    return _refused(key, typed.get(key, quoted.group(1) if quoted else text.splitlines()[0]), kinds)
+    return refused(key, typed.get(key, quoted.group(1) if quoted else text.splitlines()[0]), kinds)
 
 
 def _of_registries(group: str, given: str) -> str:
@@ -59,8 +61,8 @@ def _of_registries(group: str, given: str) -> str:
     )
 
 
-def _refused(key: str, given: str, kinds: Mapping[str, str]) -> ConfigError:
-    """The error for a value that the setting `key` cannot take, or for a key that is no setting."""
+def refused(key: str, given: str, kinds: Mapping[str, str]) -> ConfigError:
+    """Return the error for a value that the setting `key` cannot take, or for a key that is no setting."""
     if key in kinds:
         choices = kinds[key].split(" or ")
         return ConfigError(key, given, one_of(choices, given) if choices[1:] else _WORDS.get(kinds[key], kinds[key]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.sources import import_folder
 
-ALWAYS = (("cache", "dir"), ("run", "dir"), ("teacher", "folder"))
+ALWAYS = (("cache", "dir"), ("run", "dir"))
 
 
 def make_absolute(plain: Mapping[str, Any]) -> None:
@@ -24,6 +24,8 @@ def make_absolute(plain: Mapping[str, Any]) -> None:
         _change(plain, "data", "root")
     if _is_file(teacher.get("weights")):
         _change(plain, "teacher", "weights")
+    if isinstance(teacher.get("folder"), str):  # Python imports from it as it is
+        teacher["folder"] = str(Path(os.path.expanduser(teacher["folder"])).absolute())
     factory = teacher.get("factory")
     if teacher.get("source") == "factory" and isinstance(factory, str) and not teacher.get("folder"):
         module = factory.partition(":")[0]
@@ -32,8 +34,9 @@ def make_absolute(plain: Mapping[str, Any]) -> None:
 
 
 def whole(path: str) -> str:
-    """Return the path as an absolute one; what it leads through, links and "..", stays."""
-    return str(Path(os.path.expanduser(path)).absolute())
+    """Return the path as an absolute one; what it leads through, links and "..", stays, and so does a home's ~, which
+    means the same from any folder."""
+    return path if os.path.expanduser(path) != path else str(Path(path).absolute())
 
 
 def _is_file(weights: object) -> bool:

@@ -17,6 +17,7 @@ from distill.config import JobConfig
 from distill.contents import describe_cifar, describe_file, describe_images, describe_tables
 from distill.errors import ConfigError
 from distill.image_files import USUAL_TEST_SPLITS
+from distill.paths import expanded
 from distill.sources import describe_module
 
 # Raised by one whenever the same configuration comes to compute other bits: runs of before are not continued then.
@@ -78,7 +79,7 @@ def _images(name: DataName, root: str | None, train_split: str | None, test_spli
     """What the images are, wherever they lie; a set on the hub is its name."""
     if root is None or name is DataName.digits:
         return {}
-    place = Path(root).expanduser()
+    place = expanded(root)
     if name in (DataName.cifar10, DataName.cifar100):
         return {"data.root": _read("data.root", root, lambda: describe_cifar(name.name, place))}
     if name is DataName.hf:
@@ -101,7 +102,7 @@ def _weights(source: TeacherSource, weights: str | None) -> Found:
     """A file's content; published weights are their name."""
     if weights is None:
         return {}
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     if path.is_file():
         return {"teacher.weights": _read("teacher.weights", weights, lambda: describe_file(path))}
     if source in (TeacherSource.torchvision, TeacherSource.timm) and "/" not in weights:
@@ -164,4 +165,4 @@ def _is_decisive(key: str) -> bool:
 def run_directory(config: JobConfig, facts: Mapping[str, Any]) -> Path:
     """Return where the results of this configuration, whose identity is `facts`, go, as an absolute path."""
     name = fingerprint(facts) + (f"-{config.run.tag}" if config.run.tag else "")
-    return Path(config.run.dir or Path("outputs") / config.run.name / name).absolute()
+    return (expanded(config.run.dir) if config.run.dir else Path("outputs") / config.run.name / name).absolute()

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from distill import __version__
-from distill.compose import VERSION_BASE, compose, config_dir, register_schema
-from distill.config import JobConfig, load, to_yaml
+from distill.compose import compose
+from distill.config import JobConfig, to_yaml
 from distill.errors import DistillError
 from distill.host import share_of_cores
 from distill.stopper import Stop, Stopper, stoppable
@@ -37,36 +34,12 @@ class Outcome:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that the command line describes; return the exit status. Flags (--help, --cfg) go to Hydra."""
-    if arguments == ["--version"]:
-        sys.stdout.write(f"distill {__version__}\n")
-        return 0
-    if any(argument.startswith("-") for argument in arguments):
-        return _hydra_main()
+    """Run the job that the command line describes; return the exit status."""
     try:
         config = compose(arguments)
     except DistillError as error:
         sys.stderr.write(f"distill: {error}\n")
         return 2
-    return _run(config)
-
-
-def _hydra_main() -> int:
-    import hydra
-
-    register_schema()
-
-    @hydra.main(version_base=VERSION_BASE, config_path=config_dir(), config_name="job")
-    def job(cfg: DictConfig) -> None:
-        status = _run(load(cfg))
-        if status != 0:
-            raise SystemExit(status)
-
-    job()
-    return 0
-
-
-def _run(config: JobConfig) -> int:
     outcome = launch(config)
     if outcome.stopped:
         sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
@@ -97,7 +70,7 @@ def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
     # The ranks tell their own errors; the agent's account of them would only repeat that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     resolved = scratch / "resolved.yaml"
-    resolved.write_text(to_yaml(config))
+    resolved.write_text(to_yaml(config), encoding="utf-8")
     os.environ[CONFIG_VARIABLE] = str(resolved)
     plan = LaunchConfig(
         min_nodes=options.nnodes,

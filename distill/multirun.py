@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from distill.choices import Stage
+from distill.command_line import SEARCH_PATH, key_of
 from distill.compose import compose, register_schema
 from distill.config import JobConfig, load
 from distill.errors import ConfigError, DistillError
@@ -66,23 +67,14 @@ def multirun(arguments: Sequence[str]) -> int:
     0 where every job is finished, 1 where one failed, 2 where nothing could be started, 128 + N after signal N.
     """
     try:
-        overrides = _without_flags(arguments)
-        sweep = read_sweep(overrides)
+        sweep = read_sweep([argument for argument in arguments if argument not in FLAGS])
         jobs = prepare(sweep)
         with stoppable(), hydra_ready() as ready:
-            master = compose_master(ready, [f"hydra.sweep.dir=outputs/sweeps/{sweep.key}", *overrides])
+            master = compose_master(ready, [f"hydra.sweep.dir=outputs/sweeps/{sweep.key}", *sweep.arguments])
             return _run(jobs, master, ready.config_loader())
     except DistillError as error:
         sys.stderr.write(f"distill: {error}\n")
         return 2
-
-
-def _without_flags(arguments: Sequence[str]) -> list[str]:
-    rest = [argument for argument in arguments if argument not in FLAGS]
-    flags = [argument for argument in rest if argument.startswith("-")]
-    if flags:
-        raise ConfigError(flags[0], "--multirun", "one of the two; beside --multirun there are settings only")
-    return rest
 
 
 def prepare(sweep: Sweep) -> list[Job]:
@@ -91,11 +83,12 @@ def prepare(sweep: Sweep) -> list[Job]:
     Raises ConfigError where not one can be composed, and where two would share a run directory.
     """
     jobs, errors, seen = [], [], dict[tuple[Any, ...], Any]()
+    own_choices = [override for override in sweep.launching if key_of(override) == SEARCH_PATH]
     for number, (overrides, swept) in enumerate(zip(sweep.jobs, sweep.swept, strict=True)):
         job = Job(number, overrides, swept)
         jobs.append(job)
         try:
-            config = compose([*sweep.launching, *overrides])
+            config = compose([*own_choices, *overrides])
             facts = identity(config, seen)
         except ConfigError as error:
             errors.append(error)

@@ -26,7 +26,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.compose import VERSION_BASE, config_dir, register_schema
+from distill.command_line import is_hydras
+from distill.command_line import overrides as in_hydras_words
+from distill.compose import VERSION_BASE, config_dir, groups, register_schema
 from distill.config import setting_kinds
 from distill.config_errors import explain
 from distill.errors import ConfigError, DistillError
@@ -40,12 +42,14 @@ class Sweep:
     """The jobs of a sweep, in the order of Hydra's product.
 
     `jobs` are the overrides of each job without those of Hydra; `swept` those of them that several values were given
-    for. `launching` are the overrides of Hydra: how jobs are launched, not what they are.
+    for. `launching` are the overrides of Hydra: how jobs are launched, not what they are. `arguments` is all that was
+    typed, in Hydra's grammar.
     """
 
     jobs: list[list[str]]
     swept: list[list[str]]
     launching: list[str]
+    arguments: list[str]
 
     @property
     def key(self) -> str:
@@ -69,19 +73,22 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
 
     Raises ConfigError where the overrides cannot be read or what all jobs share cannot be composed.
     """
+    arguments = in_hydras_words(arguments, groups=groups(), sweep=True)
     with hydra_ready() as ready:
         master = compose_master(ready, arguments)
         listed = cast(dict[str, Any], OmegaConf.to_container(master.hydra.sweeper.get("params") or OmegaConf.create()))
         parser = OverridesParser.create(config_loader=ready.config_loader())
-        overrides = parser.parse_overrides([f"{key}={values}" for key, values in listed.items()] + list(arguments))
-        own = [override for override in overrides if not _is_hydras(override)]
+        of_file = [f"{key}={values}" for key, values in listed.items()]
+        overrides = parser.parse_overrides(in_hydras_words(of_file, groups=groups(), sweep=True) + arguments)
+        own = [override for override in overrides if not is_hydras(override.key_or_group)]
         jobs = BasicSweeper.split_arguments(own, None)[0]
     keys = _swept_keys(overrides)
     swept = [[override for override in job if override.partition("=")[0] in keys] for job in jobs]
     named = {override.key_or_group for override in own}
     if not named & {"run", "run.tag", "run.dir"}:
         jobs = [job + _tag(override for override in chosen) for job, chosen in zip(jobs, swept, strict=True)]
-    return Sweep(jobs, swept, [str(override.input_line) for override in overrides if _is_hydras(override)])
+    launching = [str(override.input_line) for override in overrides if is_hydras(override.key_or_group)]
+    return Sweep(jobs, swept, launching, arguments)
 
 
 def compose_master(ready: GlobalHydra, arguments: Sequence[str]) -> DictConfig:
@@ -90,17 +97,12 @@ def compose_master(ready: GlobalHydra, arguments: Sequence[str]) -> DictConfig:
     return ready.hydra.compose_config("job", list(arguments), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
 
 
-def _is_hydras(override: Override) -> bool:
-    """Whether an override says how Hydra launches the jobs, not what they are."""
-    return re.match(r"hydra([./]|$)", override.key_or_group) is not None
-
-
 def _swept_keys(overrides: Sequence[Override]) -> set[str]:
     """The keys, as they are typed, that take several values."""
     keys = set()
     for override in overrides:
         if override.is_sweep_override():
-            if _is_hydras(override):
+            if is_hydras(override.key_or_group):
                 raise ConfigError(override.key_or_group, "several values", "one value: it is not a setting of the job")
             keys.add(override.get_key_element())
     return keys

@@ -17,6 +17,12 @@ Generated from `distill/config.py` by `python docs/make_configuration.py`; a tes
 A job is composed by Hydra from `conf/job.yaml`, the groups below and your overrides: `group=choice` picks a file,
 `setting=value` changes one value, `+teacher.options.NAME=VALUE` adds an argument of the architecture.
 
+Texts (paths, names) are taken as they are typed, whatever signs are in them; what the shell minds is quoted for the
+shell: `"data.root=/data/My Images (2)"`. A leading `~` is your home, `${...}` another setting or a variable
+(`${oc.env:SCRATCH}`; `\\${` is the two characters), `null` none. Other values follow Hydra's grammar: `[a,b]` is a
+list, `['a b','c']` one whose elements have other signs. The last value of a setting counts. `--cfg job` prints what a
+command would start. `hydra.searchpath=[file:///DIR]` adds choices of your own, such as `DIR/experiment/mine.yaml`.
+
 `run=DIR` starts from the configuration of the run in that directory instead (all but its `stage`, and where its
 nodes met) and goes on with that run, or prints it where it is finished. Single settings may follow, groups may not.
 

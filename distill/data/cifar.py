@@ -16,6 +16,7 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 
 from distill.data.source import ArraySource, Splits
 from distill.errors import ConfigError
+from distill.paths import expanded
 
 KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -27,7 +28,7 @@ def open_cifar(*, name: str, root: str | None, download: bool) -> Splits:
     """
     if root is None:
         raise ConfigError("data.root", root, f"the folder that has, or shall have, the files of {name}")
-    kind, folder = KINDS[name], Path(root).expanduser()
+    kind, folder = KINDS[name], expanded(root)
     if not (folder / kind.base_folder).exists():
         _fetch(kind, folder, download=download)
     train, classes = _load(kind, folder, train=True)

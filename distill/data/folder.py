@@ -16,6 +16,7 @@ from distill.data.mapped import FileNames
 from distill.data.source import Splits, readable
 from distill.errors import ConfigError, one_of
 from distill.image_files import SUFFIXES, USUAL_TEST_SPLITS, class_folders, image_files, images_beside
+from distill.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def find_splits(*, root: str | None, train_split: str | None, test_split: str | 
     """Return the folder of a set and the names of its training and its test split in it; raises ConfigError."""
     if root is None:
         raise ConfigError("data.root", root, "a folder that holds train/<class>/<image> and val/<class>/<image>")
-    folder = Path(root).expanduser()
+    folder = expanded(root)
     if not folder.is_dir():
         raise ConfigError("data.root", root, f"an existing folder (looked for {folder.absolute()})")
     train = _find_split(folder, "train_split", train_split, usual=("train",))

@@ -26,6 +26,7 @@ from distill.data.mapped import MemoryFile
 from distill.data.source import Splits
 from distill.errors import ConfigError, install, one_of
 from distill.host import available_memory
+from distill.paths import expanded
 
 USUAL_TEST_SPLITS = ("test", "validation", "valid", "val")
 ROWS_AT_A_TIME = 1024  # a chunk of a table; pyarrow holds at most 2 GB of images in one
@@ -95,7 +96,7 @@ def open_hub(
     _import_datasets()
     if root is None:
         raise ConfigError("data.root", root, "a parquet file, a folder of parquet files, or a name on the hub")
-    path = Path(root).expanduser()
+    path = expanded(root)
     if path.is_file():
         single = _read_parquet([path], memory_limit_bytes)
         found = columns.find(single, image_column=image_column, label_column=label_column)

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from distill.host import host_identity
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.reuse import tensors_digest
+from distill.paths import expanded
 from distill.plan import Costs, Plan, Span, boundaries_of
 from distill.planning.strategies import plan_cached
 from distill.streams.recording import Contents, Recorded, record
@@ -140,7 +140,7 @@ class Caching:
         if self._context.config.teacher.cache is Cache.ram:
             return Memory()
         config, run = self._context.config, self._context.run.path
-        folder = (Path(config.cache.dir).absolute() if config.cache.dir else run / "cache") / self._host.name
+        folder = (expanded(config.cache.dir).absolute() if config.cache.dir else run / "cache") / self._host.name
         key = _digest(self._facts(layout))
         return File(folder, key=key, writer=fingerprint(self._context.identity))
 

@@ -94,7 +94,7 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
     """Rank 0 composes (or reads what the launcher composed) and everybody else takes that: one answer to ${now:}."""
     if control.rank == 0:
         path = os.environ.get(CONFIG_VARIABLE)
-        config = from_yaml(Path(path).read_text()) if path else compose(overrides)
+        config = from_yaml(Path(path).read_text(encoding="utf-8")) if path else compose(overrides)
         control.set("config", to_yaml(config))
         return config
     text = control.wait("config", peer=0, purpose="configuration")

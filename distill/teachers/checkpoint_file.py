@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.errors import ConfigError
+from distill.paths import expanded
 from distill.teachers import inert
 
 KINDS = "safetensors, or written by torch.save"
@@ -38,7 +39,7 @@ def read(weights: str) -> Any:
     Raises ConfigError on teacher.weights where there is no such file, or where it is no checkpoint.
     """
     try:
-        path = Path(weights).expanduser()
+        path = expanded(weights)
         reason = _why_no_file(path) or _why_no_checkpoint(path)
     except (OSError, RuntimeError) as error:  # no permission; no such user
         reason = f"a file that can be read ({error})"

@@ -140,11 +140,6 @@ class TestMisspelling:
         message = refusal("plan=relay")
         assert message.startswith("plan: got 'relay'; expected its settings one by one: plan.strategy, plan.cost")
 
-    def test_a_word_that_is_no_override_is_quoted(self) -> None:
-        assert refusal("foo") == (
-            "command line: got \"Error parsing override 'foo'\"; expected group=choice or setting=value; see --help"
-        )
-
     def test_new_keyword_of_the_architecture_needs_a_plus_sign(self) -> None:
         assert "expected +teacher.options.width=2" in refusal("teacher.options.width=2")
         assert compose(["+teacher.options.width=2"]).teacher.options == {"width": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,17 @@ def test_without_an_environment_the_script_says_what_to_activate(tmp_path: Path,
     (tmp_path / "python").chmod(0o755)
     result = bash("check_environment", path=str(tmp_path))
     assert f"{tmp_path}/python has no torch and distill" in result.stderr
+
+
+def test_a_mistake_in_the_settings_is_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    here = {"path": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(SCRIPTS.parent)}
+    result = bash('check_settings "$@"; echo starts', "distill.lrr=1", **here)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("distill: job 1001 failed: distill.lrr: this setting does not exist")
+    result = bash('check_settings "$@"; echo starts', "data=imagefolder", "data.root=/My Images (2)", **here)
+    assert (result.stdout, result.stderr) == ("starts\n", "")
 
 
 KILLED = """\

@@ -71,7 +71,7 @@ def test_how_jobs_are_launched_is_not_part_of_them() -> None:
     [
         (["seed=1,2", "plan.windw=3"], "plan.windw.*'plan.window'"),
         (["seed=1,2", "teacher=resnet5"], "teacher.*'resnet50'"),
-        (["seed=[1,2"], "command line"),
+        (["seed=[1,2"], r"seed: got '\[1,2'; expected an integer"),
         (["seed=1,2", "hydra/launcher=nowhere"], "hydra/launcher: got 'nowhere'; expected one of basic"),
         (["seed=1,2", "hydra.launcher.nodes=2"], "hydra.launcher.nodes.*hydra/launcher=choice"),
     ],

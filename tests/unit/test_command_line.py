@@ -1,0 +1,188 @@
+"""What is typed reaches the configuration as it was typed, or is refused in words that help."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.answers import answer
+from distill.command_line import TEXTS, VERBS
+from distill.compose import compose
+from distill.config import from_yaml, setting_kinds, to_yaml
+from distill.errors import ConfigError, DistillError
+from distill.fingerprint import run_directory
+from distill.paths import expanded
+from distill.sweep import list_jobs, read_sweep
+
+FILE_NAMES = [
+    "/data/epoch=3.ckpt", "/data/My Images (2)", "/home/jos\u00e9/imgs", "~/imgs", "/data/[raw]", "/data/R&D", "/a,b",
+    "a${b", "$x", "{x}", "1e3", "007", "true", "~", "-x", "--x", "#x", "a: b", "a #b", "%x", " x ", "x\ny", "a==b", ":",
+    "'x", "x'", "'a' 'b'", '"a"b"', "a\"b'c", "x\\", "C:\\a b\\c", "\\,", "'a\\'b\"", "choice(a,b)", "[a", "a]",
+    "{a:b}", "[a,b]", "(", "@x", "a@b", "+x", "~x", "?", "*", "a;b|c`d!^", "\t", "x\u00a0y", "\u65e5\u672c", "str(3)",
+    "\udcff",
+]  # fmt: skip
+STRANGE = ("RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")  # of a launcher, and which changes who meets a closed pipe
+ANY_DATA = ("data=imagefolder", "data.root=/images")
+
+
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_the_name_of_a_file_is_taken_as_it_is_typed_and_written_down(name: str) -> None:
+    paths = {"data.root", "teacher.weights", "cache.dir", "run.dir"}
+    assert paths <= {key for key, kind in setting_kinds().items() if kind in TEXTS}
+    config = compose([*ANY_DATA, *(f"{path}={name}" for path in paths)])
+    for known in (config, from_yaml(to_yaml(config))):
+        found = [known.data.root, known.teacher.weights, known.cache.dir, known.run.dir]
+        assert found == [name] * len(paths)
+
+
+def test_every_text_is_taken_as_it_is_typed() -> None:
+    texts = sorted({key for key, kind in setting_kinds().items() if kind in TEXTS} - {"run.tag"})  # part of a name
+    config = compose([*ANY_DATA, *(f"{key}=1e3=[x, y]" for key in texts)])
+    for key in texts:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(config, section), name) == "1e3=[x, y]", key
+
+
+def test_quotes_of_hydra_null_and_interpolations_mean_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/there")
+    assert compose([*ANY_DATA, "data.root='/a b'"]).data.root == "/a b"
+    assert compose([*ANY_DATA, 'data.root="/a=b"']).data.root == "/a=b"
+    assert compose(["data.root=null"]).data.root is None
+    assert compose([*ANY_DATA, "data.root=${oc.env:PLACE}/a b"]).data.root == "/there/a b"
+    assert compose([*ANY_DATA, "data.root=\\${run}"]).data.root == "${run}"
+
+
+def test_a_keyword_of_the_architecture_that_hydra_cannot_read_is_a_text() -> None:
+    options = ("+teacher.options.path=/a=b", "+teacher.options.width=2", "+teacher.options.list=[1,2]")
+    assert compose(options).teacher.options == {"path": "/a=b", "width": 2, "list": [1, 2]}
+
+
+def test_the_last_value_of_a_setting_counts() -> None:
+    config = compose(["seed=1", "seed=2", "teacher=resnet50", "teacher=resnet18"])
+    assert (config.seed, config.teacher.name) == (2, "resnet18")
+
+
+def test_a_run_directory_is_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_directory(compose(["run.dir=~/mine"])) == tmp_path / "mine"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "resolved.yaml").write_text(to_yaml(compose(["seed=5"])))
+    again = compose(["run=~/mine"])
+    assert (again.seed, run_directory(again)) == (5, tmp_path / "mine")
+    assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+
+
+def test_commas_separate_values_in_a_sweep_alone() -> None:
+    roots = ["/a=b", "/c d", "/e,f", "/(g)"]
+    sweep = read_sweep([*ANY_DATA, "data.root=/a=b,/c d,'/e,f',/(g)"])
+    assert [compose(job).data.root for job in sweep.jobs] == roots
+    assert read_sweep([*ANY_DATA, "data.root=/a=b,/c d,/e\\,f,/(g)"]).jobs == sweep.jobs
+    assert [compose(job).teacher.name for job in read_sweep(["teacher=choice(resnet18,resnet50)"]).jobs] == [
+        "resnet18",
+        "resnet50",
+    ]
+
+
+def test_listed_jobs_of_a_sweep_over_paths_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_jobs([*ANY_DATA, "data.root=/a=b,/c d"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [compose(shlex.split(line)).data.root for line in lines] == ["/a=b", "/c d"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.root="], "data.root: got ''; expected a value after the ="),
+        (["distill.lr", "0.1"], "distill.lr: got no value; expected distill.lr=0.1, no spaces around the ="),
+        (["distill.lr", "=", "0.1"], "distill.lr: got no value; expected distill.lr=VALUE, no spaces"),
+        (["data.root=/My", "Images"], "got 'Images'; expected setting=value, .* quoted for the shell"),
+        (["--distill.lr=0.1"], "got '--distill.lr=0.1'; expected distill.lr=0.1: settings take no dashes"),
+        (["--teacher", "resnet18"], "got '--teacher'; expected teacher=resnet18: settings take no dashes"),
+        (["\u2014multirun"], "expected plain dashes, as in -multirun"),
+        (["--mulitrun"], "got '--mulitrun'; expected '--multirun' \\(the nearest\\)"),
+        (["--info"], "got '--info'; expected setting=value, group=choice, or one of --help"),
+        (["reprot", "x"], "got 'reprot'; expected 'report' \\(the nearest\\)"),
+        (["=3"], "command line: got '=3'"),
+        (["seed=a=b"], "seed: got 'a=b'; expected an integer"),
+        (["data.mean=[1,2"], "data.mean: got '\\[1,2'; expected a list of numbers"),
+        (["data=/my/images"], "data: got '/my/images'; expected one of cifar10"),
+        (["data.root=${nowhere}"], "data.root: got \"Interpolation key 'nowhere' not found\"; expected .* that names"),
+        (["hydra.run.dir=/x"], "hydra.run.dir: got '/x'; expected --multirun beside it: run.dir=PATH says where"),
+        (["hydra/launcher=basic"], "hydra/launcher: got 'basic'; expected --multirun beside it"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(words: list[str], told: str) -> None:
+    with pytest.raises(DistillError, match=told) as caught:
+        compose(words)
+    assert "\n" not in str(caught.value)
+    assert "ydra.cc" not in str(caught.value)
+
+
+def test_help_lists_every_command_group_and_flag() -> None:
+    told = answer(["seed=1", "--help"]) or ""
+    for word in (*VERBS, "--multirun", "--cfg job", "imagefolder", "paper_vgg16_cifar10", "data.root=PATH"):
+        assert word in told
+    assert max(map(len, told.splitlines())) <= 120
+
+
+def test_a_part_of_the_configuration_is_shown_as_it_would_be_taken() -> None:
+    assert from_yaml(answer(["seed=3", "--cfg", "job"]) or "").seed == 3
+    assert answer(["-c", "run", "run.name=a=b"]) == "name: a=b\ndir: null\ntag: null\n"
+    assert "submitit" not in (answer(["--cfg=hydra.launcher", "hydra/launcher=basic"]) or "")
+    with pytest.raises(ConfigError, match=r"--cfg: got 'jb'; expected 'job' \(the nearest\)"):
+        answer(["--cfg", "jb"])
+    assert answer(["seed=3"]) is None
+
+
+def started(*words: str, **streams: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "distill", *words]
+    environment = {key: value for key, value in os.environ.items() if key not in STRANGE}
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=environment, **streams)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "--help"])
+def test_every_command_has_help_and_its_reader_may_leave(verb: str) -> None:
+    words = [verb] if verb == "--help" else [verb, "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = started(*words, stdout=writing)
+    os.close(writing)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (128 + signal.SIGPIPE, "")
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
+    command = [sys.executable, "-m", "distill", "--cfg", "run", "run.name=caf\u00e9"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, b"name: caf\\xe9")
+
+
+CTRL_C = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == MODULE:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from distill.__main__ import main
+sys.argv = ["distill", "stage=plan"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["hydra", "antlr4", "distill.config"])
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_ctrl_c_amid_the_first_imports_ends_without_a_word(module: str, rank: str | None, tmp_path: Path) -> None:
+    environment = os.environ | ({"RANK": rank, "WORLD_SIZE": "1"} if rank else {})
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C.replace("MODULE", repr(module))],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT if rank else 130, "")
+    assert list(tmp_path.iterdir()) == []
