@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from distill.devices import Cluster, Device, described, load_cluster
@@ -21,7 +20,7 @@ from distill.files import DamagedFileError, read_json
 from distill.network import Link, Network
 from distill.plan import Costs, Plan, Span
 from distill.planning.strategies import PLANNERS
-from distill.report import write_scaling
+from distill.report import console, write_scaling
 from distill.simulate import Simulation, simulate
 
 CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
@@ -74,10 +73,10 @@ class Subject:
 def main(arguments: Sequence[str], imagine: Imagine) -> int:
     """Run `distill simulate`; return the exit status: 0, or 2 after an error that has been told in one line."""
     options = _parser().parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    out = console()
     try:
         subject = _subject(options, imagine)
-        console.print(_preamble(subject), soft_wrap=True)
+        out.print(_preamble(subject), soft_wrap=True)
         alone = simulate(PLANNERS["broadcast"](subject.on(1), subject.spans, 1), subject.on(1))
         found = [
             (name, simulate(planned(name, costs, subject.spans, ranks), costs))
@@ -85,10 +84,10 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
             for costs in [subject.on(ranks)]
             for name in options.strategies or (IMAGINED if subject.imagined else CHOSEN_FROM)
         ]
-        console.print(forecast_table(found, alone, [subject.joules(one) for _, one in found]))
+        out.print(forecast_table(found, alone, [subject.joules(one) for _, one in found]))
         if options.plot:
             write_scaling(options.plot, _curves(found, alone), title=_plot_title(subject))
-            console.print(f"plot: {options.plot}", soft_wrap=True)
+            out.print(f"plot: {options.plot}", soft_wrap=True)
     except DistillError as error:
         sys.stderr.write(f"distill simulate: {error}\n")
         return 2

@@ -24,7 +24,6 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
-from rich.console import Console
 
 from distill.choices import Stage
 from distill.command_line import SEARCH_PATH, key_of
@@ -34,7 +33,7 @@ from distill.errors import ConfigError, DistillError
 from distill.files import DamagedFileError, read_json, write_json
 from distill.fingerprint import identity, run_directory
 from distill.launcher import Outcome, launch
-from distill.report import comparison_table, write_comparison
+from distill.report import comparison_table, console, write_comparison
 from distill.report.markup import show_count
 from distill.rundir import RunDirectory
 from distill.stopper import stoppable
@@ -43,7 +42,6 @@ from distill.sweep import Sweep, compose_master, hydra_ready, read_sweep
 
 FLAGS = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 RECORD = "job.json"  # in the job's folder within the sweep's
-WIDTH = 160  # columns of the comparison in a file, where no terminal limits it
 LONGEST_REASON = 400  # characters, for one line in a table
 
 
@@ -238,8 +236,7 @@ def _tell(jobs: Sequence[Job], folder: Path) -> None:
         _say(f"  {job.number:>3} {job.status:<9}{job.seconds:>8.1f} s  {_shown(job)}{place}{tail}")
     runs = [Path(job.run_dir) for job in jobs if job.run_dir]
     if any(run.is_dir() for run in runs):
-        wide = None if sys.stdout.isatty() else WIDTH
-        Console(width=wide).print(comparison_table(runs))
+        console().print(comparison_table(runs))
         _say(f"comparison: {write_comparison(runs, folder / 'comparison.html')}")
 
 

@@ -44,6 +44,7 @@ from distill.peak_memory import PeakMemory
 from distill.plan import Costs, Plan, Span, memory_of
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
+from distill.sizes import Sizes, block_sizes
 from distill.trainer import BlockTrainer, TrainerOptions
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def make_plan(
             plan = plan.started_in(dataset.measure_start())
         write_json(context.run.path / "plan.json", asdict(plan))
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
-        _show(context, blocks, plan, seconds, flops)
+        _show(context, blocks, plan, seconds, block_sizes(blocks.chain, trainers.fresh, sample))
         show_memory(context, plan, costs)
         context.control.set("plan", plan.to_json())
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan")), memory
@@ -220,11 +221,10 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
     }
 
 
-def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, flops: BlockCosts) -> None:
+def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, sizes: tuple[Sizes, Sizes]) -> None:
     """Print the plan."""
     names = [block.name for block in blocks.chain.blocks]
-    sizes = [boundary.nbytes for boundary in blocks.chain.boundaries]
-    context.console.print(plan_table(plan, names, costs=seconds, flops=flops, boundary_bytes=sizes))
+    context.console.print(plan_table(plan, names, sizes=sizes, costs=seconds))
     for rank, predicted in enumerate(plan.predicted_rank_s):
         context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
     within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""

@@ -43,6 +43,7 @@ from distill.job.metering import metering
 from distill.job.planning import refuse_impossible
 from distill.job.students import train_blocks
 from distill.launcher import CONFIG_VARIABLE
+from distill.report import console
 from distill.rundir import RunDirectory
 from distill.scalars import Scalars
 from distill.trace import Trace
@@ -214,7 +215,7 @@ def _claim(
     clock = DeviceClock(device) if device.type == "cuda" else None
     trace = Trace(control.rank, control.generation, device_clock=clock)
     scalars = Scalars(run.path / "tensorboard" / f"rank{control.rank}")
-    context = Context(config, control, run, device, Console(), trace, scalars, facts)
+    context = Context(config, control, run, device, console(), trace, scalars, facts)
     _log_to(context)
     return context
 

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from distill.errors import DistillError
 from distill.report.comparison import comparison_table, write_comparison
+from distill.report.console import console
 from distill.report.page import write_report
 from distill.report.run import EXPECTED, NoRunError, is_run, runs_below
 
@@ -57,7 +56,7 @@ def _draw(paths: Sequence[Path], output: Path | None) -> Path:
         return write_report(paths[0], output)
     folders = [path for path in paths if path.suffix != ".html"] or paths  # a glob also finds the pages drawn before
     runs = list(dict.fromkeys(run for path in folders for run in _runs(path)))
-    Console(width=None if sys.stdout.isatty() else 240).print(comparison_table(runs))
+    console().print(comparison_table(runs))
     default = (paths[0] if len(paths) == 1 else Path()) / "comparison.html"
     return write_comparison(runs, output or default)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from distill.energy import job_joules
@@ -25,6 +26,9 @@ SAME_JOB, ANY_JOB = "over\nthe fewest ranks\nof the same job", "over\nthe slowes
 WORDS = (0, 1, 2)  # columns that are not numbers
 NOT_TOLD = ("run.", "launch.", "checkpoint.", "distill.log_every", "plan.timeout_s")
 MOST_DIFFERENCES = 6
+# The figures on a terminal; the page has all.
+SHOWN = ("ranks", "top-1", "to\nteacher", "params", "FLOP", "ms of\n1 image", "ms of\n64 images", "distill", "speed-up",
+         "energy")  # fmt: skip
 
 
 @dataclass
@@ -58,37 +62,55 @@ class Line:
     def ranks(self) -> int | None:
         return self.run.world_size if self.run is not None else None
 
-    def cells(self) -> tuple[str, ...]:
+    @property
+    def title(self) -> str:
+        return f"{self.number} {self.name}"
+
+    def figures(self) -> dict[str, str]:
+        """Return what the tables say of it, by heading."""
         a, b = self.teacher("top1"), self.student("top1")
         distill: dict[str, Any] = self.run.part("distill") if self.run is not None else {}
         stages = self.run.stage_seconds if self.run is not None else {}
         joules = job_joules(self.run.energy) if self.run is not None else None
-        return (
-            f"{self.number} {self.name}",
-            self.differs or "-",
-            self.state,
-            "-" if self.ranks is None else str(self.ranks),
-            show(b, "{:.2f} %"),
-            "-" if a is None or b is None else f"{b - a:+.2f}",
-            show_short(self.student("params")),
-            show_short(self.student("flops")),
-            show_seconds(self.seconds),
-            show_seconds(sum(stages.values()) if stages else None),
-            show_short(distill.get("images_per_second")),
-            "-" if self.speed_up is None else f"{self.speed_up:.2f}x",
-            show_joules(joules) if self.run is not None and self.run.finished else "-",
-        )
+        return {
+            "ranks": "-" if self.ranks is None else str(self.ranks),
+            "top-1": show(b, "{:.2f} %"),
+            "to\nteacher": "-" if a is None or b is None else f"{b - a:+.2f}",
+            "params": show_short(self.student("params")),
+            "FLOP": show_short(self.student("flops")),
+            "ms of\n1 image": show(self.student("latency_ms_batch1"), "{:.2f}"),
+            "ms of\n64 images": show(self.student("latency_ms_batch64"), "{:.1f}"),
+            "distill": show_seconds(self.seconds),
+            "all\nstages": show_seconds(sum(stages.values()) if stages else None),
+            "images/s": show_short(distill.get("images_per_second")),
+            "speed-up": "-" if self.speed_up is None else f"{self.speed_up:.2f}x",
+            "energy": show_joules(joules) if self.run is not None and self.run.finished else "-",
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        return (self.title, self.differs or "-", self.state, *self.figures().values())
 
 
-def comparison_table(run_dirs: Sequence[Path]) -> Table:
-    """Return one row a run, in the given order; a run that failed or is missing says so."""
+def comparison_table(run_dirs: Sequence[Path]) -> Group:
+    """Return the runs in the given order, by number: what each is, then its figures. A run that failed or is missing
+    says so. Fits 100 columns."""
     found, base = _lines(run_dirs)
-    result = Table(title=show_count(len(found), "run"), title_justify="left", box=None)
-    for column, heading in enumerate(_headings(base)):
-        result.add_column(heading, justify="left" if column in WORDS else "right", overflow="fold")
+    what = Table(title=show_count(len(found), "run"), title_justify="left", box=None)
+    for heading in ("run", "what differs", "state"):
+        what.add_column(heading, overflow="fold")
+    figures = Table(caption=_caption(base), caption_justify="left", box=None)
+    for heading in ("run", *SHOWN):
+        figures.add_column(heading, justify="right", overflow="fold")
     for line in found:
-        result.add_row(*line.cells())
-    return result
+        what.add_row(*line.cells()[: len(WORDS)])
+        figures.add_row(str(line.number), *(line.figures()[heading] for heading in SHOWN))
+    return Group(what, "", figures)
+
+
+def _caption(base: str) -> str:
+    """Say what the figures are."""
+    words = "params, FLOP (of an image, 2 per multiply-add) and ms are the student's; distill: seconds of that stage"
+    return f"{words}; speed-up {' '.join(base.split())}" if base else words
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
@@ -118,8 +140,10 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
 def _headings(base: str) -> tuple[str, ...]:
     """Return the headings of Line.cells()."""
-    return ("run", "what differs", "state", "ranks", "top-1", "to\nteacher", "parameters", "FLOP", "distill",
-            "all\nstages", "images/s", f"speed-up {base}".strip(), "energy")  # fmt: skip
+    figures = (
+        f"speed-up {base}".strip() if heading == "speed-up" else heading for heading in Line(0, "", "").figures()
+    )
+    return ("run", "what differs", "state", *figures)
 
 
 def _lines(run_dirs: Sequence[Path]) -> tuple[list[Line], str]:
@@ -196,12 +220,14 @@ def _linked(line: Line, page: Path) -> tuple[str, ...]:
 
 
 def _scatters(lines: Sequence[Line]) -> list[Markup]:
-    sizes: tuple[tuple[str, str, Callable[[Line], float | None], Callable[[Line], float | None]], ...] = (
+    prices: tuple[tuple[str, str, Callable[[Line], float | None], Callable[[Line], float | None]], ...] = (
         ("parameters", "parameters, logarithmic", lambda run: run.student("params"), lambda run: run.teacher("params")),
         ("FLOPs", "FLOP per image, logarithmic", lambda run: run.student("flops"), lambda run: run.teacher("flops")),
+        ("latency", "ms of one image, logarithmic", lambda run: run.student("latency_ms_batch1"),
+         lambda run: run.teacher("latency_ms_batch1")),
         ("seconds", "seconds of the distill stage, logarithmic", lambda run: run.seconds, lambda run: None),
     )  # fmt: skip
-    return [plot for name, x_title, price, full in sizes if (plot := _scatter(lines, name, x_title, price, full))]
+    return [plot for name, x_title, price, full in prices if (plot := _scatter(lines, name, x_title, price, full))]
 
 
 def _scatter(

@@ -8,14 +8,24 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from distill.plan import Plan
-from distill.report.markup import finite, show, show_count
+from distill.report.markup import finite, show, show_count, show_short
+
+
+class Size(Protocol):
+    """Parameters and FLOPs of an image by block, None where there is none."""
+
+    @property
+    def params(self) -> Sequence[float | None]: ...
+
+    @property
+    def flops(self) -> Sequence[float | None]: ...
 
 # The states of the student that one is chosen from, in the order in which they come about.
 STUDENTS = {"assembled": "assembled", "recalibrated": "batch norms re-estimated", "finetuned": "fine-tuned"}
 
 
 class PerBlock(Protocol):
-    """Costs of the teacher's forward and of one student step, by block."""
+    """Seconds of the teacher's forward and of one student step, by block."""
 
     @property
     def teacher(self) -> Sequence[float]: ...
@@ -24,24 +34,25 @@ class PerBlock(Protocol):
     def student(self) -> Sequence[float]: ...
 
 
-def plan_table(
-    plan: Plan, names: Sequence[str], *, costs: PerBlock, flops: PerBlock, boundary_bytes: Sequence[int]
-) -> Table:
-    """Return who trains what, with both costs of every block side by side: seconds and counted FLOPs."""
+EXPLANATION = (
+    "FLOP: of one image in use, 2 per multiply-add. ms: of a training batch, the teacher's forward and a step of the "
+    "student. The student keeps the teacher's block where none is trained."
+)
+
+
+def plan_table(plan: Plan, names: Sequence[str], *, sizes: tuple[Size, Size], costs: PerBlock) -> Table:
+    """Return who trains what: what every block of teacher and student holds, computes in use and costs to train, and
+    what that makes of the whole network."""
+    teacher, student = sizes
     owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
     spans = {span.block: span for span in plan.spans}
-    table = Table(title=f"plan: {plan.label} on {show_count(plan.world_size, 'rank')}", title_justify="left", box=None)
+    title = f"plan: {plan.label} on {show_count(plan.world_size, 'rank')}"
+    table = Table(
+        title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), caption=EXPLANATION, caption_justify="left"
+    )
     # Headings of two lines leave 80 columns enough for a block's name.
-    for heading in (
-        "block",
-        "rank",
-        "steps",
-        "teacher\nms",
-        "student\nms",
-        "teacher\nMFLOP",
-        "student\nMFLOP",
-        "input\nMB",
-    ):
+    for heading in ("block", "rank", "steps", "teacher\nparams", "student\nparams", "teacher\nFLOP", "student\nFLOP",
+                    "teacher\nms", "student\nms"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "block" else "right", overflow="fold")
     for block, name in enumerate(names):
         trained = block in spans
@@ -49,13 +60,26 @@ def plan_table(
             name,
             str(owner[block]) if trained else "-",
             f"{spans[block].first}-{spans[block].budget}" if trained else "-",
+            show_short(teacher.params[block]),
+            show_short(student.params[block]),
+            show_short(teacher.flops[block]),
+            show_short(student.flops[block]),
             f"{1000 * costs.teacher[block]:.1f}",
             f"{1000 * costs.student[block]:.1f}" if costs.student[block] else "-",
-            f"{flops.teacher[block] / 1e6:.0f}",
-            f"{flops.student[block] / 1e6:.0f}" if flops.student[block] else "-",
-            f"{boundary_bytes[block] / 1e6:.2f}",
         )
+    table.add_row(
+        "all blocks", "", "", *(show_short(total) for total in _totals(teacher.params, student.params)),
+        *(show_short(total) for total in _totals(teacher.flops, student.flops)),
+        f"{1000 * sum(costs.teacher):.1f}", f"{1000 * sum(costs.student):.1f}", style="bold",
+    )  # fmt: skip
     return table
+
+
+def _totals(teacher: Sequence[float | None], student: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Of both networks; None where a block's part is not known."""
+    whole = [own if own is not None else kept for own, kept in zip(student, teacher, strict=True)]
+    known = None not in teacher
+    return tuple(sum(filter(None, side)) if known else None for side in (teacher, whole))  # type: ignore[return-value]
 
 
 def result_table(metrics: Mapping[str, Any]) -> Table:

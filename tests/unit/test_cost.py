@@ -23,6 +23,7 @@ from distill.cost import (
     step_bytes,
     sustained_costs,
 )  # fmt: skip
+from distill.sizes import Sizes, block_sizes
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.training import NotedLane
 
@@ -53,6 +54,15 @@ def test_a_student_step_counts_forward_and_backward() -> None:
     assert found.student[0] == 0.0
     # forward and the gradient of the weights; the input of a block needs no gradient
     assert found.student[1] == 2 * found.teacher[1]
+
+
+def test_sizes_are_those_of_one_image_in_use() -> None:
+    cut_chain = chain()
+    teacher, student = block_sizes(
+        cut_chain, lambda block: trainer(cut_chain, block) if block == 1 else None, SAMPLE.repeat(2, 1, 1, 1)
+    )
+    assert teacher == Sizes((9 * 3 * 5, 5 * 7), (2 * 9 * 3 * 5 * SIZE * SIZE, 2 * 5 * 7 * SIZE * SIZE))
+    assert student == Sizes((None, 5 * 7), (None, 2 * 5 * 7 * SIZE * SIZE)), "without what training costs"
 
 
 def test_measured_seconds_are_positive_where_there_is_work() -> None:

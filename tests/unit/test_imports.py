@@ -99,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"aliases", "checkpoint", "graphs", "lanes", "losses", "stopwatch"},
     "cost": {"blocks", "flops", "graphs", "trainer"},
     "flops": set(),
+    "sizes": {"blocks", "cost"},
     "counting": {"devices", "flops"},
     # between ranks
     "control": {"errors"},

@@ -367,31 +367,37 @@ class Costly:
         self.teacher, self.student = teacher, student
 
 
+class Sized:
+    """Sizes by block, as the report wants them."""
+
+    def __init__(self, params: list[float | None], flops: list[float | None]) -> None:
+        self.params, self.flops = params, flops
+
+
 def test_names_of_blocks_are_whole_on_80_columns() -> None:
     names = ["features.2", "features.28", "layer4.2.conv2"]
     plan = plan_broadcast(Costs((0.1,) * 3, (0.9,) * 3, (10,) * 4), [Span(block, 0, 46_890) for block in range(3)], 2)
-    costs, flops = Costly([0.1213] * 3, [1.0123] * 3), Costly([302e6] * 3, [1807e6] * 3)
+    costs, sizes = Costly([0.1213] * 3, [1.0123] * 3), Sized([2_360_000] * 3, [231e6] * 3)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(plan_table(plan, names, costs=costs, flops=flops, boundary_bytes=[100_000_000] * 4))
-    rows = console.export_text().splitlines()[-3:]
+    console.print(plan_table(plan, names, sizes=(sizes, sizes), costs=costs))
+    rows = console.export_text().splitlines()[3:6]
     assert [row.split()[0] for row in rows] == names
-    assert all(row.split()[2:] == ["0-46890", "121.3", "1012.3", "302", "1807", "100.00"] for row in rows)
+    figures = ["0-46890", "2.36", "M", "2.36", "M", "231", "M", "231", "M", "121.3", "1012.3"]
+    assert all(row.split()[2:] == figures for row in rows)
 
 
-def test_plan_table_shows_both_costs_and_who_trains_what() -> None:
+def test_plan_table_shows_what_is_trained_what_it_saves_and_what_it_costs() -> None:
     plan = plan_broadcast(
         Costs((0.001, 0.001, 0.001), (0.0, 0.004, 0.004), (10,) * 4), [Span(1, 0, 9), Span(2, 5, 9)], 2
     )
-    text = shown(
-        plan_table(
-            plan,
-            ["stem", "layer1", "layer2"],
-            costs=Costly([0.001] * 3, [0.0, 0.004, 0.005]),
-            flops=Costly([2e6] * 3, [0.0, 7e6, 8e6]),
-            boundary_bytes=[1_000_000] * 4,
-        )
-    )
+    teacher, student = Sized([100, 9000, 9000], [1e6, 2e6, 2e6]), Sized([None, 1000, 2000], [None, 3e5, 4e5])
+    costs = Costly([0.001] * 3, [0.0, 0.004, 0.005])
+    text = shown(plan_table(plan, ["stem", "layer1", "layer2"], sizes=(teacher, student), costs=costs))
     assert "plan: broadcast on 2 ranks" in text
-    assert re.search(r"stem +- +- +1\.0 +- +2 +- +1\.00", text)
-    assert re.search(r"layer1 +[01] +0-9 +1\.0 +4\.0 +2 +7 +1\.00", text)
-    assert re.search(r"layer2 +[01] +5-9 +1\.0 +5\.0 +2 +8 +1\.00", text)
+    assert "of one image in use, 2 per multiply-add" in " ".join(text.split())
+    assert re.search(r"stem +- +- +100 +- +1.00 M +- +1\.0 +-", text)
+    assert re.search(r"layer1 +[01] +0-9 +9.00 k +1.00 k +2.00 M +300 k +1\.0 +4\.0", text)
+    assert re.search(r"layer2 +[01] +5-9 +9.00 k +2.00 k +2.00 M +400 k +1\.0 +5\.0", text)
+    assert re.search(r"all blocks +18.1 k +3.10 k +5.00 M +1.70 M +3\.0 +9\.0", text), "the stem stays the teacher's"
+    between = plan_table(plan, ["a", "b", "c"], sizes=(Sized([None, 9, 9], [1, 2, 2]), student), costs=costs)
+    assert re.search(r"all blocks +- +- +5", shown(between))
