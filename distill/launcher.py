@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import uuid
@@ -16,6 +17,7 @@ from distill.compose import compose
 from distill.config import JobConfig, to_yaml
 from distill.errors import DistillError
 from distill.host import share_of_cores
+from distill.provenance import COMMAND_VARIABLE
 from distill.stopper import Stop, Stopper, stoppable
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not pay
@@ -40,14 +42,18 @@ def main(arguments: Sequence[str]) -> int:
     except DistillError as error:
         sys.stderr.write(f"distill: {error}\n")
         return 2
-    outcome = launch(config)
+    outcome = launch(config, command=shlex.join(["python", "-m", "distill", *arguments]))
     if outcome.stopped:
         sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
     return outcome.status
 
 
-def launch(config: JobConfig) -> Outcome:
-    """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first."""
+def launch(config: JobConfig, *, command: str) -> Outcome:
+    """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first.
+
+    `command` is what the user typed, for the record.
+    """
+    os.environ[COMMAND_VARIABLE] = command
     try:
         with stoppable() as stopper, tempfile.TemporaryDirectory(prefix="distill-") as scratch:
             return _launch(config, Path(scratch), stopper)
@@ -55,6 +61,7 @@ def launch(config: JobConfig) -> Outcome:
         return Outcome(stop.status, f"stopped by {stop.signal}", stopped=True)
     finally:
         os.environ.pop(CONFIG_VARIABLE, None)
+        os.environ.pop(COMMAND_VARIABLE, None)
 
 
 def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:

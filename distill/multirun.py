@@ -7,6 +7,7 @@ nothing of ranks; needs no torch for jobs that are finished.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -182,7 +183,7 @@ def run_job(cfg: DictConfig) -> dict[str, Any]:
         config = load(cfg)
         run_dir = str(run_directory(config, identity(config)))
         _refuse_lonely_tasks(config)
-        outcome = launch(config)
+        outcome = launch(config, command=shlex.join(["python", "-m", "distill", *hydra.overrides.task]))
     except DistillError as error:
         outcome = Outcome(2, str(error))
         sys.stderr.write(f"distill: {error}\n")

@@ -43,16 +43,18 @@ class Stopper:
 def stoppable() -> Iterator[Stopper]:
     """Let these signals raise Stop within, and mean afterwards what they meant before. Nested, the outer one stays.
 
-    Outside the main thread, where Python allows no handlers, nothing changes.
+    What fails because it was interrupted, such as an import, is a Stop too. Outside the main thread, where Python
+    allows no handlers, nothing changes.
     """
     outer = signal.getsignal(signal.SIGTERM)
-    if isinstance(outer, Stopper) or threading.current_thread() is not threading.main_thread():
-        yield outer if isinstance(outer, Stopper) else Stopper()
-        return
-    stopper = Stopper()
-    before = {signum: signal.signal(signum, stopper) for signum in SIGNALS}
+    nested = isinstance(outer, Stopper) or threading.current_thread() is not threading.main_thread()
+    stopper = outer if isinstance(outer, Stopper) else Stopper()
+    before = {} if nested else {signum: signal.signal(signum, stopper) for signum in SIGNALS}
     try:
         yield stopper
+    except Exception:
+        stopper.check()
+        raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -95,7 +95,7 @@ class Trace:
         self._rank, self._generation = rank, generation
         self._host: Clock = HostClock()
         self._device = device_clock or self._host
-        self._started_s = time.time()
+        self.started_s = time.time()
         self._lock = threading.Lock()
         self._threads: dict[str, int] = {}  # by name: the numbers of threads that have ended are used again
         self._unread: deque[tuple[Any, Any, int, _Labels]] = deque()
@@ -138,7 +138,7 @@ class Trace:
             if not self._totals:
                 return
             whole = RankTrace(
-                self._rank, self._generation, self._started_s, {n: name for name, n in self._threads.items()},
+                self._rank, self._generation, self.started_s, {n: name for name, n in self._threads.items()},
                 self._kept.spans(), self._totals, self._kept.steps_skipped,
             )  # fmt: skip
             content = asdict(whole)

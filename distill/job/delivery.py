@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import distill
+from distill import provenance
 from distill.choices import CropMode, Stage
 from distill.config import JobConfig
 from distill.data import Dataset
@@ -162,14 +161,13 @@ def _metrics(
             "skipped_images": list(dataset.skipped),
         },
         "environment": {
-            "distill": distill.__version__,
+            **provenance.of_place(),
             "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
             "cores": available_cores(),
             "threads": torch.get_num_threads(),
         },
+        "run": provenance.of_job(context.trace.started_s),
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.identity),
         "seed": context.config.seed,

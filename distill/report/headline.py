@@ -32,7 +32,8 @@ def headline(run: Run) -> Markup:
     state, kind = _state(run)
     top = tag("header", tag("h1", run.title), tag("p", state, class_=f"state {kind}"))
     figures = _tiles(run) if run.finished else _progress_tiles(run)
-    return join(top, tag("p", _sentence(run), class_="lead"), tag("div", *figures, class_="tiles"), _strip(run))
+    words = (_origin(run), tag("p", _sentence(run), class_="lead"))
+    return join(top, *words, tag("div", *figures, class_="tiles"), _strip(run), _command(run))
 
 
 def _state(run: Run) -> tuple[str, str]:
@@ -58,18 +59,66 @@ def _sentence(run: Run) -> str:
             f" Its files were last written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(sign))}." if sign else ""
         )
         return f"{blocks}Complete stages: {stages}.{last}"
+    return " ".join((_accuracy_and_speed(run), _size(run), _work(run)))
+
+
+def _accuracy_and_speed(run: Run) -> str:
+    """What a student is made for: a small one that is slower is no success."""
     teacher, student = run.metrics["teacher"], run.metrics["student"]
-    size, work = (_ratio(student.get(key), teacher.get(key)) for key in ("params", "flops"))
+    accuracy = (
+        f"The student reaches {show(student.get('top1'))} % top-1 where its teacher has {show(teacher.get('top1'))} %"
+    )
+    told = []
+    for batch, images in ((1, "one image"), (64, "64 images")):
+        a, b = (side.get(f"latency_ms_batch{batch}") for side in (teacher, student))
+        if finite(a) is not None and finite(b) is not None:
+            told.append(f"{images} in {show(b)} ms instead of {show(a)} ms ({_smaller(b, a, 'faster', 'slower')})")
+    where = _device(run)
+    return accuracy + (f", and answers {' and '.join(told)}{f' on {where}' if where else ''}." if told else ".")
+
+
+def _device(run: Run) -> str:
+    """The model of what latencies were measured on."""
+    environment = run.metrics.get("environment") or {}
+    device = environment.get("device")
+    return str((environment.get("cpu") if device == "cpu" else None) or device or "")
+
+
+def _size(run: Run) -> str:
+    teacher, student = run.metrics["teacher"], run.metrics["student"]
+    size, work = (_percent(_ratio(student.get(key), teacher.get(key))) for key in ("params", "flops"))
+    return f"It has {show(size, '{:.1f}')} % of the parameters and {show(work, '{:.1f}')} % of the FLOPs."
+
+
+def _work(run: Run) -> str:
     seconds, ranks = run.part("distill").get("seconds"), run.world_size
     where = f" on {show_count(ranks, 'rank')}" if ranks else ""
     source = run.part("distill").get("taken_from")
     elsewhere = f" in run {source}, from which they were taken" if source else ""
-    return (
-        f"The student reaches {show(student.get('top1'))} % top-1 where its teacher has {show(teacher.get('top1'))} %, "
-        f"with {show(_percent(size), '{:.1f}')} % of the parameters and {show(_percent(work), '{:.1f}')} % of the "
-        f"FLOPs. "
-        f"Distilling {show_count(len(run.blocks), 'block')} took {show_seconds(seconds)}{where}{elsewhere}."
+    return f"Distilling {show_count(len(run.blocks), 'block')} took {show_seconds(seconds)}{where}{elsewhere}."
+
+
+def _origin(run: Run) -> Markup:
+    """Return when, how long, where and by which version the run was made, as far as that is known."""
+    made, place = run.metrics.get("run") or {}, run.metrics.get("environment") or {}
+    attempt = "took" if run.attempts == 1 else f"attempt {run.attempts} took"
+    version = place.get("distill") and f"distill {place['distill']}" + (
+        f" ({place['commit']})" if place.get("commit") else ""
     )
+    known = [
+        made.get("finished_at"),
+        made.get("duration_s") and f"{attempt} {show_seconds(made['duration_s'])}",
+        place.get("host") and f"host {place['host']}",
+        _device(run),
+        version,
+    ]
+    told = join(*(tag("span", str(fact)) for fact in known if fact))
+    return tag("p", told, class_="origin") if told else Markup()
+
+
+def _command(run: Run) -> Markup:
+    command = (run.metrics.get("run") or {}).get("command")
+    return tag("pre", str(command), tabindex=0) if command else Markup()
 
 
 def _tiles(run: Run) -> list[Markup]:
@@ -79,11 +128,11 @@ def _tiles(run: Run) -> list[Markup]:
     loss = "-" if a is None or b is None else f"{b - a:+.2f} points"
     tiles = [
         _tile("top-1 accuracy", show(b, "{:.2f} %"), f"teacher {show(a, '{:.2f} %')}", loss),
+        *(_latency(teacher, student, batch) for batch in (1, 64)),
         _tile("parameters", show_short(student.get("params")), f"teacher {show_short(teacher.get('params'))}",
               _smaller(student.get("params"), teacher.get("params"), "smaller", "larger")),
         _tile("FLOP per image", show_short(student.get("flops")), f"teacher {show_short(teacher.get('flops'))}",
               _smaller(student.get("flops"), teacher.get("flops"), "fewer", "more")),
-        *(_latency(teacher, student, batch) for batch in (1, 64)),
         _tile("distill stage", show_seconds(distill.get("seconds")),
               f"predicted {show_seconds(distill.get('makespan_predicted_s'))}",
               f"{show_short(distill.get('images_per_second'))} images/s"),

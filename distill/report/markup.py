@@ -16,7 +16,9 @@ class Markup(str):
 
 def escape(text: object) -> Markup:
     """Return `text` as HTML, unless it is HTML already."""
-    return text if isinstance(text, Markup) else Markup(html.escape(str(text)))
+    if isinstance(text, Markup):
+        return text
+    return Markup(html.escape(str(text).encode(errors="backslashreplace").decode()))  # also what UTF-8 cannot name
 
 
 def join(*parts: str) -> Markup:

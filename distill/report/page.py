@@ -125,7 +125,7 @@ def _taken(run: Run) -> list[tuple[str, Any]]:
 
 def _run_facts(run: Run) -> list[tuple[str, str]]:
     distill, data, metrics = run.part("distill"), run.metrics.get("data") or {}, run.metrics
-    skipped = data.get("skipped_images") or []
+    skipped, made = data.get("skipped_images") or [], metrics.get("run") or {}
     known: list[tuple[str, Any]] = [
         ("run directory", run.path.resolve()),
         ("fingerprint", metrics.get("fingerprint")),
@@ -145,6 +145,7 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
         ("images", ", ".join(f"{data[f'{name}_images']:,} {name}" for name in ("train", "validation", "test")
                              if isinstance(data.get(f"{name}_images"), int)) or None),
         ("images passed over", ", ".join(map(str, skipped)) if skipped else None),
+        *((name.replace("_", " "), made.get(name)) for name in ("command", "started_at", "finished_at")),
         *(metrics.get("environment") or {}).items(),
     ]  # fmt: skip
     return [(name, str(value)) for name, value in known if value not in (None, "-")]

@@ -87,9 +87,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The whole configuration, by dotted name."""
         try:
-            return (
-                dict(_flat(OmegaConf.to_container(OmegaConf.create(self.settings_text)))) if self.settings_text else {}
-            )
+            written = OmegaConf.create(self.settings_text)
+            return dict(_flat(OmegaConf.to_container(written, resolve=True))) if self.settings_text else {}
         except Exception:  # the parser's errors have no common base; the text itself is shown in any case
             return {}
 

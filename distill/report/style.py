@@ -23,6 +23,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 .25rem; } h3 { font-size: .95rem; margin: 1rem 0 .25rem; }
 section { margin-top: 2.75rem; border-top: 1px solid var(--line); padding-top: 1.1rem; }
 p { margin: .4rem 0; } .lead { font-size: 1.08rem; max-width: 56rem; margin: .7rem 0 1.2rem; }
+.origin { color: var(--soft); font-size: .9rem; display: flex; flex-wrap: wrap; gap: 0 1.4rem; }
 .note { color: var(--soft); font-size: .9rem; margin: 0 0 .9rem; max-width: 56rem; }
 .state { margin: 0; padding: .1rem .7rem; border: 1.5px solid; border-radius: 1rem;
   font-size: .88rem; font-weight: 600; }

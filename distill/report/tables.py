@@ -35,8 +35,8 @@ class PerBlock(Protocol):
 
 
 EXPLANATION = (
-    "FLOP: of one image in use, 2 per multiply-add. ms: of a training batch, the teacher's forward and a step of the "
-    "student. The student keeps the teacher's block where none is trained."
+    "FLOP: of one image in use, 2 per multiply-add. ms: of a batch in training,\n"
+    "the teacher's forward and a step of the student, which keeps what is not trained."
 )
 
 

@@ -157,6 +157,21 @@ def test_every_command_has_help_and_its_reader_may_leave(verb: str) -> None:
     assert (process.returncode, errors) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_job_whose_reader_leaves_goes_on() -> None:
+    program = (
+        "from distill.report import console; import sys; out = console(); [out.print('line') for _ in range(9)];"
+        "sys.exit(7)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr.count("\n")) == (7, 1)
+    assert done.stderr.startswith("distill: standard output has been closed; what was begun goes on")
+
+
 def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
     command = [sys.executable, "-m", "distill", "--cfg", "run", "run.name=caf\u00e9"]
     done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)

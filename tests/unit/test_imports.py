@@ -45,8 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "command_line": {"config", "config_errors", "errors"},
     "compose": {"choices", "command_line", "config", "config_errors", "errors", "files", "paths", "shipped"},
     "answers": {"command_line", "compose", "config", "errors", "sweep"},
-    "launcher": {"compose", "config", "errors", "host", "stopper"},
+    "launcher": {"compose", "config", "errors", "host", "provenance", "stopper"},
     "stopper": set(),
+    "provenance": set(),
     "multirun": {
         "choices", "command_line", "compose", "config", "errors", "files", "fingerprint", "launcher", "report",
         "rundir", "stopper", "submitted", "sweep",
@@ -142,6 +143,7 @@ WITHOUT_TORCH = SETTINGS - {"launcher"} | {
     "differing",
     "siblings",
     "paths",
+    "provenance",
     "network",
     "plan",
     "memory",

@@ -121,10 +121,36 @@ class TestResultTable:
 class TestFinishedRun:
     def test_the_page_tells_the_result_first(self, tmp_path: Path) -> None:
         words = drawn(run_directory(tmp_path, metrics())).words
-        sentence = "The student reaches 88.50 % top-1 where its teacher has 90.00 %, with 25.0 % of the parameters"
+        sentence = (
+            "The student reaches 88.50 % top-1 where its teacher has 90.00 %, and answers one image in 2.00 ms "
+            "instead of 2.00 ms (the same) and 64 images in 30.00 ms instead of 30.00 ms (the same) on"
+        )
         assert words.index(sentence) < words.index("Teacher against student")
+        assert words.index(sentence) < words.index("It has 25.0 % of the parameters and 25.0 % of the FLOPs.")
         assert "Distilling 3 blocks took 12.3 s on 2 ranks." in words
         assert "4.00x smaller" in words
+
+    def test_a_slower_student_is_called_slower_before_its_size_is_told(self, tmp_path: Path) -> None:
+        student = metrics()["student"] | {"latency_ms_batch1": 3.0, "latency_ms_batch64": 15.0}
+        words = drawn(run_directory(tmp_path, metrics(student=student))).words
+        assert words.index("3.00 ms instead of 2.00 ms (1.50x slower)") < words.index("25.0 % of the parameters")
+        assert "15.00 ms instead of 30.00 ms (2.00x faster)" in words
+
+    def test_the_page_says_when_where_and_by_what_it_was_made(self, tmp_path: Path) -> None:
+        made = {"command": "python -m distill 'data.root=/a b'", "finished_at": "2026-01-02 03:04:05+00:00",
+                "started_at": "2026-01-02 03:00:00+00:00", "duration_s": 245.0}  # fmt: skip
+        place = {"host": "node7", "device": "cpu", "cpu": "Some CPU", "distill": "0.1.0", "commit": "abc123+"}
+        words = drawn(run_directory(tmp_path, metrics(run=made, environment=place))).words
+        for fact in (
+            "2026-01-02 03:04:05+00:00",
+            "took 4 min 05 s",
+            "host node7",
+            "Some CPU",
+            "distill 0.1.0 (abc123+)",
+        ):
+            assert fact in words[: words.index("Teacher against student")]
+        assert "python -m distill &#x27;data.root=/a b&#x27;" in words
+        assert "(the same) on Some CPU." in words
 
     def test_every_block_has_its_line_its_curve_and_its_ledger_entry(self, tmp_path: Path) -> None:
         page = drawn(run_directory(tmp_path, metrics()))

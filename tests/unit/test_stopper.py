@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -31,6 +32,21 @@ def test_a_signal_that_something_swallowed_is_found_again() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stop):
             stopper.check()
+
+
+def interrupted_import() -> None:
+    with suppress(Stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise ImportError("cannot load module more than once per process")
+
+
+def test_what_fails_for_being_interrupted_is_a_stop_too() -> None:
+    """As an import of NumPy does, which begins anew and then fails in its own words."""
+    for nesting in (stoppable, nullcontext):
+        with pytest.raises(Stop), nesting(), stoppable():
+            interrupted_import()
+    with pytest.raises(ImportError), stoppable():
+        raise ImportError("of its own")
 
 
 def test_afterwards_signals_mean_what_they_meant() -> None:
