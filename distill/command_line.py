@@ -62,7 +62,11 @@ def _override(word: str, kinds: Mapping[str, str], groups: Collection[str], *, s
     left, is_set, value = word.partition("=")
     key = key_of(word)
     if not is_set:  # ~key
+        if key in kinds:
+            raise ConfigError("command line", word, f"{key}=VALUE: a setting has always a value")
         return word
+    if key in groups and value.lower() == "null":
+        raise ConfigError(key, value, f"a choice; for none, leave {key}= out")
     if is_hydras(key) and not sweep and key != SEARCH_PATH:
         where = "run.dir=PATH says where results go" if key.endswith(".dir") else "such settings are for sweeps"
         raise ConfigError(key, value, f"--multirun beside it: {where}")

@@ -73,6 +73,9 @@ def refused(key: str, given: str, kinds: Mapping[str, str]) -> ConfigError:
     within = [path for path in kinds if path.startswith(f"{key}.")]
     if within:
         return ConfigError(key, given, f"its settings one by one: {', '.join(within)}")
+    of_that_name = [path for path in kinds if path.endswith(f".{key}")]
+    if of_that_name:
+        return UnknownSettingError(key, one_of(of_that_name))
     return UnknownSettingError(key, one_of(_neighbours(key, list(kinds)), key))
 
 

@@ -15,6 +15,7 @@ from distill.answers import answer
 from distill.command_line import TEXTS, VERBS
 from distill.compose import compose
 from distill.config import from_yaml, setting_kinds, to_yaml
+from distill.config_paths import whole
 from distill.errors import ConfigError, DistillError
 from distill.fingerprint import run_directory
 from distill.paths import expanded
@@ -36,9 +37,10 @@ def test_the_name_of_a_file_is_taken_as_it_is_typed_and_written_down(name: str) 
     paths = {"data.root", "teacher.weights", "cache.dir", "run.dir"}
     assert paths <= {key for key, kind in setting_kinds().items() if kind in TEXTS}
     config = compose([*ANY_DATA, *(f"{path}={name}" for path in paths)])
+    weights = whole(name) if "/" in name else name  # else they may be published ones
     for known in (config, from_yaml(to_yaml(config))):
-        found = [known.data.root, known.teacher.weights, known.cache.dir, known.run.dir]
-        assert found == [name] * len(paths)
+        found = [known.data.root, known.cache.dir, known.run.dir, known.teacher.weights]
+        assert found == [*[whole(name)] * 3, weights if name != "~x" else whole(name)]
 
 
 def test_every_text_is_taken_as_it_is_typed() -> None:
@@ -46,7 +48,7 @@ def test_every_text_is_taken_as_it_is_typed() -> None:
     config = compose([*ANY_DATA, *(f"{key}=1e3=[x, y]" for key in texts)])
     for key in texts:
         section, _, name = key.partition(".")
-        assert getattr(getattr(config, section), name) == "1e3=[x, y]", key
+        assert getattr(getattr(config, section), name) in ("1e3=[x, y]", whole("1e3=[x, y]")), key
 
 
 def test_quotes_of_hydra_null_and_interpolations_mean_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +110,9 @@ def test_listed_jobs_of_a_sweep_over_paths_can_be_read_back(capsys: pytest.Captu
         (["--mulitrun"], "got '--mulitrun'; expected '--multirun' \\(the nearest\\)"),
         (["--info"], "got '--info'; expected setting=value, group=choice, or one of --help"),
         (["reprot", "x"], "got 'reprot'; expected 'report' \\(the nearest\\)"),
+        (["~distill.lr"], "got '~distill.lr'; expected distill.lr=VALUE"),
+        (["experiment=null"], "experiment: got 'null'; expected a choice; for none, leave experiment= out"),
+        (["lr=0.1"], "lr: this setting does not exist; expected one of teacher.fit.lr, distill.lr, finetune.lr$"),
         (["=3"], "command line: got '=3'"),
         (["seed=a=b"], "seed: got 'a=b'; expected an integer"),
         (["data.mean=[1,2"], "data.mean: got '\\[1,2'; expected a list of numbers"),
