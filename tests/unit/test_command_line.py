@@ -57,7 +57,7 @@ def test_quotes_of_hydra_null_and_interpolations_mean_what_they_did(monkeypatch:
     assert compose([*ANY_DATA, 'data.root="/a=b"']).data.root == "/a=b"
     assert compose(["data.root=null"]).data.root is None
     assert compose([*ANY_DATA, "data.root=${oc.env:PLACE}/a b"]).data.root == "/there/a b"
-    assert compose([*ANY_DATA, "data.root=\\${run}"]).data.root == "${run}"
+    assert compose([*ANY_DATA, "data.root=\\${run}"]).data.root == whole("${run}")
 
 
 def test_a_keyword_of_the_architecture_that_hydra_cannot_read_is_a_text() -> None:
@@ -72,11 +72,11 @@ def test_the_last_value_of_a_setting_counts() -> None:
 
 def test_a_run_directory_is_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run_directory(compose(["run.dir=~/mine"])) == tmp_path / "mine"
+    assert run_directory(compose(["run.dir=~/mine"]), {}) == tmp_path / "mine"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "resolved.yaml").write_text(to_yaml(compose(["seed=5"])))
     again = compose(["run=~/mine"])
-    assert (again.seed, run_directory(again)) == (5, tmp_path / "mine")
+    assert (again.seed, run_directory(again, {})) == (5, tmp_path / "mine")
     assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
 
 
