@@ -20,6 +20,7 @@ class Size(Protocol):
     @property
     def flops(self) -> Sequence[float | None]: ...
 
+
 # The states of the student that one is chosen from, in the order in which they come about.
 STUDENTS = {"assembled": "assembled", "recalibrated": "batch norms re-estimated", "finetuned": "fine-tuned"}
 
