@@ -338,6 +338,8 @@ class RunConfig:
     tag: str | None = setting(None, "keeps runs apart that differ only in how they run; a sweep sets it where needed")
 
     def __post_init__(self) -> None:
+        if self.dir is not None and re.search("[\ud800-\udfff]", self.dir):  # what Python makes of other bytes
+            raise ConfigError("run.dir", self.dir, "a name in UTF-8, and a locale that has it (LC_ALL=C.UTF-8)")
         if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9_.,+=-]+", self.tag):
             raise ConfigError("run.tag", self.tag, "letters, digits and _.,+=- only: it is part of a folder's name")
 

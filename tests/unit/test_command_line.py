@@ -17,6 +17,7 @@ from distill.compose import compose
 from distill.config import from_yaml, setting_kinds, to_yaml
 from distill.config_paths import whole
 from distill.errors import ConfigError, DistillError
+from distill.files import write_commented
 from distill.fingerprint import run_directory
 from distill.paths import expanded
 from distill.sweep import list_jobs, read_sweep
@@ -26,7 +27,6 @@ FILE_NAMES = [
     "a${b", "$x", "{x}", "1e3", "007", "true", "~", "-x", "--x", "#x", "a: b", "a #b", "%x", " x ", "x\ny", "a==b", ":",
     "'x", "x'", "'a' 'b'", '"a"b"', "a\"b'c", "x\\", "C:\\a b\\c", "\\,", "'a\\'b\"", "choice(a,b)", "[a", "a]",
     "{a:b}", "[a,b]", "(", "@x", "a@b", "+x", "~x", "?", "*", "a;b|c`d!^", "\t", "x\u00a0y", "\u65e5\u672c", "str(3)",
-    "\udcff",
 ]  # fmt: skip
 STRANGE = ("RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")  # of a launcher, and which changes who meets a closed pipe
 ANY_DATA = ("data=imagefolder", "data.root=/images")
@@ -57,7 +57,7 @@ def test_quotes_of_hydra_null_and_interpolations_mean_what_they_did(monkeypatch:
     assert compose([*ANY_DATA, 'data.root="/a=b"']).data.root == "/a=b"
     assert compose(["data.root=null"]).data.root is None
     assert compose([*ANY_DATA, "data.root=${oc.env:PLACE}/a b"]).data.root == "/there/a b"
-    assert compose([*ANY_DATA, "data.root=\\${run}"]).data.root == "${run}"
+    assert compose([*ANY_DATA, "data.root=\\${run}"]).data.root == whole("${run}")
 
 
 def test_a_keyword_of_the_architecture_that_hydra_cannot_read_is_a_text() -> None:
@@ -72,11 +72,11 @@ def test_the_last_value_of_a_setting_counts() -> None:
 
 def test_a_run_directory_is_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run_directory(compose(["run.dir=~/mine"])) == tmp_path / "mine"
+    assert run_directory(compose(["run.dir=~/mine"]), {}) == tmp_path / "mine"
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "resolved.yaml").write_text(to_yaml(compose(["seed=5"])))
+    write_commented(tmp_path / "mine" / "resolved.yaml", to_yaml(compose(["seed=5"])))
     again = compose(["run=~/mine"])
-    assert (again.seed, run_directory(again)) == (5, tmp_path / "mine")
+    assert (again.seed, run_directory(again, {})) == (5, tmp_path / "mine")
     assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
 
 
@@ -113,6 +113,7 @@ def test_listed_jobs_of_a_sweep_over_paths_can_be_read_back(capsys: pytest.Captu
         (["~distill.lr"], "got '~distill.lr'; expected distill.lr=VALUE"),
         (["experiment=null"], "experiment: got 'null'; expected a choice; for none, leave experiment= out"),
         (["lr=0.1"], "lr: this setting does not exist; expected one of teacher.fit.lr, distill.lr, finetune.lr$"),
+        (["run.dir=\udcff"], "run.dir: got .*; expected a name in UTF-8"),
         (["=3"], "command line: got '=3'"),
         (["seed=a=b"], "seed: got 'a=b'; expected an integer"),
         (["data.mean=[1,2"], "data.mean: got '\\[1,2'; expected a list of numbers"),

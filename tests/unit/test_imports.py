@@ -42,10 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"choices", "config_errors", "config_paths", "errors", "teachers"},
     "contents": {"errors", "files", "image_files"},
     "fingerprint": {"choices", "config", "contents", "errors", "image_files", "paths", "sources"},
-    "compose": {"choices", "command_line", "config", "config_errors", "errors", "files", "paths", "shipped"},
-    "launcher": {"compose", "config", "errors", "host", "provenance", "stopper"},
     "command_line": {"config", "config_errors", "errors"},
+    "compose": {"choices", "command_line", "config", "config_errors", "errors", "files", "paths", "shipped"},
     "answers": {"command_line", "compose", "config", "errors", "sweep"},
+    "launcher": {"compose", "config", "errors", "host", "provenance", "stopper"},
     "stopper": set(),
     "provenance": set(),
     "multirun": {
