@@ -233,9 +233,9 @@ def _network_of(facts: Any, *, speed: float) -> Network:
 
 def forecast_table(found: Sequence[Named], alone: Simulation, joules: Sequence[float | None]) -> Table:
     """Return one line a named simulation; speed-ups are over `alone`, one rank that shares one teacher pass."""
-    table = Table(title="simulated", title_justify="left", box=None)
+    table = Table(title="simulated", title_justify="left", box=None, padding=(0, 1, 0, 0))
     powered = any(energy is not None for energy in joules)
-    headings = ("ranks", "strategy", "seconds", "speed-up", "efficiency", "idle", "GB sent", "teacher passes")
+    headings = ("ranks", "strategy", "seconds", "speed-up", "efficiency", "idle", "GB\nsent", "teacher\npasses")
     for heading in (*headings, *(["MJ"] if powered else []), ""):
         table.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
     sizes = {one.plan.world_size for _, one in found}

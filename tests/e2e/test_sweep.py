@@ -168,7 +168,7 @@ def test_a_signal_while_ranks_are_being_started_ends_the_sweep(tmp_path: Path) -
         (("studen.rank=1,2",), "studen: this setting does not exist; expected 'student'"),
         (("student=foo,bar",), "student: got 'foo'; expected one of separable"),
         (("seed=1,1",), "run.dir:"),
-        (("seed=1,2", "--resolve"), "--resolve: got '--multirun'"),
+        (("seed=1,2", "--resolve"), "command line: got '--resolve'"),
     ],
 )
 def test_a_mistake_in_every_job_is_told_at_once_and_nothing_is_written(
