@@ -53,4 +53,4 @@ def _flops(module: nn.Module, inputs: Tensor) -> float:
     """FLOPs of one image."""
     module.eval()
     with torch.no_grad():
-        return count_flops(lambda: module(inputs)) / len(inputs)
+        return count_flops(lambda: module(inputs.float())) / len(inputs)  # a teacher in bf16 gives bf16

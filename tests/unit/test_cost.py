@@ -23,6 +23,7 @@ from distill.cost import (
     step_bytes,
     sustained_costs,
 )  # fmt: skip
+from distill.precision import Bf16Chain
 from distill.sizes import Sizes, block_sizes
 from distill.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.training import NotedLane
@@ -63,6 +64,12 @@ def test_sizes_are_those_of_one_image_in_use() -> None:
     )
     assert teacher == Sizes((9 * 3 * 5, 5 * 7), (2 * 9 * 3 * 5 * SIZE * SIZE, 2 * 5 * 7 * SIZE * SIZE))
     assert student == Sizes((None, 5 * 7), (None, 2 * 5 * 7 * SIZE * SIZE)), "without what training costs"
+
+
+def test_sizes_are_the_same_beside_a_teacher_in_bf16() -> None:
+    cut_chain = chain()
+    plain = block_sizes(cut_chain, partial(trainer, cut_chain), SAMPLE)
+    assert block_sizes(Bf16Chain(cut_chain), partial(trainer, cut_chain), SAMPLE) == plain
 
 
 def test_measured_seconds_are_positive_where_there_is_work() -> None:

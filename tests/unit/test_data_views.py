@@ -14,11 +14,11 @@ from tests.opened import opened
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageFolder of 30 pictures of noise, larger than what is asked for."""
+    """An ImageFolder of 26 and 4 pictures of noise, larger than what is asked for."""
     root = tmp_path_factory.mktemp("pictures")
     source = torch.Generator().manual_seed(1)
     for index in range(30):
-        path = root / "train" / "ab"[index % 2] / f"{index}.png"
+        path = root / ("train" if index < 26 else "val") / "ab"[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (24, 20, 3), generator=source, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(path)
@@ -52,7 +52,7 @@ def test_training_batches_are_gathers_from_the_fixed_views(augment: Augment) -> 
 
 
 def test_views_of_a_set_that_is_streamed_are_fixed_too(folder: Path) -> None:
-    with opened("imagefolder", folder, test_split="train", batch_size=8, augment=Augment.resized_crop_flip) as fresh:
+    with opened("imagefolder", folder, batch_size=8, augment=Augment.resized_crop_flip) as fresh:
         dataset = fresh.with_views(3)
         images = in_order(dataset)
         for step in range(0, 4 * dataset.steps_per_epoch, 2):

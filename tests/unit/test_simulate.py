@@ -166,9 +166,9 @@ def command(*arguments: str) -> int:
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The lines of the table below its two headings."""
+    """The lines of the table below its title and two lines of headings."""
     lines = text.splitlines()
-    return [line.split() for line in lines[lines.index(next(x for x in lines if x.startswith("simulated"))) + 2 :]]
+    return [line.split() for line in lines[lines.index(next(x for x in lines if x.startswith("simulated"))) + 3 :]]
 
 
 def test_the_command_tells_of_every_number_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +194,7 @@ def test_a_job_on_a_described_cluster_has_energy_and_says_that_nothing_was_measu
     assert command(*job, "--ranks", "1", "2", "--strategies", "relay", "--steps", "50") == 0
     shown = capsys.readouterr().out
     assert shown.startswith("DGX H100, H100 SXM 80 GB: described from data sheets, not measured\n")
-    assert shown.splitlines()[3].split()[-1] == "MJ"
+    assert shown.splitlines()[4].split()[-1] == "MJ"
     one, two = rows_of(shown)
     assert (float(one[2]), float(one[3].removesuffix("x"))) == (pytest.approx(50 * (7 / 67 + 14), rel=1e-3), 1.0)
     device = load_device("h100")
