@@ -1,15 +1,8 @@
 #!/bin/sh
-# What an image is made by: installs the package with its extras, and PyTorch for the device that the image is for.
-# usage: launch/container.sh cpu|cuda
+# What an image is made by: installs the package with its extras, and PyTorch for NVIDIA GPUs and CPUs or, where an index of
+# wheels for CPUs alone is given (pytorch.org, "Get started", names PyTorch's), from there: several GB less.
+# usage: launch/container.sh [INDEX]
 set -eu
 cd "$(dirname "$0")/.."
-case "$1" in
-    cpu) index=https://download.pytorch.org/whl/cpu ;; # the usual wheels bring CUDA, several GB of it
-    cuda) index= ;;
-    *)
-        echo "DEVICE: got '$1'; expected cpu or cuda" >&2
-        exit 2
-        ;;
-esac
 exec python -m pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
-    --constraint launch/constraints.txt ${index:+"--extra-index-url=$index"} ".[hf,onnx,timm]"
+    --constraint launch/constraints.txt ${1:+"--extra-index-url=$1"} ".[hf,onnx,timm]"
