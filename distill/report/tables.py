@@ -36,7 +36,7 @@ class PerBlock(Protocol):
 
 
 EXPLANATION = (
-    "FLOP: of one image in use, 2 per multiply-add. ms: of a batch in training,\n"
+    "FLOP: of one image in use, 2 per multiply-add. ms: of a batch in training, "
     "the teacher's forward and a step of the student, which keeps what is not trained."
 )
 

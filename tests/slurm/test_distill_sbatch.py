@@ -57,7 +57,7 @@ def interrupt(slurm: Cluster, cwd: Path, how: str) -> tuple[str, set[str]]:
 
 def told_finished(log: str) -> list[str]:
     """Return the names of the blocks whose end a log tells."""
-    return [line.split()[1] for line in log.splitlines() if line.startswith("block ")]
+    return [line.split()[1] for line in log.splitlines() if line.startswith("block ") and " finished on " in line]
 
 
 @pytest.mark.parametrize(
