@@ -29,6 +29,7 @@ from distill.job.reuse import TEACHER
 from distill.ledger import Ledger
 from distill.programs import deliver_programs
 from distill.report import result_table, write_report
+from distill.report.tables import STUDENTS
 from distill.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
         made += [export["file"] for export in exports.values() if export["status"] == "ok"]
-        used = [TEACHER, f"{run.result('evaluate')['delivered']}.safetensors"]
+        states = [name for name in STUDENTS if name in run.result("evaluate")]  # all: the choice may be another one now
+        used = [TEACHER, *(f"{name}.safetensors" for name in states)]
         run.complete("deliver", {"student": "student.safetensors"}, made=made, used=used)
     metrics = read_json(run.path / "metrics.json")
     context.console.print(result_table(metrics))
