@@ -75,7 +75,7 @@ def _override(word: str, kinds: Mapping[str, str], groups: Collection[str], *, s
             allowed = "a value after the = (is a variable of the shell empty?); null stands for none"
             raise ConfigError(key, "", allowed)
         return f"{left}={_texts(value) if sweep else _text(value)}"
-    if _hydras_reading(value) is not None:
+    if value.lower() == "null" or _hydras_reading(value) is not None:
         return word
     if key not in kinds and key.rpartition(".")[0] in kinds:  # a keyword of the architecture
         return f"{left}={_text(value)}"
@@ -126,7 +126,7 @@ def _parser() -> OverridesParser:
 
 
 def _hydras_reading(value: str) -> Any:
-    """Return what Hydra's grammar makes of a value, None where it is none."""
+    """Return what Hydra's grammar makes of a value; None where it is none, and of null."""
     try:
         return _parser().parse_override(f"key={value}")._value  # value() would take the quotes off
     except (HydraException, ValueError):

@@ -199,6 +199,7 @@ def test_more_ranks_than_blocks_and_where_weights_were_found_are_told(
         "teacher.fit.epochs=0",
         "finetune.epochs=0",
         "blocks.include=[layer3.2]",
+        "plan.teacher_ranks=1",
         "run.dir=run",
         cwd=tmp_path,
         ranks=3,

@@ -137,4 +137,5 @@ def test_an_error_on_the_other_node_in_the_middle_is_told_last(slurm: Cluster, t
     ]:  # a folder in the place of a checkpoint: it cannot be written
         (tmp_path / "run" / "checkpoints" / f"{block:02d}.safetensors").mkdir(parents=True)
     reason = failed(slurm, job)
-    assert reason.startswith(f"distill: job {job} failed: cannot write {tmp_path}/run/checkpoints/"), slurm.output(job)
+    assert reason.startswith(f"distill: job {job} failed: {tmp_path}/run/checkpoints/"), slurm.output(job)
+    assert reason.endswith("safetensors: a folder is in its place; remove it")

@@ -13,6 +13,7 @@ import pytest
 
 from distill.answers import answer
 from distill.command_line import TEXTS, VERBS
+from distill.command_line import overrides as in_hydras_words
 from distill.compose import compose
 from distill.config import from_yaml, setting_kinds, to_yaml
 from distill.config_paths import whole
@@ -58,6 +59,16 @@ def test_quotes_of_hydra_null_and_interpolations_mean_what_they_did(monkeypatch:
     assert compose(["data.root=null"]).data.root is None
     assert compose([*ANY_DATA, "data.root=${oc.env:PLACE}/a b"]).data.root == "/there/a b"
     assert compose([*ANY_DATA, "data.root=\\${run}"]).data.root == whole("${run}")
+
+
+def test_null_is_no_value_for_settings_of_every_kind_that_may_have_none() -> None:
+    kinds = [key for key, kind in setting_kinds().items() if kind.endswith("| None") and "." in key]
+    assert len(kinds) > 20
+    composed = compose(
+        [*ANY_DATA, "distill.steps=3", "distill.epochs=null", "distill.clip_norm=NULL", "data.mean=null"]
+    )
+    assert (composed.distill.epochs, composed.distill.clip_norm) == (None, None)
+    assert [in_hydras_words([f"{key}=null"], groups=()) for key in kinds] == [[f"{key}=null"] for key in kinds]
 
 
 def test_a_keyword_of_the_architecture_that_hydra_cannot_read_is_a_text() -> None:
