@@ -23,14 +23,14 @@ from measure import summary, write
 from step import BUDGET, students_of
 from torch import Tensor
 
-from distill.chain import Chain, Granularity, cut
-from distill.counting import Recorder
-from distill.graphed_teacher import GraphedChain
-from distill.graphs import WARM_UPS, cuda_capture
-from distill.lanes import Lane, lanes
-from distill.precision import Bf16Chain
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.cut import Chain, Granularity, cut
+from distill.cuda.graphs import WARM_UPS, cuda_capture
+from distill.cuda.lanes import Lane, lanes
+from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
-from distill.trainer import BlockTrainer, TrainerOptions
+from distill.training.graphed_teacher import GraphedChain
+from distill.training.trainer import BlockTrainer, TrainerOptions
 
 NETWORKS = {"resnet50": Granularity.residual, "vgg16_bn": Granularity.conv}
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from measure import ROOT, write
 
-from distill.devices import Device, load_cluster
-from distill.forecast import CHOSEN_FROM, IMAGINED, planned
-from distill.job.imagined import imagined_costs
-from distill.plan import Costs, Span
+from distill.job.simulate import imagined_costs
+from distill.planning.plan import Costs, Span
 from distill.planning.strategies import PLANNERS
-from distill.simulate import Simulation, simulate
+from distill.simulation.command import CHOSEN_FROM, IMAGINED, planned
+from distill.simulation.hardware import Device, load_cluster
+from distill.simulation.simulator import Simulation, simulate
 
 NETWORKS = {
     "resnet50": ("teacher=resnet50", "blocks.granularity=residual"),

@@ -24,19 +24,19 @@ import torch.nn.functional as F
 from measure import summary, write
 from torch import Tensor, nn
 
-from distill.chain import Chain, Granularity, cut
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.cut import Chain, Granularity, cut
+from distill.cuda.graphs import cuda_capture
+from distill.cuda.lanes import Lane, lanes
 from distill.data import Augment, Dataset, open_dataset
-from distill.graphed_teacher import GraphedChain
-from distill.graphs import cuda_capture
-from distill.lanes import Lane, lanes
-from distill.plan import Span
-from distill.precision import Bf16Chain
-from distill.protocol import Checks, Feed
+from distill.engine.streams.relay import OwnBatches, RelayStream
+from distill.observability.trace import Trace
+from distill.planning.plan import Span
+from distill.planning.schedule import Checks, Feed
 from distill.recipes import Separable, replace_convolutions
-from distill.streams.relay import OwnBatches, RelayStream
 from distill.teachers import build_architecture
-from distill.trace import Trace
-from distill.trainer import BlockTrainer, TrainerOptions
+from distill.training.graphed_teacher import GraphedChain
+from distill.training.trainer import BlockTrainer, TrainerOptions
 
 NETWORK = "cifar_resnet20"
 IMAGE_SIZE = 32

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from measure import finish, process_tree, read, start
 
-from distill import trace
+from distill.observability import trace
 
 STAGE = Path("stages") / "distill.json"
 ROUNDS_OF_SLICES = 15

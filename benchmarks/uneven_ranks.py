@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from measure import finish, process_tree, random_weights, read, start, summary, write
 
-from distill.forecast import measured
-from distill.plan import Costs
-from distill.planning.placement import Problem
-from distill.planning.problems import broadcast_problem
+from distill.planning.placement.problems import broadcast_problem
+from distill.planning.placement.search import Problem
+from distill.planning.plan import Costs
+from distill.simulation.command import measured
 
 SETUPS = ("measured", "flops")  # values of plan.cost
 HALF = (2 / 3, 4 / 3)  # slowness of a whole and of a half speed, over their mean

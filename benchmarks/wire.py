@@ -18,13 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from measure import summary, write
 
-from distill.blocks import Boundary
-from distill.edges.receiver import BoundaryReceiver
-from distill.edges.sender import BoundarySender
-from distill.edges.wire import Wire
-from distill.protocol import Address
-from distill.trace import Trace
-from distill.transport import Edge
+from distill.blocks.chain import Boundary
+from distill.distributed.edges.receiver import BoundaryReceiver
+from distill.distributed.edges.sender import BoundarySender
+from distill.distributed.edges.wire import Wire
+from distill.distributed.transport import Edge
+from distill.observability.trace import Trace
+from distill.planning.schedule import Address
 
 WAYS = {"shared_memory": True, "sockets": False}
 ROWS = 64

@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill.devices import Device
-    from distill.plan import Costs, Span
+    from distill.planning.plan import Costs, Span
+    from distill.simulation.hardware import Device
 
 
 # Both ends of every connection to the job's store look the other's name up for their logs. One lost answer of the name
@@ -50,10 +50,10 @@ def _run(arguments: Sequence[str], *, is_rank: bool) -> int:
 
         return run_rank(arguments)
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
-        from distill.multirun import multirun
+        from distill.launch.multirun import multirun
 
         return multirun(arguments)
-    from distill.launcher import main as launch
+    from distill.launch.launcher import main as launch
 
     return launch(arguments)
 
@@ -65,15 +65,15 @@ def _verb(word: str) -> Callable[[Sequence[str]], int] | None:
 
         return report
     if word == "simulate":
-        from distill.forecast import main as simulate
+        from distill.simulation.command import main as simulate
 
         return partial(simulate, imagine=imagine)
     if word == "jobs":
-        from distill.sweep import list_jobs
+        from distill.launch.sweep import list_jobs
 
         return list_jobs
     if word == "slurm":
-        from distill.shipped import main as slurm
+        from distill.config.shipped import main as slurm
 
         return slurm
     return None
@@ -81,8 +81,8 @@ def _verb(word: str) -> Callable[[Sequence[str]], int] | None:
 
 def _answer(arguments: Sequence[str]) -> int | None:
     """Print what flags ask for; return the exit status, None where they do not ask."""
-    from distill.answers import answer
     from distill.errors import DistillError
+    from distill.launch.answers import answer
 
     try:
         told = answer(arguments)
@@ -96,7 +96,7 @@ def _answer(arguments: Sequence[str]) -> int | None:
 
 def imagine(overrides: Sequence[str], device: Device, steps: int | None) -> tuple[Costs, list[Span]]:
     """Return the costs of a job on a described device. Only this needs torch, and a simulated run does not."""
-    from distill.job.imagined import imagined_costs
+    from distill.job.simulate import imagined_costs
 
     return imagined_costs(overrides, device, steps=steps)
 

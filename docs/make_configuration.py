@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema in distill/config.py.
+"""Writes docs/configuration.md from the schema in distill/config/schema.py.
 
 python docs/make_configuration.py
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.compose import config_dir
-from distill.config import settings
+from distill.config.compose import config_dir
+from distill.config.schema import settings
 
 HEAD = """# Configuration
 
-Generated from `distill/config.py` by `python docs/make_configuration.py`; a test keeps it true.
+Generated from `distill/config/schema.py` by `python docs/make_configuration.py`; a test keeps it true.
 
 A job is composed by Hydra from `conf/job.yaml`, the groups below and your overrides: `group=choice` picks a file,
 `setting=value` changes one value, `+teacher.options.NAME=VALUE` adds an argument of the architecture.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.protocol import Address, Checks, Feed
+from distill.planning.schedule import Address, Checks, Feed
 
 NEVER = Checks()
 

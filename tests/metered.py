@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill.counters import open_counters
-from distill.meter import Meter, Place
+from distill.observability.energy.counters import open_counters
+from distill.observability.energy.meter import Meter, Place
 
 A, B = "aaaa-0001", "bbbb-0002"  # UUIDs of two boards, as torch writes them
 WRAP = 65_532_610_987  # microjoules: max_energy_range_uj of an AMD package

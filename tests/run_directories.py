@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distill.files import json_line, write_json
-from distill.trace import RankTrace, TimeSpan
+from distill.observability.trace import RankTrace, TimeSpan
+from distill.storage.files import json_line, write_json
 
 EVIL = "<script>alert('x')</script> & \"co\""
 START_S = 1_700_000_000.0

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.lanes import Lane
-from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.cuda.lanes import Lane
+from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 
 CPU = torch.device("cpu")
 

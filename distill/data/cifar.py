@@ -16,7 +16,7 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 
 from distill.data.source import ArraySource, Splits
 from distill.errors import ConfigError
-from distill.paths import expanded
+from distill.storage.paths import expanded
 
 KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 

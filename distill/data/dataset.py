@@ -16,19 +16,19 @@ from torch import Tensor
 
 from distill.data.addressing import TrainOrder, split_rows
 from distill.data.augment import Augment, Draws, crop_and_flip, draw, normalise
+from distill.data.bad_images import SkippedImages
 from distill.data.cifar import open_cifar
 from distill.data.decoding import Squaring
 from distill.data.digits import open_digits
 from distill.data.folder import open_folder
-from distill.data.hub import open_hub
-from distill.data.memory import MemoryImages
+from distill.data.huggingface import open_hub
+from distill.data.in_memory import MemoryImages
 from distill.data.request import Images, Request, View
-from distill.data.skipped import SkippedImages
 from distill.data.source import ImageSource, Splits
-from distill.data.stream import StreamImages
+from distill.data.streamed import StreamImages
 from distill.data.views import draw_view
 from distill.errors import ConfigError, one_of
-from distill.host import available_memory, share_of_cores
+from distill.machine.host import available_memory, share_of_cores
 
 NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf")
 GIB = 2**30

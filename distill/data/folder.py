@@ -15,8 +15,8 @@ from distill.data.decoding import decode
 from distill.data.mapped import FileNames
 from distill.data.source import Splits, readable
 from distill.errors import ConfigError, one_of
-from distill.image_files import SUFFIXES, USUAL_TEST_SPLITS, class_folders, image_files, images_beside
-from distill.paths import expanded
+from distill.storage.image_files import SUFFIXES, USUAL_TEST_SPLITS, class_folders, image_files, images_beside
+from distill.storage.paths import expanded
 
 log = logging.getLogger(__name__)
 

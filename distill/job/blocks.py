@@ -10,17 +10,17 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from distill.aliases import load_state
-from distill.assemble import assemble, in_a_row
-from distill.chain import Chain, Granularity, cut
-from distill.choices import Amp
-from distill.config import JobConfig
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.cut import Chain, Granularity, cut
+from distill.config.choices import Amp
+from distill.config.schema import JobConfig
+from distill.cuda.graphs import cuda_capture
+from distill.cuda.lanes import Lane
 from distill.errors import ConfigError, one_of
-from distill.graphed_teacher import GraphedChain
-from distill.graphs import cuda_capture
-from distill.lanes import Lane
-from distill.precision import Bf16Chain
 from distill.recipes import RECIPES, Kept, Recipe, replace_convolutions, select
+from distill.storage.aliases import load_state
+from distill.student.assemble import assemble, in_a_row
+from distill.training.graphed_teacher import GraphedChain
 
 SHOWN = 4  # paths in a line about many
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from distill.config import JobConfig
-from distill.control import Control
-from distill.rundir import RunDirectory
-from distill.scalars import Scalars
-from distill.trace import Trace, write_perfetto
+from distill.config.schema import JobConfig
+from distill.distributed.store import Control
+from distill.observability.tensorboard import Scalars
+from distill.observability.trace import Trace, write_perfetto
+from distill.storage.run_directory import RunDirectory
 
 log = logging.getLogger("distill")
 

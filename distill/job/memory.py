@@ -10,21 +10,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distill.blocks import Chain
-from distill.choices import OptimizerName, Stop
-from distill.config import JobConfig
-from distill.control import ranks_of
-from distill.cost import MakeTrainer, step_bytes
+from distill.blocks.chain import Chain
+from distill.config.choices import OptimizerName, Stop
+from distill.config.schema import JobConfig
+from distill.cuda.lanes import NUM_LANES
+from distill.distributed.store import ranks_of
 from distill.errors import ConfigError
-from distill.graphed_teacher import MAX_GRAPHS
-from distill.host import available_memory
 from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.lanes import NUM_LANES
-from distill.memory import Memory
-from distill.peak_memory import used_memory
-from distill.plan import Costs, Plan, Span, memory_of
+from distill.machine.host import available_memory
+from distill.planning.memory_model import Memory
+from distill.planning.plan import Costs, Plan, Span, memory_of
 from distill.planning.strategies import DoesNotFitError, rank_plans
+from distill.profiling.block_costs import MakeTrainer, step_bytes
+from distill.profiling.peak_memory import used_memory
+from distill.training.graphed_teacher import MAX_GRAPHS
 
 # Copies of a student's weights: the weights, their gradients, the last finite state, and what the optimizer keeps, also
 # in that state.

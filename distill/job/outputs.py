@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distill.blocks import copied
-from distill.chain import run_sample
-from distill.choices import TeacherSource
-from distill.config import JobConfig
+from distill.blocks.chain import copied
+from distill.blocks.cut import run_sample
+from distill.config.choices import TeacherSource
+from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 
 Refusal = Callable[[str], ConfigError]

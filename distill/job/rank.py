@@ -19,34 +19,34 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from distill.choices import Device, Stage
-from distill.compose import compose
-from distill.config import JobConfig, from_yaml, to_yaml
-from distill.control import Control, LeaderFailedError, StoreAddress, ranks_of
+from distill.config.choices import Device, Stage
+from distill.config.compose import compose
+from distill.config.fingerprint import identity, run_directory
+from distill.config.schema import JobConfig, from_yaml, to_yaml
+from distill.cuda.clock import DeviceClock
 from distill.data import Dataset
-from distill.device_clock import DeviceClock
+from distill.distributed.store import Control, LeaderFailedError, StoreAddress, ranks_of
 from distill.errors import ConfigError, DistillError
-from distill.files import DiskError, open_to_add, write_text
-from distill.fingerprint import identity, run_directory
-from distill.host import share_of_cores
-from distill.job.assembly import assemble_student
+from distill.job.assemble import assemble_student
 from distill.job.blocks import Blocks, cut_blocks
-from distill.job.caching import is_cached, refuse_too_large, tell_unused
+from distill.job.cache import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
-from distill.job.delivery import deliver, refuse_unfinished
-from distill.job.evaluation import evaluate, refuse_unjudged, warn_of_few_images
-from distill.job.finetuning import finetune_student, refuse_ranks_without_rows
+from distill.job.deliver import deliver, refuse_unfinished
+from distill.job.distill import train_blocks
+from distill.job.energy import metering
+from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
+from distill.job.finetune import finetune_student, refuse_ranks_without_rows
 from distill.job.logs import HeldBack
-from distill.job.materials import build_teacher, open_data, train_teacher
 from distill.job.memory import refuse_too_little
-from distill.job.metering import metering
-from distill.job.planning import refuse_impossible
-from distill.job.students import train_blocks
-from distill.launcher import CONFIG_VARIABLE
+from distill.job.plan import refuse_impossible
+from distill.job.teacher import build_teacher, open_data, train_teacher
+from distill.launch.launcher import CONFIG_VARIABLE
+from distill.machine.host import share_of_cores
+from distill.observability.tensorboard import Scalars
+from distill.observability.trace import Trace
 from distill.report import console
-from distill.rundir import RunDirectory
-from distill.scalars import Scalars
-from distill.trace import Trace
+from distill.storage.files import DiskError, open_to_add, write_text
+from distill.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from distill.blocks import Chain
-from distill.files import DamagedFileError, read_bytes, write_bytes
-from distill.fingerprint import TEST, fingerprint
+from distill.blocks.chain import Chain
+from distill.config.fingerprint import TEST, fingerprint
 from distill.job.context import Context
-from distill.ledger import Entry, Ledger
 from distill.report.markup import show_count
-from distill.rundir import RunDirectory
-from distill.siblings import Siblings
+from distill.storage.files import DamagedFileError, read_bytes, write_bytes
+from distill.storage.ledger import Entry, Ledger
+from distill.storage.run_directory import RunDirectory
+from distill.storage.siblings import Siblings
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from distill.choices import Stage, TeacherSource
-from distill.config import JobConfig
+from distill.config.choices import Stage, TeacherSource
+from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 from distill.recipes import RECIPES
 

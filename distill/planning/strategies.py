@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 
-from distill.plan import Costs, Plan, Span, memory_of
-from distill.planning.placement import Placement, Problem, largest_first, place
-from distill.planning.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
-from distill.planning.relay_plans import plan_groups, plan_relay
-from distill.planning.sharing import gradient_bytes, price_of_student
+from distill.planning.placement.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
+from distill.planning.placement.search import Placement, Problem, largest_first, place
+from distill.planning.plan import Costs, Plan, Span, memory_of
+from distill.planning.relay.groups import gradient_bytes, price_of_student
+from distill.planning.relay.relay_plans import plan_groups, plan_relay
 from distill.planning.traffic import busiest_line_s, flows, over_links
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from distill.plan import Costs, Plan, Span, boundaries_of
+from distill.planning.plan import Costs, Plan, Span, boundaries_of
 
 
 @dataclass(frozen=True)

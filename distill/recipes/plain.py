@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from distill.blocks import copied
+from distill.blocks.chain import copied
 
 _METHODS = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from distill.blocks import switch_off_in_place
+from distill.blocks.chain import switch_off_in_place
 from distill.recipes.plain import plain_form
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.flops import flop_counter
+from distill.profiling.flops import flop_counter
 from distill.recipes.plain import OddConvolutionError, plain_form
 from distill.recipes.recipe import Recipe, replace_convolutions
 

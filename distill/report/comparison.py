@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from distill.energy import job_joules
-from distill.files import write_text
+from distill.observability.energy.joules import job_joules
 from distill.report.energy import show_joules
 from distill.report.markup import Markup, finite, join, section, show, show_count, show_seconds, show_short, table, tag
 from distill.report.page import document
 from distill.report.plot import Axis, chart, point
 from distill.report.run import NoRunError, Run
 from distill.report.tables import STUDENTS
+from distill.storage.files import write_text
 
 # What a speed-up is over, in the lines of its heading.
 SAME_JOB, ANY_JOB = "over\nthe fewest ranks\nof the same job", "over\nthe slowest run"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distill.energy import job_joules, joules_per_image
+from distill.observability.energy.joules import job_joules, joules_per_image
 from distill.report.markup import Markup, finite, join, show, table, tag
 from distill.report.plot import bar, legend
 from distill.report.run import STAGES, Run

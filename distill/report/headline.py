@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.energy import job_joules
+from distill.observability.energy.joules import job_joules
 from distill.report.energy import show_joules
 from distill.report.markup import (
     Markup,

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from distill.files import write_text
 from distill.report.courses import block_courses, fit_courses
 from distill.report.energy import energy_section
 from distill.report.headline import headline, what_stopped
@@ -17,6 +16,7 @@ from distill.report.run import Run
 from distill.report.style import STYLE
 from distill.report.tables import result_rows
 from distill.report.timeline import time_line
+from distill.storage.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from distill.energy import summarize
 from distill.errors import DistillError
-from distill.files import DamagedFileError, read_bytes, read_json, read_lines
+from distill.observability.energy.joules import summarize
+from distill.observability.trace import RankTrace
+from distill.observability.trace import read as read_traces
 from distill.report.markup import finite
-from distill.trace import RankTrace
-from distill.trace import read as read_traces
+from distill.storage.files import DamagedFileError, read_bytes, read_json, read_lines
 
 STAGES = ("teacher", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
 MARKS = ("resolved.yaml", "identity.json", "ledger.jsonl", "metrics.json")  # any of them makes a run directory
@@ -222,7 +222,7 @@ class Run:
 
     @cached_property
     def energy(self) -> dict[str, Any]:
-        """distill.energy.summarize() as it is now, or as metrics.json has it where the readings are gone."""
+        """What joules.summarize() says now, or as metrics.json has it where the readings are gone."""
         kept = _mapping(self.metrics.get("energy"))
         readings = any((self.path / "metrics").glob("energy-*.jsonl"))
         return kept | summarize(self.path) if readings else kept

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from distill.plan import Plan
+from distill.planning.plan import Plan
 from distill.report.markup import finite, show, show_count, show_short
 
 

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from distill.observability.trace import RankTrace, TimeSpan
 from distill.report.markup import Markup, escape, join, show_count, show_seconds, table, tag
 from distill.report.plot import SPAN, Axis, bar, legend, stretched, tick_label
 from distill.report.run import Run
-from distill.trace import RankTrace, TimeSpan
 
 TRAINING = ("teacher", "student", "wait")  # what a training thread does; the rest of its time it is idle
 BACKGROUND = ("send", "receive", "ledger")

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from distill.blocks.memory_format import without_overlaps
 from distill.errors import ConfigError, install, one_of
-from distill.memory_format import without_overlaps
 from distill.teachers.cifar_resnet import UNITS_PER_STAGE, cifar_resnet
 from distill.teachers.cifar_vgg import LAYERS, cifar_vgg
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.errors import ConfigError
-from distill.paths import expanded
+from distill.storage.paths import expanded
 from distill.teachers import inert
 
 KINDS = "safetensors, or written by torch.save"

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.aliases import for_all_names
+from distill.storage.aliases import for_all_names
 from distill.teachers.inert import Inert
 
 DEPTH = 5  # of dictionaries within one another; training scripts use two

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from distill.aliases import for_all_names
 from distill.errors import ConfigError
-from distill.paths import expanded
+from distill.storage.aliases import for_all_names
+from distill.storage.paths import expanded
 from distill.teachers.checkpoint_file import SAVE, read
 from distill.teachers.inert import Inert, kind_of
 from distill.teachers.published import Preprocessing, name_of_file, pretrained_weights, published_preprocessing

@@ -19,25 +19,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from distill.blocks import Chain
-from distill.cache import Layout
-from distill.cache_places import File
-from distill.cache_places import Memory as CacheMemory
-from distill.chain import Granularity, cut
-from distill.checkpoint import CheckpointFolder, block_name
-from distill.control import Control, StoreAddress
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.chain import Chain
+from distill.blocks.cut import Granularity, cut
+from distill.cache.places import File
+from distill.cache.places import Memory as CacheMemory
+from distill.cache.rows import Layout
 from distill.data import Augment, Dataset
-from distill.ledger import Entry, Ledger
-from distill.memory import Memory
-from distill.plan import Plan, Span
-from distill.precision import Bf16Chain
-from distill.protocol import Checks
+from distill.distributed.store import Control, StoreAddress
+from distill.engine.rebalance.moves import Move
+from distill.engine.session import Session, SessionReport
+from distill.engine.streams.recording import Contents, Recorded, record
+from distill.observability.trace import Trace
+from distill.planning.memory_model import Memory
+from distill.planning.plan import Plan, Span
+from distill.planning.schedule import Checks
 from distill.recipes import Separable, replace_convolutions
-from distill.session import Session, SessionReport
-from distill.streams.recording import Contents, Recorded, record
-from distill.takeover import Move
-from distill.trace import Trace
-from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.storage.checkpoint import CheckpointFolder, block_name
+from distill.storage.ledger import Entry, Ledger
+from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.opened import opened
 
 TIMEOUT_S = 30.0
@@ -60,7 +60,7 @@ def run_ranks(
         "TORCHELASTIC_RUN_ID": "test",
     }
     # One server process imports everything once; every rank is a fork of it, in a fraction of a second.
-    multiprocessing.set_forkserver_preload(["distill.session", "tests.dist.ranks"])
+    multiprocessing.set_forkserver_preload(["distill.engine.session", "tests.dist.ranks"])
     context = mp.start_processes(
         _rank_main,
         args=(function, world_size, environment, arguments),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from distill.protocol import Checks
+from distill.planning.schedule import Checks
 from tests.dist.ranks import Toy, run_toy
 from tests.dist.test_same_bits import ALONE, bits
 

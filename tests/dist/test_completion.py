@@ -10,15 +10,15 @@ from unittest import mock
 
 import pytest
 
-from distill.completion import Collector, Deliverer
-from distill.control import Control, PeerLostError
+from distill.distributed.store import Control, PeerLostError
+from distill.distributed.transport import TransportError
+from distill.engine.completion import Collector, Deliverer
+from distill.engine.rebalance.handover import announce_stolen
+from distill.engine.streams.factory import News
 from distill.errors import DistillError
-from distill.handover import announce_stolen
-from distill.ledger import Entry, Ledger
-from distill.plan import Plan, Span
-from distill.streams.routes import News
-from distill.trace import Trace
-from distill.transport import TransportError
+from distill.observability.trace import Trace
+from distill.planning.plan import Plan, Span
+from distill.storage.ledger import Entry, Ledger
 from tests.dist.ranks import stop_heart, two_controls
 
 ENTRY = Entry(
@@ -116,7 +116,7 @@ def test_weights_that_do_not_come_are_waited_for_until_the_deadline() -> None:
 
 
 def test_a_rank_that_trains_on_by_itself_is_waited_for_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.control.HEARTBEAT_S", 0.1)  # a busy machine may miss a few
+    monkeypatch.setattr("distill.distributed.store.HEARTBEAT_S", 0.1)  # a busy machine may miss a few
     ledger = SlowLedger()
     ledger.free.set()
     with two_controls(timeout_s=1.5) as (here, there):

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill.blocks import Boundary
-from distill.edges.receiver import BoundaryReceiver
-from distill.edges.sender import BoundarySender
-from distill.edges.wire import Wire
-from distill.network import RING_SLOTS
-from distill.protocol import Address
-from distill.trace import Trace
-from distill.transport import CHUNK_BYTES, Averager, Edge, TransportError, wire_backend
+from distill.blocks.chain import Boundary
+from distill.distributed.edges.receiver import BoundaryReceiver
+from distill.distributed.edges.sender import BoundarySender
+from distill.distributed.edges.wire import Wire
+from distill.distributed.transport import CHUNK_BYTES, Averager, Edge, TransportError, wire_backend
+from distill.observability.trace import Trace
+from distill.planning.network import RING_SLOTS
+from distill.planning.schedule import Address
 
 BATCH = {0: torch.arange(12.0).reshape(4, 3)}
 FORMS = {0: Boundary((4, 3), (3, 1), torch.float32)}

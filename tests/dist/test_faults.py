@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
 
-from distill import completion
-from distill.blocks import Boundary
-from distill.control import LeaderFailedError, PeerLostError
-from distill.edges.receiver import BoundaryReceiver
-from distill.edges.sender import BoundarySender
-from distill.edges.wire import Wire
-from distill.protocol import Address
-from distill.trace import Trace
-from distill.transport import Edge, TransportError
+from distill.blocks.chain import Boundary
+from distill.distributed.edges.receiver import BoundaryReceiver
+from distill.distributed.edges.sender import BoundarySender
+from distill.distributed.edges.wire import Wire
+from distill.distributed.store import LeaderFailedError, PeerLostError
+from distill.distributed.transport import Edge, TransportError
+from distill.engine import completion
+from distill.observability.trace import Trace
+from distill.planning.schedule import Address
 from tests.dist import ranks
 from tests.dist.ranks import TIMEOUT_S, Toy, connect, meet, run_ranks, run_toy, stop_heart, toy_rank
 

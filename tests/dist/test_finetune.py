@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.checkpoint import CheckpointFolder
 from distill.data import Batch
 from distill.errors import DistillError
-from distill.finetune import Epoch, FitOptions, Team, fit, label_loss
-from distill.shared_norms import SharedStatistics
+from distill.storage.checkpoint import CheckpointFolder
+from distill.training.finetune import Epoch, FitOptions, Team, fit, label_loss
+from distill.training.shared_norms import SharedStatistics
 from tests.dist.ranks import TIMEOUT_S, connect, run_ranks
 
 STEPS, ROWS, CLASSES = 3, 5, 2  # five rows: two ranks have three and two of them

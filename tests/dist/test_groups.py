@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
-from distill.blocks import Boundary
-from distill.edges.receiver import BoundaryReceiver
-from distill.ledger import Ledger
-from distill.protocol import Address
-from distill.streams import routes
-from distill.transport import Averager
+from distill.blocks.chain import Boundary
+from distill.distributed.edges.receiver import BoundaryReceiver
+from distill.distributed.transport import Averager
+from distill.engine.streams import routes
+from distill.planning.schedule import Address
+from distill.storage.ledger import Ledger
 from tests.dist.ranks import Toy, digest, run_ranks, run_toy, toy_rank
 
 ALONE = ((0, 1, 2, 3),)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from distill.checkpoint import Checkpoint, block_name
+from distill.engine.rebalance.handover import HandOver, taken
+from distill.engine.rebalance.moves import Move
 from distill.errors import DistillError
-from distill.handover import HandOver, taken
-from distill.takeover import Move
-from distill.trace import Trace
+from distill.observability.trace import Trace
+from distill.storage.checkpoint import Checkpoint, block_name
 from tests.dist.ranks import stop_heart, two_controls
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.energy import summarize
-from distill.job import metering
+from distill.job import energy as metering
+from distill.observability.energy.joules import summarize
 from tests.dist.ranks import TIMEOUT_S, connect, run_ranks
 from tests.nvml import Board, FakeNvml
 

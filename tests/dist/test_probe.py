@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.edges.probe import ROW_BYTES, ROWS, probe_from, probe_to
-from distill.edges.shared_ring import SharedRing
-from distill.edges.wire import Wire
-from distill.transport import Edge
+from distill.distributed.edges.probe import ROW_BYTES, ROWS, probe_from, probe_to
+from distill.distributed.edges.shared_ring import SharedRing
+from distill.distributed.edges.wire import Wire
+from distill.distributed.transport import Edge
 from tests.dist.ranks import connect, run_ranks
 
 DELAY_S = 0.05

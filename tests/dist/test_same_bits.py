@@ -13,8 +13,8 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from distill.data import Batch, Dataset
-from distill.ledger import Entry, Ledger
-from distill.protocol import Checks
+from distill.planning.schedule import Checks
+from distill.storage.ledger import Entry, Ledger
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 
 ALONE = ((0, 1, 2, 3),)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint import Checkpoint, CheckpointFolder
+from distill.storage.checkpoint import Checkpoint, CheckpointFolder
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 
 MEBIBYTE = 2**20

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.blocks import Boundary
-from distill.edges.receiver import BoundaryReceiver
-from distill.edges.sender import BoundarySender
-from distill.edges.shared_ring import SharedRing
-from distill.edges.wire import Wire
-from distill.ledger import Ledger
-from distill.protocol import Address
-from distill.trace import Trace
-from distill.transport import Edge, TransportError
+from distill.blocks.chain import Boundary
+from distill.distributed.edges.receiver import BoundaryReceiver
+from distill.distributed.edges.sender import BoundarySender
+from distill.distributed.edges.shared_ring import SharedRing
+from distill.distributed.edges.wire import Wire
+from distill.distributed.transport import Edge, TransportError
+from distill.observability.trace import Trace
+from distill.planning.schedule import Address
+from distill.storage.ledger import Ledger
 from tests.dist.ranks import Toy, connect, meet, run_ranks, toy_rank
 
 ROWS, SHAPE = 6, (6, 5, 4, 4)

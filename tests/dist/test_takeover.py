@@ -14,14 +14,14 @@ import pytest
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from distill import handover
-from distill.blocks import Chain
-from distill.completion import Collector
+from distill.blocks.chain import Chain
+from distill.distributed.transport import PairGroup
+from distill.engine.completion import Collector
+from distill.engine.rebalance import handover
 from distill.errors import DistillError
-from distill.ledger import Entry, Ledger
-from distill.memory import Memory
-from distill.protocol import Checks
-from distill.transport import PairGroup
+from distill.planning.memory_model import Memory
+from distill.planning.schedule import Checks
+from distill.storage.ledger import Entry, Ledger
 from tests.dist import ranks
 from tests.dist.ranks import Toy, run_ranks, run_toy, toy_rank
 from tests.matrix import matrix

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.files import json_line, read_json, read_lines, write_json
+from distill.storage.files import json_line, read_json, read_lines, write_json
 from tests.e2e.command import SMALL, environment
 
 pytestmark = pytest.mark.jobs

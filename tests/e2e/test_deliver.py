@@ -18,16 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.assemble import recalibrate
-from distill.config import from_yaml
+from distill.config.schema import from_yaml
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.data.digits import open_digits
-from distill.export import StudentCard, load_student
-from distill.files import read_json
-from distill.job.materials import open_data
-from distill.programs import FORMS, deliver_programs
+from distill.job.teacher import open_data
 from distill.recipes import RECIPES, replace_convolutions
+from distill.storage.files import read_json
+from distill.student.assemble import recalibrate
+from distill.student.files import StudentCard, load_student
+from distill.student.programs import FORMS, deliver_programs
 from distill.teachers import build_architecture
 from tests.documents import fenced
 from tests.e2e.command import environment, metrics, torchrun

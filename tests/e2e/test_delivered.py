@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from distill import load_student
-from distill.evaluate import first_not_finite
+from distill.student.evaluate import first_not_finite
 from tests.e2e.command import distill, metrics
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.multirun import prepare
-from distill.sweep import compose_master, hydra_ready, read_sweep
+from distill.launch.multirun import prepare
+from distill.launch.sweep import compose_master, hydra_ready, read_sweep
 from tests.documents import fenced
 from tests.e2e.command import distill, environment
 

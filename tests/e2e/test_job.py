@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import distill as package
-from distill.energy import describe, summarize
-from distill.evaluate import count_hits
+from distill.observability.energy.joules import describe, summarize
+from distill.student.evaluate import count_hits
 from tests.e2e.command import (
     LIMIT_S,
     SMALL,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.data import Augment, Dataset
-from distill.evaluate import count_hits
+from distill.student.evaluate import count_hits
 from distill.teachers import build_architecture, load_weights
 from tests.e2e.command import bits, distill, metrics
 from tests.opened import opened

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from distill.checkpoint import CheckpointFolder, block_name
-from distill.files import read_commented, read_json, write_commented, write_json
-from distill.rundir import RunDirectory
+from distill.storage.checkpoint import CheckpointFolder, block_name
+from distill.storage.files import read_commented, read_json, write_commented, write_json
+from distill.storage.run_directory import RunDirectory
 from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, SMALL, environment
 from tests.run_directories import energy, huge, metrics, planned, run_directory, traced

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.rundir import RunDirectory
+from distill.storage.run_directory import RunDirectory
 from tests.e2e.command import bits, distill
 
 pytestmark = pytest.mark.jobs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.trace import KINDS, read
+from distill.observability.trace import KINDS, read
 from tests.documents import fenced
 from tests.e2e.command import LIMIT_S, metrics
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.blocks import Boundary
-from distill.edges.receiver import BoundaryReceiver
-from distill.edges.sender import BoundarySender
-from distill.edges.wire import Wire
-from distill.protocol import Address
-from distill.trace import Trace
-from distill.transport import Edge
+from distill.blocks.chain import Boundary
+from distill.distributed.edges.receiver import BoundaryReceiver
+from distill.distributed.edges.sender import BoundarySender
+from distill.distributed.edges.wire import Wire
+from distill.distributed.transport import Edge
+from distill.observability.trace import Trace
+from distill.planning.schedule import Address
 from tests.dist.ranks import connect, run_ranks
 from tests.e2e.command import distill, metrics
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.counters import bare_uuid, open_counters
+from distill.observability.energy.counters import bare_uuid, open_counters
 from tests.e2e.command import distill, metrics
 
 pytestmark = [

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.chain import Chain, Granularity, cut
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.cut import Chain, Granularity, cut
+from distill.cuda.graphs import WARM_UPS, Captured, cuda_capture
+from distill.cuda.lanes import Lane, lanes
 from distill.data import Dataset
-from distill.graphed_teacher import GraphedChain
-from distill.graphs import WARM_UPS, Captured, cuda_capture
-from distill.lanes import Lane, lanes
-from distill.precision import Bf16Chain
 from distill.teachers import build_architecture
-from distill.trainer import BlockTrainer, TrainerOptions
+from distill.training.graphed_teacher import GraphedChain
+from distill.training.trainer import BlockTrainer, TrainerOptions
 from tests.dist.ranks import run_ranks
 from tests.opened import opened
 

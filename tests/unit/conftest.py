@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill import host
+from distill.machine import host
 from tests.nvml import FakeNvml
 
 

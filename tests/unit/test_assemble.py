@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.assemble import assemble, recalibrate
 from distill.recipes import Separable, replace_convolutions
 from distill.recipes.separable import SeparableConv2d
+from distill.student.assemble import assemble, recalibrate
 
 
 def network() -> nn.Sequential:

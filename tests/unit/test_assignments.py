@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from distill import assignments
-from distill.assignments import Assignments, Balancer
+from distill.engine.rebalance import assignments
+from distill.engine.rebalance.assignments import Assignments, Balancer
+from distill.engine.rebalance.moves import Move, Room
 from distill.errors import DistillError
-from distill.plan import Plan, Span
-from distill.protocol import Checks, Feed, Schedule
-from distill.takeover import Move, Room
+from distill.planning.plan import Plan, Span
+from distill.planning.schedule import Checks, Feed, Schedule
 
 EVEN = 1.0  # seconds of a step
 

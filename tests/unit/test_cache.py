@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distill.blocks import Boundary
-from distill.cache import Cache, Layout, map_file, measure_prices, sample_of
-from distill.cache_places import GIB, File, Memory, Place
-from distill.compose import compose
+from distill.blocks.chain import Boundary
+from distill.cache.places import GIB, File, Memory, Place
+from distill.cache.rows import Cache, Layout, map_file, measure_prices, sample_of
+from distill.config.compose import compose
+from distill.config.fingerprint import identity
 from distill.errors import ConfigError
-from distill.files import DamagedFileError, write_json
-from distill.fingerprint import identity
-from distill.job.caching import Caching
-from distill.plan import Costs, Span
-from distill.planning.problems import cached_problem
+from distill.job.cache import Caching
+from distill.planning.placement.problems import cached_problem
+from distill.planning.plan import Costs, Span
 from distill.planning.strategies import plan_cached
+from distill.storage.files import DamagedFileError, write_json
 from tests.unit.test_strategies import Instance, brute_force, instances
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.blocks import Boundary
-from distill.chain import Chain, Granularity, HookedChain, cut
+from distill.blocks.chain import Boundary
+from distill.blocks.cut import Chain, Granularity, HookedChain, cut
 from distill.errors import ConfigError
 from distill.teachers import build_architecture
 

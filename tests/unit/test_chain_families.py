@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.chain import Chain, Granularity, cut
+from distill.blocks.cut import Chain, Granularity, cut
 from distill.teachers import build_architecture
 from tests.matrix import matrix
 

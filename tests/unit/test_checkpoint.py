@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.checkpoint import Checkpoint, CheckpointFolder, block_name, contiguous
-from distill.files import DiskError
+from distill.storage.checkpoint import Checkpoint, CheckpointFolder, block_name, contiguous
+from distill.storage.files import DiskError
 
 
 def state(name: str = "03", *, step: int = 40) -> Checkpoint:

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from distill.answers import answer
-from distill.command_line import TEXTS, VERBS
-from distill.command_line import overrides as in_hydras_words
-from distill.compose import compose
-from distill.config import from_yaml, setting_kinds, to_yaml
-from distill.config_paths import whole
+from distill.config.command_line import TEXTS, VERBS
+from distill.config.command_line import overrides as in_hydras_words
+from distill.config.compose import compose
+from distill.config.fingerprint import run_directory
+from distill.config.paths import whole
+from distill.config.schema import from_yaml, setting_kinds, to_yaml
 from distill.errors import ConfigError, DistillError
-from distill.files import write_commented
-from distill.fingerprint import run_directory
-from distill.paths import expanded
-from distill.sweep import list_jobs, read_sweep
+from distill.launch.answers import answer
+from distill.launch.sweep import list_jobs, read_sweep
+from distill.storage.files import write_commented
+from distill.storage.paths import expanded
 
 FILE_NAMES = [
     "/data/epoch=3.ckpt", "/data/My Images (2)", "/home/jos\u00e9/imgs", "~/imgs", "/data/[raw]", "/data/R&D", "/a,b",
@@ -208,7 +208,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["hydra", "antlr4", "distill.config"])
+@pytest.mark.parametrize("module", ["hydra", "antlr4", "distill.config.schema"])
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_ctrl_c_amid_the_first_imports_ends_without_a_word(module: str, rank: str | None, tmp_path: Path) -> None:
     environment = os.environ | ({"RANK": rank, "WORLD_SIZE": "1"} if rank else {})

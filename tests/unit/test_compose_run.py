@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from distill.choices import Stage
-from distill.compose import compose
-from distill.config import to_yaml
+from distill.config.choices import Stage
+from distill.config.compose import compose
+from distill.config.fingerprint import identity
+from distill.config.schema import to_yaml
 from distill.errors import ConfigError
-from distill.files import write_commented
-from distill.fingerprint import identity
+from distill.storage.files import write_commented
 
 OF_RUN = ("teacher=resnet18", "data=cifar10", "data.root=/images", "seed=3", "launch.nproc_per_node=4")
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from distill import config as schema
-from distill.compose import compose, config_dir
-from distill.config import JobConfig, from_yaml, settings, to_yaml
+from distill.config import schema
+from distill.config.compose import compose, config_dir
+from distill.config.fingerprint import fingerprint, identity
+from distill.config.schema import JobConfig, from_yaml, settings, to_yaml
 from distill.errors import ConfigError
-from distill.fingerprint import fingerprint, identity
 
 CONF = Path(config_dir())
 GROUPS = ("teacher", "data", "student", "launch", "experiment")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import cost
-from distill.blocks import Chain
-from distill.chain import Granularity, cut
-from distill.cost import (
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.chain import Chain
+from distill.blocks.cut import Granularity, cut
+from distill.profiling import block_costs as cost
+from distill.profiling.block_costs import (
     BlockCosts,
     average,
     calibrated,
@@ -23,9 +24,8 @@ from distill.cost import (
     step_bytes,
     sustained_costs,
 )  # fmt: skip
-from distill.precision import Bf16Chain
-from distill.sizes import Sizes, block_sizes
-from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.profiling.sizes import Sizes, block_sizes
+from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.training import NotedLane
 
 BATCH, SIZE = 4, 6
@@ -139,7 +139,7 @@ def test_a_long_job_is_measured_longer_up_to_a_limit(monkeypatch: pytest.MonkeyP
         return BlockCosts((0.75, 0.0), (0.25, 0.0))
 
     monkeypatch.setattr(cost, "_per_block", per_block)
-    monkeypatch.setattr("distill.cost.time.perf_counter", lambda: seconds)
+    monkeypatch.setattr("distill.profiling.block_costs.time.perf_counter", lambda: seconds)
     monkeypatch.setattr(cost, "BUDGET_S", 2.0)
     monkeypatch.setattr(cost, "LONGEST_S", 20.0)
     measured_costs(chain(), lambda _: None, SAMPLE, steps=steps)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from distill.counters import CounterError, open_counters
+from distill.observability.energy.counters import CounterError, open_counters
 from tests.metered import WRAP, A, B, zone
 from tests.nvml import Board, FakeNvml
 

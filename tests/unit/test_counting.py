@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from distill.compose import compose
-from distill.cost import flop_costs
-from distill.counting import Recorder
-from distill.devices import Device, Operation, load_device
+from distill.config.compose import compose
 from distill.errors import ConfigError
 from distill.job.blocks import cut_blocks, make_recipe
-from distill.job.imagined import imagined_costs
-from distill.job.planning import trainer_options
-from distill.plan import Span
+from distill.job.plan import trainer_options
+from distill.job.simulate import imagined_costs
+from distill.planning.plan import Span
+from distill.profiling.block_costs import flop_costs
 from distill.recipes import replace_convolutions
+from distill.simulation.hardware import Device, Operation, load_device
+from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
-from distill.trainer import BlockTrainer
+from distill.training.trainer import BlockTrainer
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SMALL = ["data.image_size=16", "data.batch_size=4"]  # the default teacher is the ResNet-20 of CIFAR

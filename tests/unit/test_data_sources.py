@@ -22,7 +22,7 @@ from distill.data import Augment, Dataset, cifar
 from distill.data.digits import open_digits
 from distill.data.mapped import FileNames
 from distill.errors import ConfigError
-from distill.image_files import SUFFIXES
+from distill.storage.image_files import SUFFIXES
 from tests.opened import AS_THEY_ARE, opened
 
 CLASSES = ["airplane", "bird"]

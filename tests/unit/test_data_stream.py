@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from distill.data import Augment, Batch, Dataset, stream
+from distill.data import Augment, Batch, Dataset
+from distill.data import streamed as stream
 from distill.data.decoding import UnreadableImageError, decode
 from distill.errors import ConfigError
 from tests.opened import AS_THEY_ARE, opened

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.devices import DESCRIBED, Device, Operation, described, load_cluster, load_device
 from distill.errors import ConfigError
+from distill.simulation.hardware import DESCRIBED, Device, Operation, described, load_cluster, load_device
 
 TOY = Device(
     title="toy", source="none", peak_flops={"fp32": 100.0, "tf32": 1000.0}, memory_bytes_per_s=50.0, memory_bytes=1e9,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.differing import differences
+from distill.storage.differing import differences
 
 HERE = {"results": 2, "seed": 0, "data.root (training images)": "4 images of 2 classes (bus, car), content 77"}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from distill.counters import Counters
-from distill.energy import describe, job_joules, joules_per_image, summarize
-from distill.files import json_line
-from distill.meter import Meter
+from distill.observability.energy.counters import Counters
+from distill.observability.energy.joules import describe, job_joules, joules_per_image, summarize
+from distill.observability.energy.meter import Meter
+from distill.storage.files import json_line
 from tests.documents import fenced
 from tests.metered import A, B, metered, places, zone
 from tests.nvml import Board, FakeNvml

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from distill.checkpoint import Checkpoint, CheckpointFolder, block_name
-from distill.edges.receiver import Delivery
-from distill.engine import distill
-from distill.ledger import Entry
-from distill.protocol import Address, Checks
-from distill.takeover import Move
-from distill.trace import Trace
-from distill.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.distributed.edges.receiver import Delivery
+from distill.engine.loop import distill
+from distill.engine.rebalance.moves import Move
+from distill.observability.trace import Trace
+from distill.planning.schedule import Address, Checks
+from distill.storage.checkpoint import Checkpoint, CheckpointFolder, block_name
+from distill.storage.ledger import Entry
+from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.training import NotedLane
 
 BUDGET = 12

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.compose import compose
+from distill.config.compose import compose
 from distill.data import Batch, Dataset
 from distill.errors import ConfigError
-from distill.evaluate import Hits, best_of, count_hits, first_not_finite
-from distill.job.evaluation import refuse_unjudged, warn_of_few_images
-from distill.job.finetuning import best_epoch, refuse_ranks_without_rows
+from distill.job.evaluate import refuse_unjudged, warn_of_few_images
+from distill.job.finetune import best_epoch, refuse_ranks_without_rows
+from distill.student.evaluate import Hits, best_of, count_hits, first_not_finite
 
 
 def batches(*logits: Tensor, label: int) -> list[Batch]:

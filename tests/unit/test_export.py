@@ -14,9 +14,9 @@ from torch import nn
 
 import distill
 from distill.errors import DistillError
-from distill.export import FORMAT, StudentCard, load_student, save_student
-from distill.files import read_json, write_json
 from distill.recipes import Separable, replace_convolutions
+from distill.storage.files import read_json, write_json
+from distill.student.files import FORMAT, StudentCard, load_student, save_student
 from distill.teachers import build_architecture
 
 ARCHITECTURE = {"source": "cifar", "name": "cifar_resnet20", "num_classes": 10}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.files import (
+from distill.storage.files import (
     DamagedFileError,
     DiskError,
     append_json,
@@ -88,7 +88,7 @@ class TestFullDisk:
         program = """
             import resource, signal, sys
             from pathlib import Path
-            from distill.files import DiskError, write_bytes
+            from distill.storage.files import DiskError, write_bytes
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
             try:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from distill import choices, contents
-from distill import fingerprint as rule
-from distill.compose import compose
-from distill.config import JobConfig, settings
+from distill.config import choices
+from distill.config import fingerprint as rule
+from distill.config.compose import compose
+from distill.config.fingerprint import fingerprint, identity
+from distill.config.schema import JobConfig, settings
 from distill.errors import ConfigError
-from distill.fingerprint import fingerprint, identity
-from distill.image_files import USUAL_TEST_SPLITS
+from distill.storage import contents
+from distill.storage.image_files import USUAL_TEST_SPLITS
 
 
 @pytest.fixture(scope="module")

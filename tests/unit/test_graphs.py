@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import lanes
-from distill.chain import Granularity, cut
-from distill.edges.wire import Wire
-from distill.graphed_teacher import MAX_GRAPHS, GraphedChain
-from distill.graphs import WARM_UPS, Captured, cuda_capture
-from distill.lanes import Lane
+from distill.blocks.cut import Granularity, cut
+from distill.cuda import lanes
+from distill.cuda.graphs import WARM_UPS, Captured, cuda_capture
+from distill.cuda.lanes import Lane
+from distill.distributed.edges.wire import Wire
+from distill.training.graphed_teacher import MAX_GRAPHS, GraphedChain
 
 GPU = torch.device("cuda", 0)
 

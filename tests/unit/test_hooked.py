@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.chain import Chain, Granularity, HookedChain, TracedChain, cut
-from distill.cost import count_flops, flop_costs, measured_costs
+from distill.blocks.cut import Chain, Granularity, HookedChain, TracedChain, cut
 from distill.errors import ConfigError
-from distill.plan import Costs, Span, boundaries_of
+from distill.planning.plan import Costs, Span, boundaries_of
 from distill.planning.strategies import plan_broadcast
+from distill.profiling.block_costs import count_flops, flop_costs, measured_costs
 from distill.recipes import SeparableX2, replace_convolutions
 from distill.teachers import build_architecture
-from distill.trainer import BlockTrainer, TrainerOptions
+from distill.training.trainer import BlockTrainer, TrainerOptions
 
 UNITS = {"cifar_resnet20": 9, "resnet18": 8, "resnet50": 16}
 PATTERN = ["layer*.*.conv2"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distill import cgroups, host
 from distill.errors import ConfigError
+from distill.machine import cgroups, host
 from tests.opened import opened
 
 GIB = 2**30

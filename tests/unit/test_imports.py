@@ -10,172 +10,63 @@ from pathlib import Path
 
 import pytest
 
-from distill.answers import answer
+from distill.launch.answers import answer
 
 PACKAGE = Path(__file__).parents[2] / "distill"
-SETTINGS = {
-    "choices",
-    "config",
-    "compose",
-    "command_line",
-    "answers",
-    "fingerprint",
-    "launcher",
-    "sweep",
-    "multirun",
-}  # where configuration objects are seen
 
-# Module or subpackage -> those of this package that it may import. What a subpackage does within itself is its own.
+# Room, or file beside the rooms -> the rooms that it may import. What a room does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"export"},
-    "__main__": {
-        "answers", "devices", "errors", "forecast", "job", "launcher", "multirun", "plan", "report", "shipped", "sweep",
+    "__init__": {"student"},
+    "__main__": {"config", "errors", "job", "launch", "planning", "report", "simulation"},
+    "job": {
+        "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "launch", "machine",
+        "observability", "planning", "profiling", "recipes", "report", "simulation", "storage", "student", "teachers",
+        "training",
     },
+    "engine": {
+        "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",
+        "training",
+    },
+    "student": {"blocks", "data", "errors", "profiling", "recipes", "storage", "teachers"},
+    "recipes": {"blocks", "profiling"},
+    "simulation": {"errors", "planning", "profiling", "report", "storage"},
+    "profiling": {"blocks", "cuda", "training"},
+    "training": {"blocks", "cuda", "data", "distributed", "errors", "storage"},
+    "distributed": {"blocks", "cuda", "errors", "machine", "observability", "planning"},
+    "launch": {"__init__", "config", "errors", "machine", "report", "storage"},
+    "report": {"errors", "observability", "planning", "storage"},
+    "cache": {"blocks", "errors", "machine", "storage"},
+    "config": {"errors", "storage", "teachers"},
+    "teachers": {"blocks", "errors", "storage"},
+    "data": {"errors", "machine", "storage"},
+    "observability": {"errors", "storage"},
+    "storage": {"errors", "machine"},
+    "blocks": {"errors"},
+    "planning": set(),
+    "cuda": set(),
+    "machine": set(),
     "errors": set(),
-    "shipped": set(),
-    "paths": set(),
-    # settings and starting
-    "config_errors": {"errors", "teachers"},
-    "choices": set(),
-    "sources": set(),
-    "config_paths": {"sources"},
-    "config": {"choices", "config_errors", "config_paths", "errors", "teachers"},
-    "contents": {"errors", "files", "image_files"},
-    "fingerprint": {"choices", "config", "contents", "errors", "image_files", "paths", "sources"},
-    "command_line": {"config", "config_errors", "errors"},
-    "compose": {"choices", "command_line", "config", "config_errors", "errors", "files", "paths", "shipped"},
-    "answers": {"command_line", "compose", "config", "errors", "sweep"},
-    "launcher": {"compose", "config", "errors", "host", "provenance", "stopper"},
-    "stopper": set(),
-    "provenance": set(),
-    "multirun": {
-        "choices", "command_line", "compose", "config", "errors", "files", "fingerprint", "launcher", "report",
-        "rundir", "stopper", "submitted", "sweep",
-    },
-    "submitted": set(),
-    "sweep": {"command_line", "compose", "config", "config_errors", "errors", "fingerprint"},
-    # plans, no torch
-    "network": set(),
-    "memory": {"network"},
-    "plan": {"memory", "network"},
-    "takeover": {"memory", "plan"},
-    "planning": {"network", "plan"},
-    "simulate": {"network", "plan", "planning", "protocol"},
-    "devices": {"errors", "network"},
-    "forecast": {"devices", "errors", "files", "network", "plan", "planning", "report", "simulate"},
-    "protocol": {"plan"},
-    "files": {"errors"},
-    "differing": set(),
-    "rundir": {"differing", "errors", "files", "lease"},
-    "lease": {"errors", "files", "host"},
-    "siblings": {"errors", "files"},
-    "report": {"energy", "errors", "files", "plan", "trace"},
-    "progress": set(),
-    "trace": {"files"},
-    "scalars": set(),
-    "device_clock": set(),
-    # energy, no torch
-    "counters": {"errors"},
-    "meter": {"counters", "files"},
-    "energy": {"files"},
-    # networks and data
-    "blocks": set(),
-    "cutting": {"blocks", "errors"},
-    "chain": {"blocks", "cutting", "errors"},
-    "precision": {"blocks"},
-    "graphed_teacher": {"blocks", "graphs"},
-    "image_files": {"errors"},
-    "data": {"errors", "host", "image_files", "paths"},
-    "teachers": {"aliases", "errors", "memory_format", "paths"},
-    "recipes": {"blocks", "flops"},
-    "losses": set(),
-    # one block
-    "aliases": set(),
-    "memory_format": set(),
-    "checkpoint": {"aliases", "files"},
-    "ledger": {"files"},
-    "lanes": set(),
-    "graphs": {"lanes"},
-    "stopwatch": set(),
-    "trainer": {"aliases", "checkpoint", "graphs", "lanes", "losses", "stopwatch"},
-    "cost": {"blocks", "flops", "graphs", "trainer"},
-    "flops": set(),
-    "sizes": {"blocks", "cost"},
-    "counting": {"devices", "flops"},
-    # between ranks
-    "control": {"errors"},
-    "transport": {"errors"},
-    "cgroups": set(),
-    "host": {"cgroups"},
-    "edges": {"blocks", "host", "lanes", "network", "protocol", "trace", "transport"},
-    "completion": {"control", "errors", "handover", "ledger", "takeover", "trace", "transport"},
-    "cache": {"blocks"},
-    "cache_places": {"errors", "files", "host"},
-    "pace": {"control", "trainer"},
-    "handover": {"checkpoint", "control", "errors", "takeover", "trace", "trainer", "transport"},
-    "stealing": {"control", "errors", "handover", "pace", "plan", "takeover"},
-    "assignments": {"control", "edges", "handover", "pace", "plan", "protocol", "takeover"},
-    "streams": {
-        "assignments", "blocks", "cache", "cache_places", "completion", "control", "data", "edges", "errors",
-        "handover", "memory", "network", "plan", "protocol", "stealing", "takeover", "trace", "transport",
-    },
-    "engine": {"checkpoint", "ledger", "protocol", "streams", "takeover", "trace", "trainer"},
-    "peak_memory": set(),
-    "session": {
-        "checkpoint", "completion", "engine", "handover", "ledger", "pace", "peak_memory", "plan", "stealing",
-        "streams", "takeover", "trainer",
-    },
-    # the whole student
-    "assemble": {"blocks", "recipes"},
-    "evaluate": {"aliases", "cost", "data"},
-    "export": {"aliases", "checkpoint", "errors", "files", "recipes", "teachers"},
-    "programs": {"errors", "export", "files"},
-    "shared_norms": {"errors"},
-    "finetune": {"aliases", "checkpoint", "data", "losses", "memory_format", "shared_norms", "transport"},
 }  # fmt: skip
 
-WITHOUT_TORCH = SETTINGS - {"launcher"} | {
-    "config_errors",
-    "config_paths",
-    "contents",
-    "image_files",
-    "sources",
-    "differing",
-    "siblings",
-    "paths",
-    "provenance",
-    "network",
-    "plan",
-    "memory",
-    "planning",
-    "simulate",
-    "devices",
-    "forecast",
-    "protocol",
-    "takeover",
-    "report",
-    "errors",
-    "files",
-    "rundir",
-    "lease",
-    "shipped",
-    "progress",
-    "stopper",
-    "submitted",
-    "trace",
-    "host",
-    "cgroups",
-    "counters",
-    "meter",
-    "energy",
-}
-DISTRIBUTED = {"transport", "control", "launcher"}
+SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides the job and the entry
+WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
+    "config", "errors", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
+    "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
+    "observability/trace", "planning", "report", "simulation/command", "simulation/hardware", "simulation/simulator",
+    "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
+    "storage/run_directory", "storage/siblings", "engine/rebalance/moves",
+)  # fmt: skip
+DISTRIBUTED = {"distributed/transport", "distributed/store", "launch/launcher"}
 
 
-def unit(file: Path) -> str:
-    """The name of a file's row in the table: its module, or the subpackage it is in."""
-    inside = file.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+def inside(file: Path) -> str:
+    """A file's name in the package, without its suffix: planning/relay/ranges."""
+    return str(file.relative_to(PACKAGE).with_suffix(""))
+
+
+def room(file: Path) -> str:
+    """The name of a file's row in the table: the folder it is in, or its own."""
+    return inside(file).split("/")[0]
 
 
 @cache
@@ -194,62 +85,67 @@ def imported(file: Path) -> frozenset[str]:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-UNITS = sorted({unit(file) for file in FILES})
+ROOMS = sorted({room(file) for file in FILES})
+
+
+def file_of(name: str) -> Path | None:
+    """The file of this package that a dotted name is, or is in; None for another package's."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE.name:
+        return None
+    paths = [PACKAGE.joinpath(*parts[1:length]) for length in range(len(parts), 0, -1)]
+    files = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return next(file for file in files if file.exists())
+
+
+@cache
+def files_imported(file: Path) -> frozenset[Path]:
+    """The files of this package that a file imports."""
+    return frozenset(found for name in imported(file) if (found := file_of(name)) is not None)
 
 
 def imports_of(name: str) -> set[str]:
-    """The rows of the table that a unit imports, itself left out."""
-    found: set[str] = set()
-    for file in FILES:
-        if unit(file) == name:
-            parts = [imported_name.split(".") for imported_name in imported(file)]
-            found |= {path[1] for path in parts if path[0] == "distill" and len(path) > 1 and path[1] in UNITS}
-    return found - {name}
+    """The rooms that a room imports, itself left out."""
+    return {room(found) for file in FILES if room(file) == name for found in files_imported(file)} - {name}
 
 
-def test_there_are_modules_and_each_has_a_row() -> None:
-    assert len(UNITS) > 30
-    assert set(UNITS) - {"job"} == set(ALLOWED)
+def test_every_room_has_a_row() -> None:
+    assert set(ROOMS) == set(ALLOWED)
 
 
 @pytest.mark.parametrize("name", sorted(ALLOWED))
-def test_module_imports_only_what_it_may(name: str) -> None:
-    assert imports_of(name) <= ALLOWED[name]
+def test_a_room_imports_exactly_what_the_table_says(name: str) -> None:
+    assert imports_of(name) == ALLOWED[name]
 
 
-@pytest.mark.parametrize("name", sorted(ALLOWED))
-def test_every_allowed_arrow_is_used(name: str) -> None:
-    assert ALLOWED[name] <= imports_of(name)
-
-
-def test_arrows_form_no_circle() -> None:
+def test_arrows_form_no_circle_between_rooms_nor_between_files() -> None:
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("plan") < order.index("protocol") < order.index("edges") < order.index("engine")
+    assert order.index("planning") < order.index("distributed") < order.index("engine") < order.index("job")
+    assert len(list(TopologicalSorter({file: files_imported(file) for file in FILES}).static_order())) == len(FILES)
 
 
 def test_configuration_objects_are_seen_by_the_job_and_the_launcher_only() -> None:
-    seeing = {name for name in UNITS if imports_of(name) & SETTINGS}
-    assert seeing <= {"job", "__main__"} | SETTINGS
-    assert "job" in seeing
+    assert {name for name in ROOMS if imports_of(name) & SETTINGS} <= {"job", "__main__"} | SETTINGS
 
 
 def test_only_the_entry_imports_the_job() -> None:
-    assert {name for name in UNITS if "job" in imports_of(name)} == {"__main__"}
+    assert {name for name in ROOMS if "job" in imports_of(name)} == {"__main__"}
 
 
 def test_torch_distributed_is_used_where_ranks_talk_and_nowhere_else() -> None:
-    using = {unit(file) for file in FILES if any(name.startswith("torch.distributed") for name in imported(file))}
+    using = {inside(file) for file in FILES if any(name.startswith("torch.distributed") for name in imported(file))}
     assert using == DISTRIBUTED
 
 
-def test_what_runs_on_a_laptop_imports_no_torch() -> None:
-    assert set(UNITS) >= WITHOUT_TORCH
-    for file in FILES:
-        if unit(file) in WITHOUT_TORCH:
-            assert not any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(file)), file.name
+@pytest.mark.parametrize("start", WITHOUT_TORCH)
+def test_what_runs_on_a_laptop_imports_no_torch(start: str) -> None:
+    files = [file for file in FILES if inside(file) == start or inside(file).startswith(f"{start}/")]
+    assert files
+    for file in files:
+        assert not any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(file)), file.name
 
 
-@pytest.mark.parametrize("module", ["launcher", "report", "energy"])
+@pytest.mark.parametrize("module", ["launch.launcher", "report", "observability.energy.joules"])
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, distill.{module}; sys.stdout.write(str('torch' in sys.modules))"
     done = subprocess.run(

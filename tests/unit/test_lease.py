@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from distill import lease
-from distill.files import read_json, write_json
-from distill.lease import HeldError, Holder, Lease, LostError
+from distill.storage import lease
+from distill.storage.files import read_json, write_json
+from distill.storage.lease import HeldError, Holder, Lease, LostError
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def holding(folder: Path) -> Iterator[subprocess.Popen[str]]:
     program = """
         import sys
         from pathlib import Path
-        from distill.lease import Lease
+        from distill.storage.lease import Lease
         held = Lease(Path(sys.argv[1]))
         print("held", flush=True)
         sys.stdin.readline()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from distill.files import DiskError
-from distill.ledger import Entry, Ledger
+from distill.storage.files import DiskError
+from distill.storage.ledger import Entry, Ledger
 
 
 def entry(block: int, *, rank: int = 0, error: float = 0.25) -> Entry:

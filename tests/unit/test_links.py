@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distill.job.links import MOST_HOSTS, probe_pairs, slowest
-from distill.network import Link, Network
+from distill.job.network import MOST_HOSTS, probe_pairs, slowest
+from distill.planning.network import Link, Network
 
 
 @pytest.mark.parametrize(

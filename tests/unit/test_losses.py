@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.data import Batch
-from distill.finetune import distillation_loss, label_loss
-from distill.losses import BLOCK_LOSSES, mean_squared_error, relative_error, soft_target_loss
+from distill.training.finetune import distillation_loss, label_loss
+from distill.training.losses import BLOCK_LOSSES, mean_squared_error, relative_error, soft_target_loss
 
 TEACHER = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2
 

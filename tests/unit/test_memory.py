@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.job.memory import memory_limit
-from distill.memory import Memory
-from distill.peak_memory import PeakMemory, used_memory
-from distill.plan import Costs, Plan, Span, memory_of
+from distill.planning.memory_model import Memory
+from distill.planning.plan import Costs, Plan, Span, memory_of
 from distill.planning.strategies import PLANNERS, DoesNotFitError, rank_plans
+from distill.profiling.peak_memory import PeakMemory, used_memory
 
 MEMORY = Memory(
     resident=1000, student=(10, 20, 30), step=(5, 7, 6), boundary=(100, 10, 1, 2), window=4

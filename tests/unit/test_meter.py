@@ -11,8 +11,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from distill.energy import summarize
-from distill.meter import Meter, Place, by_host
+from distill.observability.energy.joules import summarize
+from distill.observability.energy.meter import Meter, Place, by_host
 from tests.metered import A, B, killed, metered, places, zone
 from tests.nvml import Board, FakeNvml
 

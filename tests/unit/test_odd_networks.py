@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from distill.aliases import load_state
-from distill.assemble import assemble, in_a_row, recalibrate
-from distill.checkpoint import contiguous
-from distill.compose import compose
-from distill.config import JobConfig
+from distill.blocks.memory_format import to_channels_last, without_overlaps
+from distill.config.compose import compose
+from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
-from distill.memory_format import to_channels_last, without_overlaps
 from distill.recipes import replace_convolutions
-from distill.trainer import BlockTrainer, TrainerOptions
+from distill.storage.aliases import load_state
+from distill.storage.checkpoint import contiguous
+from distill.student.assemble import assemble, in_a_row, recalibrate
+from distill.training.trainer import BlockTrainer, TrainerOptions
 from tests.unit import odd_networks as odd
 from tests.unit.odd_networks import CLASSES, SIZE, Net, conv
 

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.chain import HookedChain, TracedChain
-from distill.choices import AugmentName, BlockLoss, OptimizerName, RecipeName, Schedule
-from distill.compose import compose
-from distill.config import JobConfig
+from distill.blocks.cut import HookedChain, TracedChain
+from distill.config.choices import AugmentName, BlockLoss, OptimizerName, RecipeName, Schedule
+from distill.config.compose import compose
+from distill.config.schema import JobConfig
 from distill.job.blocks import cut_blocks
-from distill.job.materials import architecture_of
-from distill.job.planning import step_budget, trainer_options
+from distill.job.plan import step_budget, trainer_options
+from distill.job.teacher import architecture_of
 from distill.teachers import build_architecture
-from distill.trainer import make_optimizer
+from distill.training.trainer import make_optimizer
 from tests.documents import fenced
 
 

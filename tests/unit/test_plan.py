@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.network import Link, Network
-from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
-from distill.planning.problems import broadcast_problem
+from distill.planning.network import Link, Network
+from distill.planning.placement.problems import broadcast_problem
+from distill.planning.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
 from distill.planning.strategies import plan_broadcast
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.chain import Chain, Granularity, cut
-from distill.precision import Bf16Chain
+from distill.blocks.bf16 import Bf16Chain
+from distill.blocks.cut import Chain, Granularity, cut
 from distill.teachers import build_architecture
 
 

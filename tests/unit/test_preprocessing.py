@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.choices import CropMode, Interpolation
-from distill.compose import compose
-from distill.config import JobConfig, from_yaml, to_yaml
+from distill.config.choices import CropMode, Interpolation
+from distill.config.compose import compose
+from distill.config.fingerprint import identity
+from distill.config.schema import JobConfig, from_yaml, to_yaml
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.errors import ConfigError
-from distill.fingerprint import identity
-from distill.job.materials import _tell_preprocessing, open_data
+from distill.job.teacher import _tell_preprocessing, open_data
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5] * 3, [0.5] * 3)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import programs
-from distill.export import StudentCard
-from distill.programs import CARD, FORMS, TOLERANCE, compare, deliver_programs
+from distill.student import programs
+from distill.student.files import StudentCard
+from distill.student.programs import CARD, FORMS, TOLERANCE, compare, deliver_programs
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [IMAGES[:5], IMAGES[5:10], IMAGES[10:]]

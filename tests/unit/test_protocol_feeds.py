@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.plan import Span
-from distill.protocol import TRAIN, Address, Checks, Feed, Turns
+from distill.planning.plan import Span
+from distill.planning.schedule import TRAIN, Address, Checks, Feed, Turns
 from tests.feeding import NEVER, walk
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from distill.plan import Span
-from distill.protocol import Address, Feed, Schedule
+from distill.planning.plan import Span
+from distill.planning.schedule import Address, Feed, Schedule
 from tests.feeding import NEVER
 
 

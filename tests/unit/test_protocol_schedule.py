@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.plan import Span
-from distill.protocol import Address, Checks, Feed, Schedule, Service
+from distill.planning.plan import Span
+from distill.planning.schedule import Address, Checks, Feed, Schedule, Service
 from tests.feeding import NEVER, walk
 
 

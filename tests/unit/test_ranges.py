@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.network import Link, Network
-from distill.plan import Costs, Plan, Span
-from distill.planning.ranges import Range, RangeCosts, best_ranges
-from distill.planning.relay_plans import plan_groups, plan_relay
+from distill.planning.network import Link, Network
+from distill.planning.plan import Costs, Plan, Span
+from distill.planning.relay.ranges import Range, RangeCosts, best_ranges
+from distill.planning.relay.relay_plans import plan_groups, plan_relay
 
 seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda value: round(value, 3))
 positive = st.floats(0.1, 10.0, allow_nan=False).map(lambda value: round(value, 3))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from distill.plan import Span
-from distill.protocol import Address, Checks, Feed
-from distill.streams.relay import Next, OwnBatches
+from distill.engine.streams.relay import Next, OwnBatches
+from distill.planning.plan import Span
+from distill.planning.schedule import Address, Checks, Feed
 
 
 class Steps:

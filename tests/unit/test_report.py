@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from distill.errors import DistillError
-from distill.files import json_line, write_json
-from distill.plan import Costs, Span
+from distill.planning.plan import Costs, Span
 from distill.planning.strategies import plan_broadcast
 from distill.report import plan_table, result_table, write_report
 from distill.report.headline import go_on_command
 from distill.report.run import Run
+from distill.storage.files import json_line, write_json
 from tests.run_directories import (
     EVIL,
     block,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from distill.errors import ConfigError
-from distill.files import DamagedFileError, DiskError, read_commented, write_bytes, write_json
-from distill.rundir import RunDirectory
+from distill.storage.files import DamagedFileError, DiskError, read_commented, write_bytes, write_json
+from distill.storage.run_directory import RunDirectory
 
 IDENTITY = {"seed": 1, "data.mean": [0.5, 0.5], "distill.lr": 0.1}
 OTHER = IDENTITY | {"seed": 2}

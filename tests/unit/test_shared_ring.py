@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.edges.shared_ring import ALIGNMENT, SharedRing, memory_bytes
+from distill.distributed.edges.shared_ring import ALIGNMENT, SharedRing, memory_bytes
 
 
 @settings(max_examples=50, deadline=None)

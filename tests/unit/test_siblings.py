@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distill.siblings import NOTE, Siblings
+from distill.storage.siblings import NOTE, Siblings
 
 
 def run(root: Path, experiment: str, name: str) -> Path:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.devices import DESCRIBED, Device, load_device
-from distill.files import write_json
-from distill.forecast import ENOUGH, main, measured, planned
-from distill.network import Link, Network
-from distill.plan import Costs, Span
-from distill.planning.relay_plans import plan_groups, plan_relay
+from distill.planning.network import Link, Network
+from distill.planning.plan import Costs, Span
+from distill.planning.relay.relay_plans import plan_groups, plan_relay
 from distill.planning.strategies import PLANNERS, plan_broadcast
-from distill.simulate import SAMPLE_STEPS, simulate
+from distill.simulation.command import ENOUGH, main, measured, planned
+from distill.simulation.hardware import DESCRIBED, Device, load_device
+from distill.simulation.simulator import SAMPLE_STEPS, simulate
+from distill.storage.files import write_json
 
 COSTS = Costs((1.0, 2.0, 1.0, 3.0), (3.0, 5.0, 4.0, 2.0), (100, 200, 300, 400, 500))
 

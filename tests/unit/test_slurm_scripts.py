@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distill import shipped
-from distill.compose import compose
+from distill.config import shipped
+from distill.config.compose import compose
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 NODE = {

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from distill import stealing
-from distill.control import Control, PeerLostError
-from distill.memory import Memory
-from distill.pace import Pace
-from distill.plan import Plan, Span
-from distill.stealing import Giver, Taker, say_room
-from distill.takeover import Move, Room
+from distill.distributed.store import Control, PeerLostError
+from distill.engine.rebalance import stealing
+from distill.engine.rebalance.moves import Move, Room
+from distill.engine.rebalance.pace import Pace
+from distill.engine.rebalance.stealing import Giver, Taker, say_room
+from distill.planning.memory_model import Memory
+from distill.planning.plan import Plan, Span
 from tests.dist.ranks import stop_heart, two_controls
 
 LIMIT_S = 15.0

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 
 import pytest
 
-from distill.stopper import SIGNALS, Stop, stoppable
+from distill.launch.signals import SIGNALS, Stop, stoppable
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

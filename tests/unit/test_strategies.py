@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.network import Link, Network
-from distill.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
-from distill.planning.placement import Problem
-from distill.planning.problems import layerwise_problem, replicate_problem
-from distill.planning.relay_plans import plan_relay
+from distill.planning.network import Link, Network
+from distill.planning.placement.problems import layerwise_problem, replicate_problem
+from distill.planning.placement.search import Problem
+from distill.planning.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.planning.relay.relay_plans import plan_relay
 from distill.planning.strategies import (
     PLANNERS,
     plan_broadcast,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from distill.chain import Granularity, cut
-from distill.compose import compose
+from distill.blocks.cut import Granularity, cut
+from distill.config.compose import compose
 from distill.errors import ConfigError
-from distill.job import materials
+from distill.job import teacher as materials
 from distill.job.suitability import refuse_unshrinkable
 from distill.teachers import build_architecture
 

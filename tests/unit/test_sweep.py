@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.compose import compose
+from distill.config.compose import compose
+from distill.config.fingerprint import identity, run_directory
 from distill.errors import ConfigError
-from distill.fingerprint import identity, run_directory
-from distill.sweep import LONGEST_TAG, list_jobs, read_sweep
+from distill.launch.sweep import LONGEST_TAG, list_jobs, read_sweep
 
 
 def directory(overrides: list[str]) -> Path:
@@ -83,7 +83,7 @@ def test_a_mistake_in_what_all_jobs_share_names_the_setting(arguments: list[str]
 
 def test_without_the_extra_slurm_its_launcher_says_what_to_install() -> None:
     program = (
-        "import hydra_plugins, sys; hydra_plugins.__path__ = []; from distill.multirun import multirun;"
+        "import hydra_plugins, sys; hydra_plugins.__path__ = []; from distill.launch.multirun import multirun;"
         "sys.exit(multirun(['-m', 'seed=1,2', 'hydra/launcher=submitit_slurm', 'hydra.launcher.nodes=1']))"
     )
     pytest.importorskip("hydra_plugins")
@@ -130,8 +130,10 @@ def test_a_job_that_the_sweep_does_not_have_names_the_array(job: int, capsys: py
 
 
 def test_the_command_lists_jobs_without_torch(tmp_path: Path) -> None:
-    program = "import sys, distill.sweep; sys.stderr.write(str('torch' in sys.modules)); sys.exit(distill.sweep.{})"
-    call = program.format("list_jobs(['seed=1,2'])")
+    program = (
+        "import sys; from distill.launch import sweep; sys.stderr.write(str('torch' in sys.modules)); sys.exit({})"
+    )
+    call = program.format("sweep.list_jobs(['seed=1,2'])")
     done = subprocess.run([sys.executable, "-c", call], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("seed=1\nseed=2\n", "False")
     assert list(tmp_path.iterdir()) == []

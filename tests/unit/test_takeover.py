@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.memory import Memory
-from distill.takeover import LEAST_GAIN, SET_UP_S, STATE_BYTES_PER_S, Load, Room, Work, chosen_moves
+from distill.engine.rebalance.moves import LEAST_GAIN, SET_UP_S, STATE_BYTES_PER_S, Load, Room, Work, chosen_moves
+from distill.planning.memory_model import Memory
 
 MEGABYTE = 1_000_000
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill.compose import compose
+from distill.config.compose import compose
 from distill.errors import ConfigError
-from distill.export import StudentCard, load_student, save_student
-from distill.job.materials import architecture_of, build_teacher
+from distill.job.teacher import architecture_of, build_teacher
+from distill.student.files import StudentCard, load_student, save_student
 from distill.teachers import (
     build_architecture,
     load_backbone,

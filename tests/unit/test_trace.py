@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.trace import MAX_SPANS, WHOLE_STEPS, Trace, read, write_perfetto
+from distill.observability.trace import MAX_SPANS, WHOLE_STEPS, Trace, read, write_perfetto
 
 
 def steps_of(trace: Any, kind: str) -> list[int]:

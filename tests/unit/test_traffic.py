@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.network import Link, Network
-from distill.plan import Costs, Plan, Span
-from distill.planning.relay_plans import plan_groups, plan_relay
+from distill.planning.network import Link, Network
+from distill.planning.plan import Costs, Plan, Span
+from distill.planning.relay.relay_plans import plan_groups, plan_relay
 from distill.planning.strategies import PLANNERS, plan_broadcast, rank_plans
 from distill.planning.traffic import Flow, busiest_line_s, flows, over_links
-from distill.simulate import simulate
+from distill.simulation.simulator import simulate
 
 COSTS = Costs((1.0, 1.0, 1.0, 1.0), (4.0, 4.0, 4.0, 4.0), (40, 30, 20, 10, 5), student_bytes=(8,) * 4)
 STEPS = 50

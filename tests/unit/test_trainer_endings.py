@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill.trainer import BlockTrainer
+from distill.training.trainer import BlockTrainer
 from tests.training import batch, look, same_bits, train, trainer, weights
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from distill.checkpoint import Checkpoint, CheckpointFolder
+from distill.storage.checkpoint import Checkpoint, CheckpointFolder
 from tests.training import batch, same_bits, train, trainer, weights
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.trainer import BlockTrainer, TrainerOptions, learning_rate
+from distill.training.trainer import BlockTrainer, TrainerOptions, learning_rate
 from tests.training import CPU, batch, look, module, same_bits, train, trainer, weights
 
 

@@ -1,0 +1,1 @@
+"""Recorded activations: their form, and where they lie."""

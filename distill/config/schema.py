@@ -1,0 +1,504 @@
+"""The schema of a job: one dataclass a section, and load(), the only door from Hydra's config to it. Knows no torch.
+
+Every setting carries its one-line explanation; docs/configuration.md is generated from them. To find a setting, look
+for its section; its choices are in choices.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, cast, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.config.choices import (
+    Amp,
+    AugmentName,
+    BlockLoss,
+    Cache,
+    Cost,
+    CropMode,
+    DataName,
+    Device,
+    GranularityName,
+    Init,
+    Interpolation,
+    OptimizerName,
+    RecipeName,
+    Schedule,
+    Stage,
+    Stop,
+    Strategy,
+    TeacherSource,
+    WireDtype,
+)  # fmt: skip
+from distill.config.errors import explain
+from distill.config.paths import make_absolute
+from distill.errors import ConfigError
+
+
+def setting(default: Any, explanation: str) -> Any:
+    """A dataclass field with its explanation, which the configuration reference prints."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": explanation})
+    return field(default=default, metadata={"help": explanation})
+
+
+def _at_least(section: str, owner: object, **minimums: float) -> None:
+    for name, minimum in minimums.items():
+        value = getattr(owner, name)
+        if value is not None and not minimum <= value < math.inf:  # also refuses nan, which compares as False
+            raise ConfigError(f"{section}.{name}", value, f"a number >= {minimum}")
+
+
+def _between(section: str, owner: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{section}.{name}", value, f"a number from {low} to {high}")
+
+
+@dataclass(kw_only=True)
+class FitConfig:
+    epochs: int | None = setting(None, "epochs of training on the data; null: 12 without teacher.weights, else 0")
+    lr: float = setting(0.1, "peak learning rate (SGD, Nesterov momentum 0.9, one warm-up epoch, cosine)")
+    weight_decay: float = setting(5e-4, "weight decay")
+
+    def __post_init__(self) -> None:
+        _at_least("teacher.fit", self, epochs=0, lr=0, weight_decay=0)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    source: TeacherSource = setting(MISSING, "where the architecture comes from")
+    name: str = setting(MISSING, "the architecture's name within its source, for example resnet50")
+    weights: str | None = setting(None, "a weights file (safetensors or torch), DEFAULT or another published name")
+    factory: str | None = setting(None, "package.module:function that returns the network (source factory)")
+    folder: str | None = setting(None, "folder that teacher.factory is imported from; null: as Python finds it here")
+    options: dict[str, Any] = setting({}, "further keyword arguments of the architecture")
+    mean: list[float] | None = setting(None, "input mean per channel that a file of weights expects; null: data.mean")
+    std: list[float] | None = setting(None, "input standard deviation per channel; null: data.std")
+    amp: Amp = setting(Amp.off, "precision of the teacher and of the activations that it gives to students")
+    fit: FitConfig = field(default_factory=FitConfig)
+    cache: Cache = setting(Cache.off, "keep its activations, recorded once before blocks train (docs/cache.md)")
+
+    def __post_init__(self) -> None:
+        if self.source is TeacherSource.factory and not self.factory:
+            raise ConfigError("teacher.factory", self.factory, "package.module:function for teacher=custom")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                raise ConfigError(f"teacher.{name}", values, "three numbers, one a channel")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError("teacher.std", self.std, "numbers > 0: images are divided by them")
+
+    @property
+    def fit_epochs(self) -> int:
+        """Epochs of teacher training that this configuration asks for."""
+        if self.fit.epochs is not None:
+            return self.fit.epochs
+        return 12 if self.weights is None else 0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    name: DataName = setting(MISSING, "which kind of data")
+    root: str | None = setting(None, "folder, parquet file or hub name")
+    image_size: int | None = setting(
+        None, "height and width of the teacher's input, in pixels; null: the published weights', else 224"
+    )
+    resize: int | None = setting(
+        None,
+        "what a picture's shorter side is resized to before the central image_size is taken; null: as the published "
+        "weights were tested, else image_size in memory, 256/224 of it streamed",
+    )
+    interpolation: Interpolation = setting(
+        Interpolation.auto, "of resizing; auto: the published weights', else bilinear"
+    )
+    crop_mode: CropMode = setting(
+        CropMode.auto, "squash resizes both sides, centre keeps their ratio; auto: the published weights', else centre"
+    )
+    batch_size: int = setting(128, "images in a batch, the same for every block")
+    augment: AugmentName = setting(AugmentName.none, "augmentation of the training images")
+    validation_fraction: float = setting(0.05, "share of the training images held out for the job's own decisions")
+    mean: list[float] | None = setting(
+        None, "input mean per channel, of images in 0..1; null: the published weights', else ImageNet's"
+    )
+    std: list[float] | None = setting(None, "input standard deviation per channel; null: as for the mean")
+    num_workers: int | None = setting(
+        None,
+        "decoding processes per reading rank, of streamed sets; null: its share of the cores, at most 8",
+    )
+    memory_limit_gib: float = setting(4.0, "a split larger than this (as uint8) is streamed instead of kept in memory")
+    exif_orientation: bool = setting(True, "whether images are turned as their EXIF orientation says")
+    max_bad_images: int = setting(10, "images that may be undecodable (they are named and skipped)")
+    download: bool = setting(True, "whether missing data may be downloaded")
+    train_split: str | None = setting(None, "name of the training split or folder; null: the usual one")
+    test_split: str | None = setting(None, "name of the test split or folder; null: the usual one")
+    image_column: str | None = setting(None, "image column of a parquet file; null: found by its type")
+    label_column: str | None = setting(None, "label column of a parquet file; null: found by its type")
+
+    @property
+    def side(self) -> int:
+        """The image size, which load() fills in where it is left open."""
+        assert self.image_size is not None
+        return self.image_size
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "data", self, image_size=1, resize=1, batch_size=1, num_workers=0, memory_limit_gib=0, max_bad_images=0
+        )
+        _between("data", self, 0.0, 0.9, "validation_fraction")
+        if self.root is None and self.name is not DataName.digits:
+            raise ConfigError("data.root", None, f"the place of the images for data={self.name.name}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                raise ConfigError(f"data.{name}", values, "three numbers, one a channel")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError("data.std", self.std, "numbers > 0: images are divided by them")
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    recipe: RecipeName = setting(MISSING, "how a student block is made from a teacher block")
+    rank: int = setting(2, "depthwise filters per input channel")
+    init: Init = setting(Init.teacher, "first weights: from the teacher's kernels, or random")
+    first_layer: bool = setting(False, "whether the network's first convolution is replaced too")
+
+    def __post_init__(self) -> None:
+        _at_least("student", self, rank=1)
+        if self.recipe is RecipeName.separable_x2 and self.init is Init.teacher:
+            raise ConfigError("student.init", "teacher", "random: separable_x2 has no initialisation from the teacher")
+
+
+@dataclass(kw_only=True)
+class BlocksConfig:
+    granularity: GranularityName = setting(GranularityName.residual, "size of a block")
+    modules: list[str] = setting(
+        [], "with granularity modules: the blocks' module paths, or patterns of them, in order"
+    )
+    include: list[str] = setting(["*"], "patterns (as in a shell) of the block names that get a student")
+    exclude: list[str] = setting([], "patterns of the block names that do not")
+
+    def __post_init__(self) -> None:
+        listed = self.granularity is GranularityName.modules
+        if listed != bool(self.modules):
+            allowed = "module paths" if listed else "an empty list unless blocks.granularity=modules"
+            raise ConfigError("blocks.modules", self.modules, allowed)
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    steps: int | None = setting(200, "steps of every block (its budget)")
+    epochs: float | None = setting(None, "the budget in passes over the training data; it goes before distill.steps")
+    views: int | None = setting(
+        None, "fixed augmentations of every image that epochs take in turn while blocks train; null: always fresh ones"
+    )
+    loss: BlockLoss = setting(BlockLoss.normalized_mse, "a block's loss against the teacher's activation")
+    optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
+    lr: float = setting(3e-3, "peak learning rate")
+    momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
+    smoothing: float = setting(0.99, "rmsprop's decay of its running mean square; Keras has 0.9")
+    weight_decay: float = setting(0.0, "weight decay")
+    schedule: Schedule = setting(Schedule.cosine, "learning rate over a block's budget, after the warm-up")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises linearly")
+    clip_norm: float | None = setting(None, "largest gradient norm of a block; null: no clipping")
+    amp: Amp = setting(Amp.off, "precision of the students' forward and backward pass")
+    stop: Stop = setting(Stop.steps, "steps: at the budget; plateau: also when the held-out loss stops falling")
+    check_every: int = setting(100, "plateau: steps between two looks at the held-out loss")
+    check_batches: int = setting(4, "plateau: held-out batches of one look")
+    patience: int = setting(3, "plateau: looks without improvement after which a block stops")
+    min_delta: float = setting(0.01, "plateau: smallest relative improvement that counts")
+    cuda_graphs: bool = setting(True, "on CUDA: replay teacher and updates as CUDA graphs, blocks on several streams")
+    log_every: int = setting(20, "steps between two readings of the losses")
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
+        _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
+        _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1, views=1)
+        _between("distill", self, 0.0, 1.0, "smoothing")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError("distill.epochs", self.epochs, "a number > 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError("distill.clip_norm", self.clip_norm, "a number > 0, or null")
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    strategy: Strategy = setting(Strategy.broadcast, "which rank runs the teacher and which trains what")
+    cost: Cost = setting(Cost.measured, "costs by timing every block here, or by counting FLOPs")
+    teacher_ranks: int | None = setting(
+        None, "broadcast: ranks that run the teacher, taking the batches in turn; null: as many as pay"
+    )
+    groups: bool = setting(
+        False, "relay, auto: whether ranks may share a block's batch (results are then close, not bitwise equal)"
+    )
+    window: int = setting(4, "batches that a teacher rank may run ahead of a receiver")
+    wire_dtype: WireDtype = setting(WireDtype.fp32, "precision of the activations that students are given")
+    link_gbit: float | None = setting(
+        None, "bandwidth of a host's link to the others in Gbit/s; null: probed with plan.cost=measured, else unlimited"
+    )
+    shared_memory: bool = setting(
+        True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
+    )
+    take_over: bool = setting(
+        True, "whether a rank that runs dry takes blocks over from the busiest rank, where that saves time"
+    )
+    timeout_s: float = setting(600.0, "longest wait for a peer, in seconds")
+    memory_gib: float | None = setting(
+        None, "memory of a rank in GiB that a plan must fit in; null: the GPU's, or the host's divided by its ranks"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
+        if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
+            raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
+        if self.groups and self.strategy not in (Strategy.auto, Strategy.relay):
+            raise ConfigError("plan.groups", True, f"false with plan.strategy={self.strategy.name}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
+        if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
+            raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    dtype: WireDtype = setting(WireDtype.fp32, "precision of recorded activations, and so of what students are given")
+    max_gib: float = setting(8.0, "most that may be recorded, on each host")
+    dir: str | None = setting(
+        None, "folder of recorded files for several runs; null: the run directory, while it trains"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("cache", self, max_gib=0)
+
+
+@dataclass(kw_only=True)
+class AssembleConfig:
+    batchnorm_batches: int = setting(50, "training batches over which batch-norm statistics are re-estimated")
+
+    def __post_init__(self) -> None:
+        _at_least("assemble", self, batchnorm_batches=0)
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    epochs: int = setting(2, "epochs of end-to-end distillation; 0 skips it")
+    lr: float = setting(0.02, "peak learning rate (SGD, Nesterov momentum 0.9, cosine)")
+    weight_decay: float = setting(1e-4, "weight decay")
+    temperature: float = setting(4.0, "temperature of the soft targets")
+    soft_weight: float = setting(0.9, "weight of the soft targets; the labels get the rest")
+
+    def __post_init__(self) -> None:
+        _at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
+        _between("finetune", self, 0.0, 1.0, "soft_weight")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = setting(200, "steps between two checkpoints of an unfinished block")
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, every=1)
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    nproc_per_node: int = setting(1, "ranks on this node (python -m distill only; torchrun has its own option)")
+    nnodes: int = setting(1, "nodes; run the same command on each")
+    rdzv_endpoint: str | None = setting(None, "host:port of the first node, with nnodes > 1")
+    rdzv_id: str = setting("distill", "name of the rendezvous, with nnodes > 1")
+    rdzv_here: bool | None = setting(None, "whether the rendezvous is on this node; null: if the endpoint's host is it")
+    local_addr: str | None = setting(None, "what other nodes can call this one; null: its own host name")
+    max_restarts: int = setting(0, "restarts of the ranks after a failure")
+    threads_per_rank: int | None = setting(
+        None, "CPU threads of a rank; null: the cores that it may use, divided by the ranks of the node"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("launch", self, nproc_per_node=1, nnodes=1, max_restarts=0, threads_per_rank=1)
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            raise ConfigError("launch.rdzv_endpoint", self.rdzv_endpoint, "host:port of the first node")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str = setting(MISSING, "folder of this experiment under outputs/")
+    dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>, then -<run.tag> if given")
+    tag: str | None = setting(None, "keeps runs apart that differ only in how they run; a sweep sets it where needed")
+
+    def __post_init__(self) -> None:
+        if self.dir is not None and re.search("[\ud800-\udfff]", self.dir):  # what Python makes of other bytes
+            raise ConfigError("run.dir", self.dir, "a name in UTF-8, and a locale that has it (LC_ALL=C.UTF-8)")
+        if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9_.,+=-]+", self.tag):
+            raise ConfigError("run.tag", self.tag, "letters, digits and _.,+=- only: it is part of a folder's name")
+
+
+@dataclass(kw_only=True)
+class JobConfig:
+    stage: Stage = setting(
+        Stage.all,
+        "how far to go: to the trained teacher, the printed plan, the distilled blocks, or all; "
+        "deliver writes the files of a finished run again",
+    )
+    seed: int = setting(0, "seed of everything random")
+    device: Device = setting(Device.auto, "auto takes CUDA where there is one")
+    teacher: TeacherConfig = MISSING
+    data: DataConfig = MISSING
+    student: StudentConfig = MISSING
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    assemble: AssembleConfig = field(default_factory=AssembleConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def mean(self) -> list[float]:
+        """What is subtracted from an input's channels."""
+        mean = self.teacher.mean or self.data.mean
+        assert mean is not None, "load() fills it in"
+        return mean
+
+    @property
+    def std(self) -> list[float]:
+        """What an input's channels are divided by."""
+        std = self.teacher.std or self.data.std
+        assert std is not None, "load() fills it in"
+        return std
+
+    def __post_init__(self) -> None:
+        if self.distill.stop is Stop.plateau and (self.plan.groups or self.plan.strategy is Strategy.ddp):
+            setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", "ddp")
+            raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
+        if self.teacher.cache is not Cache.off:
+            self._check_cached()
+        elif self.cache.dtype is not WireDtype.fp32:
+            allowed = "fp32 with teacher.cache=off: nothing is recorded; plan.wire_dtype=bf16 rounds activations"
+            raise ConfigError("cache.dtype", self.cache.dtype.name, allowed)
+
+    def _check_cached(self) -> None:
+        cache = self.teacher.cache.name
+        if self.data.augment is not AugmentName.none and self.distill.views is None:
+            allowed = "off while every epoch is augmented afresh; or distill.views=N, or data.augment=none"
+            raise ConfigError("teacher.cache", cache, allowed)
+        if self.plan.strategy not in (Strategy.broadcast, Strategy.auto):
+            allowed = f"auto with teacher.cache={cache}: every rank reads what its blocks need"
+            raise ConfigError("plan.strategy", self.plan.strategy.name, allowed)
+        if self.plan.wire_dtype is not WireDtype.fp32:
+            allowed = f"fp32 with teacher.cache={cache}: nothing is sent; cache.dtype=bf16 rounds activations"
+            raise ConfigError("plan.wire_dtype", self.plan.wire_dtype.name, allowed)
+
+
+def load(cfg: DictConfig) -> JobConfig:
+    """Return the checked configuration, its paths absolute. Merging into the schema again refuses keys smuggled in with
+    "+key=...".
+
+    Raises ConfigError naming the setting, what was given and what is allowed.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+        make_absolute(cast(dict[str, Any], plain))
+        merged = OmegaConf.merge(OmegaConf.structured(JobConfig), _literals(plain))
+        config = cast(JobConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        if getattr(error, "full_key", None) == "teacher.name":
+            _refuse_nameless(cfg)
+        raise explain(error, setting_kinds()) from error
+    _take_over(config.teacher, config.data)
+    return config
+
+
+def _refuse_nameless(cfg: DictConfig) -> None:
+    """Raise the error of a misspelt name where a registry's network has none."""
+    from distill.teachers import check_name  # imports torch
+
+    source = OmegaConf.select(cfg, "teacher.source")
+    check_name(source.name if isinstance(source, TeacherSource) else str(source), "")
+
+
+def _take_over(teacher: TeacherConfig, data: DataConfig) -> None:
+    """Fill in what `data` leaves open of how images become inputs: from what the teacher's weights expect, as far as a
+    registry tells, else as networks for ImageNet usually have it."""
+    expected = None
+    if teacher.source in (TeacherSource.torchvision, TeacherSource.timm) and teacher.weights is not None:
+        from distill.teachers import expected_preprocessing  # which imports torch: seconds that only these teachers pay
+
+        expected = expected_preprocessing(teacher.source.name, teacher.name, teacher.weights)
+    data.image_size = data.image_size or (expected.image_size if expected else 224)
+    data.mean = data.mean or (list(expected.mean) if expected else [0.485, 0.456, 0.406])
+    data.std = data.std or (list(expected.std) if expected else [0.229, 0.224, 0.225])
+    has_room = data.name is DataName.imagefolder or (expected and data.image_size == expected.image_size)
+    if data.resize is None and expected and has_room:  # small pictures are shown whole
+        data.resize = round(data.image_size * expected.resize / expected.image_size)
+    if data.interpolation is Interpolation.auto:
+        data.interpolation = Interpolation[expected.interpolation] if expected else Interpolation.bilinear
+    if data.crop_mode is CropMode.auto:
+        data.crop_mode = CropMode.squash if expected and expected.squash else CropMode.centre
+    if data.resize is not None and data.resize < data.image_size:
+        raise ConfigError(
+            "data.resize", data.resize, f"at least data.image_size={data.image_size}, which is cut out of it"
+        )
+
+
+def to_yaml(config: JobConfig) -> str:
+    """Return the configuration as YAML that load() reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literals(asdict(config))))
+
+
+def literal(text: str) -> str:
+    r"""Return a text in which OmegaConf finds no interpolation: \${ stands for the two characters."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _literals(value: Any) -> Any:
+    """Return plain values whose texts are literal()."""
+    if isinstance(value, dict):
+        return {key: _literals(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literals(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
+
+
+def from_yaml(text: str) -> JobConfig:
+    """Return the configuration that to_yaml() wrote."""
+    return load(cast(DictConfig, OmegaConf.create(text)))
+
+
+def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Return (dotted path, type, default, explanation) of every setting, in the schema's order."""
+    rows = []
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        path, kind = f"{prefix}{entry.name}", hints[entry.name]
+        if is_dataclass(kind):
+            rows += settings(cast(type, kind), f"{path}.")
+            continue
+        default = entry.default_factory() if entry.default_factory is not NO_DEFAULT else entry.default
+        shown = default.name if isinstance(default, Enum) else json.dumps(default)
+        rows.append((path, _type_name(kind), "from its group" if default == MISSING else shown, entry.metadata["help"]))
+    return rows
+
+
+def setting_kinds() -> dict[str, str]:
+    """Return the type of every setting, in words, by its dotted path."""
+    return {path: kind for path, kind, _, _ in settings()}
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " or ".join(member.name for member in kind)
+    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)

@@ -1,0 +1,1 @@
+"""Between ranks: the store, groups, and the edges that boundaries travel on."""

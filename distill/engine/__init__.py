@@ -1,0 +1,1 @@
+"""The distill stage on one rank: the loop, its streams, and how blocks come and go."""

@@ -1,0 +1,1 @@
+"""Blocks that change ranks while they train."""

@@ -1,0 +1,189 @@
+"""The last stage of the job: the delivered student's files, what they say of it, and the result that is printed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config.choices import CropMode, Stage
+from distill.config.fingerprint import fingerprint
+from distill.config.schema import JobConfig
+from distill.data import Dataset
+from distill.errors import ConfigError, DistillError
+from distill.job.assemble import load_student_state
+from distill.job.blocks import Blocks
+from distill.job.context import Context
+from distill.job.reuse import TEACHER
+from distill.job.teacher import architecture_of
+from distill.launch import provenance
+from distill.machine.host import available_cores
+from distill.observability.energy.joules import joules_per_image, summarize
+from distill.report import result_table, write_report
+from distill.report.tables import STUDENTS
+from distill.storage.files import read_json, write_json
+from distill.storage.ledger import Ledger
+from distill.storage.run_directory import RunDirectory
+from distill.student.evaluate import measure_network
+from distill.student.files import StudentCard, save_student
+from distill.student.programs import deliver_programs
+
+log = logging.getLogger(__name__)
+
+COMPARISON_BATCH, COMPARISON_IMAGES = 64, 256
+
+
+def refuse_unfinished(config: JobConfig, facts: Mapping[str, Any], run: RunDirectory) -> None:
+    """Raise unless this is the configuration's run, complete up to the delivery; before anything is read or written.
+
+    Every rank looks for itself, so that all stop at once.
+    """
+    if not (run.path / "resolved.yaml").exists():
+        allowed = "the directory of a finished run; the same command without stage=deliver makes one"
+        raise ConfigError("run.dir", str(run.path), allowed)
+    run.refuse_others(facts)
+    stages = ["teacher", "distill", "assemble", "finetune", "evaluate"]
+    skipped = {"teacher": config.teacher.fit_epochs, "finetune": config.finetune.epochs}
+    for stage in stages:
+        if skipped.get(stage) != 0 and run.result(stage) is None:
+            raise DistillError(
+                f"{run.path}: nothing to deliver yet, its stage {stage} is not complete; "
+                f"finish it with: python -m distill run={run.path}"
+            )
+    for stage, damage in run.damaged():
+        if stage != "deliver":
+            raise DistillError(f"{damage}; its stage {stage} is done again by: python -m distill run={run.path}")
+
+
+def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
+    """Write the student, its programs, metrics.json and report.html, and print teacher against student.
+
+    Rank 0 works alone. What is complete is only printed again, unless stage=deliver asks for it.
+    """
+    if not context.leads:
+        return
+    run, config = context.run, context.config
+    if config.stage is Stage.deliver:
+        run.reopen("deliver")
+    if run.result("deliver") is None:
+        student = load_student_state(context, run.result("evaluate")["delivered"], teacher, blocks)
+        card = StudentCard(
+            architecture=architecture_of(config, len(dataset.classes)),
+            recipe={"name": config.student.recipe.name, "options": blocks.recipe.options()},
+            replaced=blocks.replaced_paths,
+            image_size=config.data.side,
+            mean=config.mean,
+            std=config.std,
+            classes=dataset.classes,
+            resize_shorter_side=dataset.evaluation_side,
+            exif_orientation=config.data.exif_orientation,
+            resize_filter=f"{config.data.interpolation.name}, antialiased (as PIL resizes)",
+            aspect="squashed" if config.data.crop_mode is CropMode.squash else "kept",
+        )
+        save_student(run.path, student, card)
+        exports = deliver_programs(run.path, student, card, _some_test_images(dataset))
+        metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
+        write_json(run.path / "metrics.json", metrics)
+        write_report(run.path)
+        made = ["student.safetensors", "student.json", "metrics.json"]
+        made += [export["file"] for export in exports.values() if export["status"] == "ok"]
+        states = [name for name in STUDENTS if name in run.result("evaluate")]  # all: the choice may be another one now
+        used = [TEACHER, *(f"{name}.safetensors" for name in states)]
+        run.complete("deliver", {"student": "student.safetensors"}, made=made, used=used)
+    metrics = read_json(run.path / "metrics.json")
+    context.console.print(result_table(metrics))
+    for block in metrics["blocks"]:
+        if block["status"] != "finished":
+            log.warning(
+                "block %s %s: the student has its weights of step %d", block["name"], block["status"], block["steps"]
+            )
+    _tell_exports(context, metrics.get("exports", {}))
+    context.say(f"student: {run.path / 'student.safetensors'}")
+    context.say(f"report:  {run.path / 'report.html'}")
+
+
+def _some_test_images(dataset: Dataset) -> list[Tensor]:
+    """Return the first test images, enough of them to see a difference between two programs."""
+    batches: list[Tensor] = []
+    for batch in dataset.test_batches(COMPARISON_BATCH):
+        batches.append(batch.images)
+        if sum(map(len, batches)) >= COMPARISON_IMAGES:
+            break
+    return batches
+
+
+def _tell_exports(context: Context, exports: Mapping[str, Mapping[str, Any]]) -> None:
+    for record in exports.values():
+        if record["status"] == "ok":
+            context.say(
+                f"{record['file']}: logits within {record['max_abs_difference']:.1e} of the eager student's, same "
+                f"first guess on {record['top1_agreement']:.2f} % of {record['images']} test images"
+            )
+        elif record["status"] == "not installed":
+            context.say(f"{record['file']}: not written; {record['reason']}")
+        else:
+            log.warning("%s: not written; %s", record["file"], record["reason"])
+
+
+def _metrics(
+    context: Context, dataset: Dataset, teacher: nn.Module, student: nn.Module, blocks: Blocks
+) -> dict[str, Any]:
+    run, ledger = context.run, Ledger(context.run.path, origin=context.run.origin(TEACHER))
+    accuracy = run.result("evaluate")
+    modules = dict(teacher.named_modules())
+    replaced = blocks.replaced_paths
+    assembled = accuracy["assembled"]
+    student_facts = measure_network(student, image_shape=dataset.image_shape, device=context.device) | {
+        **accuracy[accuracy["delivered"]],
+        "delivered": accuracy["delivered"],
+        "validation": accuracy["validation"],
+        "top1_assembled": assembled["top1"],
+        "top1_recalibrated": accuracy.get("recalibrated", assembled)["top1"],
+        "top1_finetuned": accuracy.get("finetuned", {}).get("top1"),
+        "replaced_params": _count(student, replaced),
+    }
+    return {
+        "teacher": measure_network(teacher, image_shape=dataset.image_shape, device=context.device)
+        | accuracy["teacher"]
+        | {"name": context.config.teacher.name, "replaced_params": sum(_count(modules[path]) for path in replaced)},
+        "student": student_facts,
+        "distill": run.result("distill"),
+        "assemble": run.result("assemble"),
+        "finetune": run.result("finetune"),
+        "blocks": [asdict(ledger.entries[block]) for block in sorted(ledger.entries)],
+        "data": {
+            "name": context.config.data.name.name,
+            "train_images": dataset.num_train,
+            "validation_images": dataset.num_validation,
+            "test_images": dataset.num_test,
+            "skipped_images": list(dataset.skipped),
+        },
+        "environment": {
+            **provenance.of_place(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
+            "cores": available_cores(),
+            "threads": torch.get_num_threads(),
+        },
+        "run": provenance.of_job(context.trace.started_s),
+        "energy": _energy(context, ledger, batch_size=dataset.batch_size),
+        "fingerprint": fingerprint(context.identity),
+        "seed": context.config.seed,
+    }
+
+
+def _energy(context: Context, ledger: Ledger, *, batch_size: int) -> dict[str, Any]:
+    """What all attempts have spent up to the deliver stage, which is still running."""
+    energy = summarize(context.run.path)
+    images = batch_size * max((entry.steps for entry in ledger.entries.values()), default=0)
+    return energy | {"images": images, "joules_per_image": joules_per_image(energy, images)}
+
+
+def _count(module: nn.Module, paths: list[str] | None = None) -> int:
+    """Parameters of a module, or of its submodules at `paths`."""
+    parts = [module] if paths is None else [module.get_submodule(path) for path in paths]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())

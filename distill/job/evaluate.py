@@ -1,0 +1,110 @@
+"""Which student is delivered, as validation images decide; then the one evaluation on the test split."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from distill.config.schema import JobConfig
+from distill.data import Batch, Dataset
+from distill.errors import ConfigError, DistillError
+from distill.job.assemble import load_student_state
+from distill.job.blocks import Blocks
+from distill.job.context import Context
+from distill.report.markup import show, show_count
+from distill.report.tables import STUDENTS
+from distill.student.evaluate import Hits, best_of, count_hits
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 250
+FEW_IMAGES = 50  # half of them right: a standard error of 7 points
+FIRST_GUESSES = 5  # top-5 says nothing where there are no more classes
+
+
+def refuse_unjudged(config: JobConfig, dataset: Dataset) -> None:
+    """Raise ConfigError where no student could be judged, at the beginning and not after hours of training: without
+    test images, or with one class alone, of which every network is right."""
+    assert dataset.num_test > 0, "an empty split is refused where it is listed"
+    if len(dataset.classes) < 2:
+        found = f"there is only {dataset.classes[0]}"
+        raise ConfigError("data.root", config.data.root, f"images of at least 2 classes; {found}")
+
+
+def warn_of_few_images(config: JobConfig, dataset: Dataset) -> None:
+    """Warn where students, and epochs of fine-tuning, will be chosen by very few validation images."""
+    if dataset.num_validation < FEW_IMAGES:
+        log.warning(
+            "validation: %s to choose the student by, which says its accuracy to within %.0f points (standard error); "
+            "raise data.validation_fraction (%g)",
+            show_count(dataset.num_validation, "image"),
+            50 / math.sqrt(max(1, dataset.num_validation)),
+            config.data.validation_fraction,
+        )
+
+
+def held_out_hits(context: Context, name: str, network: nn.Module, dataset: Dataset) -> Hits:
+    """Return a network's hits on the validation images, each rank counting on its share; every rank must call it."""
+    share = dataset.validation_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
+    return _hits_of_all(context, f"{name}, validation", network, share)
+
+
+def _hits_of_all(context: Context, name: str, network: nn.Module, share: Iterable[Batch]) -> Hits:
+    context.control.set(f"hits/{name}/{context.rank}", asdict(count_hits(network, share)))
+    total = Hits()
+    for rank in range(context.world_size):
+        total += Hits(**context.control.wait(f"hits/{name}/{rank}", peer=rank, purpose=f"accuracy of {name}"))
+    return total
+
+
+def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, students: Sequence[str]) -> None:
+    """Choose among these states of the student the one to deliver, by validation images; then count every network's
+    hits on the test split, each rank on its share: the only time that its labels are read, and nothing depends on it.
+    """
+    if context.completed("evaluate") is not None:
+        return
+    held_out = {
+        name: held_out_hits(context, name, load_student_state(context, name, teacher, blocks), dataset)
+        for name in students
+    }
+    delivered = best_of(held_out)
+    if delivered is None:
+        raise DistillError(
+            f"{context.run.path}: no student to deliver: the logits of all of them ({', '.join(students)}) hold nan or "
+            "infinity on validation images; lower distill.lr, and see which blocks diverged in ledger.jsonl"
+        )
+    context.say(_verdict(delivered, held_out))
+    results: dict[str, Any] = {"delivered": delivered, "validation": _facts(delivered, held_out)}
+    for name in ("teacher", *students):
+        network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
+        share = dataset.test_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
+        hits = _hits_of_all(context, name, network, share)
+        results[name] = hits.percent() | {"images": hits.images}
+        if len(dataset.classes) <= FIRST_GUESSES:
+            results[name]["top5"] = None
+    if context.leads:
+        used = [f"{name}.safetensors" for name in ("teacher", *students)]
+        context.run.complete("evaluate", results, used=used)
+
+
+def _facts(delivered: str, held_out: Mapping[str, Hits]) -> dict[str, Any]:
+    """What metrics.json says of the choice; an accuracy is null where logits were not finite."""
+    top1 = {name: None if hits.not_finite else hits.percent()["top1"] for name, hits in held_out.items()}
+    one = held_out[delivered]
+    return {"images": one.images, "standard_error": one.standard_error if one.images else None, "top1": top1}
+
+
+def _verdict(delivered: str, held_out: Mapping[str, Hits]) -> str:
+    facts, one = _facts(delivered, held_out), held_out[delivered]
+    if not one.images:
+        return (
+            f"student: {STUDENTS[delivered]} is delivered, the last of all: there are no validation images to choose by"
+        )
+    all_of_them = ", ".join(f"{STUDENTS[name]} {show(top1, '{:.2f} %')}" for name, top1 in facts["top1"].items())
+    by = f"{show_count(one.images, 'validation image')} (standard error {one.standard_error:.1f} points)"
+    return f"student: {STUDENTS[delivered]} is delivered, chosen by {by}: {all_of_them}"

@@ -1,0 +1,120 @@
+"""The finetune stage of the job: the assembled student end to end over all ranks, and the best of its epochs kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from torch import nn
+
+from distill.config.choices import Stage, Strategy
+from distill.config.schema import JobConfig
+from distill.data import Dataset
+from distill.data.addressing import derive_seed
+from distill.distributed.store import ranks_of
+from distill.distributed.transport import wire_backend
+from distill.errors import ConfigError
+from distill.job.assemble import load_student_state, save_network
+from distill.job.blocks import Blocks
+from distill.job.context import Context
+from distill.job.evaluate import held_out_hits
+from distill.job.reuse import TEACHER
+from distill.report.markup import show, show_count
+from distill.storage.checkpoint import CheckpointFolder
+from distill.training.finetune import Epoch, FitOptions, Team, distillation_loss, fit
+
+log = logging.getLogger(__name__)
+
+
+def refuse_ranks_without_rows(config: JobConfig, *, world_size: int) -> None:
+    """Raise ConfigError where ranks share out the rows of a batch and some would have none."""
+    if config.data.batch_size >= world_size:
+        return
+    least = f"at least {world_size}, an image for each rank"
+    if config.plan.strategy is Strategy.ddp and config.stage in (Stage.all, Stage.distill):
+        raise ConfigError("data.batch_size", config.data.batch_size, f"{least} with plan.strategy=ddp; or fewer ranks")
+    if config.finetune.epochs > 0 and config.stage is Stage.all:
+        allowed = f"{least} that fine-tunes; or fewer ranks, or finetune.epochs=0"
+        raise ConfigError("data.batch_size", config.data.batch_size, allowed)
+
+
+def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> list[str]:
+    """Distil the assembled student end to end; write the state after its best epoch on validation images (the later of
+    equals) as finetuned.safetensors. Every rank takes part. Returns that name, or none where no epoch came to an end.
+    """
+    if context.config.finetune.epochs == 0:
+        return []
+    record = context.completed("finetune")
+    if record is None:
+        record = _finetune(context, dataset, teacher, blocks)
+    return ["finetuned"] if record["kept_epoch"] is not None else []
+
+
+def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> Epoch:
+    options = context.config.finetune
+    student = load_student_state(context, "recalibrated", teacher, blocks)
+    origin = context.run.origin(TEACHER, "recalibrated.safetensors")
+    checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
+    context.say(f"finetune: {show_count(options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}")
+
+    def report(course: Sequence[Epoch]) -> None:
+        epoch = course[-1]
+        number, loss = epoch["epoch"], epoch["loss"]
+        if loss is None:
+            if context.leads:
+                log.warning(
+                    "finetune: stopped, the loss of epoch %d is not finite; try a lower finetune.lr (%g)",
+                    number, options.lr,
+                )  # fmt: skip
+            return
+        hits = held_out_hits(context, f"epoch {number}", student, dataset)
+        top1 = None if hits.not_finite else hits.percent()["top1"]
+        epoch["validation_top1"] = top1
+        if context.leads:
+            context.scalars.add("epochs/finetune_loss", loss, number)
+            context.say(
+                f"finetune: epoch {number} of {options.epochs}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
+                f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}"
+            )
+        if context.leads and best_epoch(course) == number:
+            save_network(context, "finetuned", student)
+
+    course = fit(
+        student,
+        dataset,
+        distillation_loss(teacher, temperature=options.temperature, soft_weight=options.soft_weight),
+        options=FitOptions(epochs=options.epochs, lr=options.lr, weight_decay=options.weight_decay),
+        team=_team(context),
+        device=context.device,
+        seed=derive_seed(context.config.seed, "finetune"),
+        checkpoints=checkpoints,
+        name="finetune",
+        report=report,
+    )
+    kept = best_epoch(course)
+    if kept not in (None, len(course)):
+        context.say(f"finetune: the state after epoch {kept} is kept, the best on validation images")
+    record = {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course), "kept_epoch": kept}
+    if context.leads:
+        made = [] if kept is None else ["finetuned.safetensors"]
+        context.run.complete("finetune", record, made=made, used=[TEACHER, "recalibrated.safetensors"])
+        checkpoints.remove("finetune")
+    return record
+
+
+def best_epoch(course: Sequence[Epoch]) -> int | None:
+    """Return the number of the best epoch on validation images, the later of equals; None where there is none."""
+    judged = [epoch for epoch in course if epoch.get("validation_top1") is not None]
+    best = max(judged, key=lambda epoch: (epoch["validation_top1"], epoch["epoch"]), default={"epoch": None})
+    return best["epoch"]
+
+
+def _team(context: Context) -> Team:
+    return Team(
+        rank=context.rank,
+        world_size=context.world_size,
+        store=context.control.store_for("finetune") if context.world_size > 1 else None,
+        backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+        timeout_s=context.config.plan.timeout_s,
+    )

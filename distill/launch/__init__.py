@@ -1,0 +1,1 @@
+"""Starting ranks, sweeps and jobs, and ending them."""

@@ -1,0 +1,114 @@
+"""`python -m distill`: compose once, then start the ranks through torch's elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.config.compose import compose
+from distill.config.schema import JobConfig, to_yaml
+from distill.errors import DistillError
+from distill.launch.provenance import COMMAND_VARIABLE
+from distill.launch.signals import Stop, Stopper, stoppable
+from distill.machine.host import share_of_cores
+
+if TYPE_CHECKING:  # importing torch takes seconds, which --help need not pay
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+CONFIG_VARIABLE = "DISTILL_RESOLVED"  # path of the composed configuration, for the ranks that this launcher starts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: its exit status, why it failed, and whether it was told to stop before its end."""
+
+    status: int = 0
+    reason: str = ""
+    stopped: bool = False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that the command line describes; return the exit status."""
+    try:
+        config = compose(arguments)
+    except DistillError as error:
+        sys.stderr.write(f"distill: {error}\n")
+        return 2
+    outcome = launch(config, command=shlex.join(["python", "-m", "distill", *arguments]))
+    if outcome.stopped:
+        sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
+    return outcome.status
+
+
+def launch(config: JobConfig, *, command: str) -> Outcome:
+    """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first.
+
+    `command` is what the user typed, for the record.
+    """
+    os.environ[COMMAND_VARIABLE] = command
+    try:
+        with stoppable() as stopper, tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+            return _launch(config, Path(scratch), stopper)
+    except Stop as stop:
+        return Outcome(stop.status, f"stopped by {stop.signal}", stopped=True)
+    finally:
+        os.environ.pop(CONFIG_VARIABLE, None)
+        os.environ.pop(COMMAND_VARIABLE, None)
+
+
+def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    options = config.launch
+    threads = options.threads_per_rank or share_of_cores(options.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # One store for all attempts makes restarted ranks read the addresses of dead ones (pytorch#135712).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # The ranks tell their own errors; the agent's account of them would only repeat that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    resolved = scratch / "resolved.yaml"
+    resolved.write_text(to_yaml(config), encoding="utf-8")
+    os.environ[CONFIG_VARIABLE] = str(resolved)
+    plan = LaunchConfig(
+        min_nodes=options.nnodes,
+        max_nodes=options.nnodes,
+        nproc_per_node=options.nproc_per_node,
+        run_id=options.rdzv_id if options.nnodes > 1 else uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=options.rdzv_endpoint or "localhost:0",
+        rdzv_configs={} if options.rdzv_here is None else {"is_host": options.rdzv_here},
+        local_addr=options.local_addr,
+        max_restarts=options.max_restarts,
+        monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
+        signals_to_handle="SIGQUIT",  # the others are the stopper's: torch's handlers would outlive this job
+    )
+    stopper.check()
+    try:
+        elastic_launch(plan, sys.executable)("-u", "-m", "distill")
+    except ChildFailedError as error:
+        return _failed(error)
+    finally:
+        stopper.check()
+    return Outcome()
+
+
+def _failed(error: ChildFailedError) -> Outcome:
+    """The outcome of the rank of this node that failed first, with its own words where it left some."""
+    rank, failure = error.get_first_failure()
+    told = failure.error_file_data.get("message")
+    if isinstance(told, dict):
+        reason = str(told["message"])
+    else:
+        reason = f"ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+    return Outcome(abs(failure.exitcode), f"rank {rank}: {reason}")

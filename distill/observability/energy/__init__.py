@@ -1,0 +1,1 @@
+"""Joules: counters, one reader a host, sums."""

@@ -1,0 +1,157 @@
+"""What a placement of blocks on ranks costs, one function a strategy whose blocks may be on any rank. No torch.
+
+T_k is the teacher's forward of block k, S_k one student step, b_k the bytes of boundary k (the input of block k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from distill.planning.placement.packing import Floats, Packing
+from distill.planning.placement.search import Problem, Share
+from distill.planning.plan import Costs, Span, boundaries_of, teacher_seconds
+
+
+def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:
+    """Return what a placement costs where the first `teacher_ranks` ranks run the teacher for everybody in turn."""
+    spans = sorted(spans, key=lambda span: span.block)
+    teacher_s = teacher_seconds(costs, spans)
+    sizes = costs.boundary_bytes
+    price = [_price_of_serving(costs, rank, teacher_ranks) for rank in range(world_size)]
+
+    def share(owned: Sequence[Span], rank: int) -> Share:
+        size = sum(sizes[boundary] for boundary in boundaries_of(span.block for span in owned))
+        wire = max((span.steps for span in owned), default=0) * size * price[rank]
+        return sum(costs.student_s[span.block] * span.steps for span in owned), wire
+
+    def loads(shares: Sequence[Share]) -> list[float]:
+        wires = sum(wire for _, wire in shares)  # what a teacher rank computes itself does not travel to it
+        taught = [(teacher_s + wires - wire) / teacher_ranks for _, wire in shares[:teacher_ranks]]
+        taught += [0.0] * (world_size - teacher_ranks)
+        return [
+            (own + more) * costs.slowness_of(rank)
+            for rank, ((own, _), more) in enumerate(zip(shares, taught, strict=True))
+        ]
+
+    bases = [teacher_s / teacher_ranks * costs.slowness_of(rank) for rank in range(teacher_ranks)]
+    bases += [0.0] * (world_size - teacher_ranks)
+    bytes_needed, room = _limits(costs, spans, [rank < teacher_ranks for rank in range(world_size)])
+    return Problem(
+        spans=spans,
+        world_size=world_size,
+        work=lambda span, rank: costs.student_s[span.block] * span.steps * costs.slowness_of(rank),
+        share=share,
+        loads=loads,
+        base=bases,
+        kind=[(rank < teacher_ranks, costs.slowness_of(rank)) for rank in range(world_size)],
+        packing=Packing(
+            work_s=np.array([costs.student_s[span.block] * span.steps for span in spans]),
+            reach_s=np.zeros(len(spans)),
+            wire_s=np.array([sum(sizes[span.block : span.block + 2]) * span.steps for span in spans], float),
+            shared_s=np.array(_shared(sizes, spans)),
+            slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
+            base_s=np.array(bases),
+            price=np.array(price),
+            teacher_ranks=teacher_ranks,
+            bytes=bytes_needed,
+            room=room,
+        ),
+    )
+
+
+def _limits(costs: Costs, spans: Sequence[Span], sends: Sequence[bool]) -> tuple[Floats, Floats] | tuple[None, None]:
+    """Return the memory of every span's block and the room of every rank; None where all would fit on any rank."""
+    memory = costs.memory
+    if memory is None or memory.limit is None:
+        return None, None
+    sizes = np.array([memory.block(span.block) for span in spans], float)
+    room = np.array([memory.room(sends=one) for one in sends], float)
+    return (None, None) if sizes.sum() <= room.min() else (sizes, room)
+
+
+def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
+    """Return for every span the bytes that it does not need of its own where the span before it is on its rank."""
+    neighbours = ((min(a.steps, b.steps) * sizes[b.block], b.block - a.block == 1) for a, b in pairwise(spans))
+    return [0.0 for _ in spans[:1]] + [float(size) if adjacent else 0.0 for size, adjacent in neighbours]
+
+
+def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:
+    """Seconds of computing that a byte for `rank` costs its sender, the mean over the other teacher ranks."""
+    prices = [
+        costs.network.link(teacher, rank).sender_s_per_byte for teacher in range(teacher_ranks) if teacher != rank
+    ]
+    return sum(prices) / max(1, len(prices))
+
+
+def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
+    """Return what a placement costs where every rank runs the teacher for itself."""
+
+    def share(owned: Sequence[Span], _rank: int) -> Share:
+        return sum(map(work, owned)) + teacher_seconds(costs, owned), 0.0
+
+    def work(span: Span) -> float:
+        return costs.student_s[span.block] * span.steps
+
+    prefix = [0.0, *accumulate(costs.teacher_s)]
+    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.block + 1] * span.steps)
+
+
+def cached_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
+    """Return what a placement costs where every rank reads its blocks' boundaries, neighbours' common ones once."""
+
+    def share(owned: Sequence[Span], _rank: int) -> Share:
+        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
+        read_s = max((span.steps for span in owned), default=0) * size * costs.read_s_per_byte
+        return sum(map(work, owned)) + read_s, 0.0
+
+    def work(span: Span) -> float:
+        return costs.student_s[span.block] * span.steps
+
+    return _independent(costs, spans, world_size, share, work)
+
+
+def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
+    """Return what a placement costs where every block runs the teacher for itself."""
+    prefix = [0.0, *accumulate(costs.teacher_s)]
+
+    def work(span: Span) -> float:
+        return span.steps * (costs.student_s[span.block] + prefix[span.block + 1])
+
+    return _independent(costs, spans, world_size, lambda owned, _rank: (sum(map(work, owned)), 0.0), work)
+
+
+def _independent(
+    costs: Costs,
+    spans: Sequence[Span],
+    world_size: int,
+    share: Callable[[Sequence[Span], int], Share],
+    work: Callable[[Span], float],
+    *,
+    reach: Callable[[Span], float] = lambda _: 0.0,
+) -> Problem:
+    """Return the problem of ranks that have nothing to do with each other."""
+    spans = sorted(spans, key=lambda span: span.block)
+    bytes_needed, room = _limits(costs, spans, [False] * world_size)
+    return Problem(
+        spans=spans,
+        world_size=world_size,
+        work=lambda span, rank: work(span) * costs.slowness_of(rank),
+        share=share,
+        loads=lambda shares: [own * costs.slowness_of(rank) for rank, (own, _) in enumerate(shares)],
+        base=[0.0] * world_size,
+        kind=[costs.slowness_of(rank) for rank in range(world_size)],
+        packing=Packing(
+            work_s=np.array([work(span) for span in spans]),
+            reach_s=np.array([reach(span) for span in spans]),
+            wire_s=np.zeros(len(spans)),
+            shared_s=np.zeros(len(spans)),
+            slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
+            base_s=np.zeros(world_size),
+            price=np.zeros(world_size),
+            bytes=bytes_needed,
+            room=room,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Plans of contiguous ranges, and of groups that share one."""

@@ -1,0 +1,1 @@
+"""The whole student: put together, evaluated, written."""

@@ -1,0 +1,87 @@
+"""Accuracy, size, FLOPs and latency of a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.data import Batch
+from distill.profiling.block_costs import count_flops, measure_seconds
+from distill.storage.aliases import each_once
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Counts over some images; counts of several ranks add up exactly. An image whose logits are not all finite numbers
+    is a miss."""
+
+    top1: int = 0
+    top5: int = 0
+    images: int = 0
+    not_finite: int = 0
+
+    def __add__(self, other: Hits) -> Hits:
+        return Hits(*(own + others for own, others in zip(astuple(self), astuple(other), strict=True)))
+
+    def percent(self) -> dict[str, float | None]:
+        """Return top-1 and top-5 accuracy in percent; None where there is no image."""
+        return {name: 100 * getattr(self, name) / self.images if self.images else None for name in ("top1", "top5")}
+
+    @property
+    def standard_error(self) -> float:
+        """How far the top-1 accuracy may be from that on all such images, in percent of them: one standard deviation.
+
+        By Laplace's estimate, one hit and one miss added, so that a few images are not trusted for being all right.
+        """
+        share = (self.top1 + 1) / (self.images + 2)
+        return 100 * math.sqrt(share * (1 - share) / max(1, self.images))
+
+
+def best_of(hits: Mapping[str, Hits]) -> str | None:
+    """Return the name with the most hits, the last of equals; None where none gives finite logits for all images."""
+    sound = [name for name, one in hits.items() if not one.not_finite]
+    return max(reversed(sound), key=lambda name: hits[name].top1, default=None)
+
+
+@torch.no_grad()
+def count_hits(network: nn.Module, batches: Iterable[Batch]) -> Hits:
+    """Return how many images a network in eval mode classifies rightly, first guess and first five guesses."""
+    network.eval()
+    total = Hits()
+    for batch in batches:
+        logits = network(batch.images)
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        finite = logits.isfinite().all(dim=1)
+        right = (guesses == batch.labels[:, None]) & finite[:, None]
+        counts = right[:, 0].sum(), right.any(dim=1).sum(), len(batch.labels), (~finite).sum()
+        total += Hits(*map(int, counts))
+    return total
+
+
+def first_not_finite(network: nn.Module) -> str | None:
+    """Return the name of the first parameter that holds nan or infinity, or batch-norm statistic that holds nan."""
+    for name, tensor in network.named_parameters():
+        if not tensor.isfinite().all():
+            return name
+    return next((name for name, tensor in network.named_buffers() if tensor.isnan().any()), None)
+
+
+@torch.no_grad()
+def measure_network(network: nn.Module, *, image_shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Return parameters, bytes of the state dict, FLOPs of one image (two per multiply-add) and the median latency in
+    milliseconds at batch 1 and 64, forward only, in the precision of the weights."""
+    network.eval()
+    image = torch.zeros(1, *image_shape, device=device).to(memory_format=torch.channels_last)
+    batch = torch.zeros(64, *image_shape, device=device).to(memory_format=torch.channels_last)
+    return {
+        "params": sum(parameter.numel() for parameter in network.parameters()),
+        "bytes": sum(tensor.nbytes for tensor in each_once(network.state_dict()).values()),
+        "flops": count_flops(lambda: network(image)),
+        "latency_ms_batch1": 1000 * measure_seconds(lambda: network(image), device),
+        "latency_ms_batch64": 1000 * measure_seconds(lambda: network(batch), device),
+    }

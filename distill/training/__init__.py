@@ -1,0 +1,1 @@
+"""Training of one block, and of the whole student."""
