@@ -97,7 +97,7 @@ class TestFullDisk:
                 sys.stdout.write(str(error))
         """
         write_bytes(tmp_path / "file", b"old")
-        package = Path(__file__).parents[2]
+        package = Path(__file__).parents[3]
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "file")],
             cwd=package, capture_output=True, text=True, check=True, timeout=60,

@@ -25,8 +25,8 @@ from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.student.assemble import assemble, in_a_row, recalibrate
 from distill.training.trainer import BlockTrainer, TrainerOptions
-from tests.unit import odd_networks as odd
-from tests.unit.odd_networks import CLASSES, SIZE, Net, conv
+from tests.unit.blocks import odd_networks as odd
+from tests.unit.blocks.odd_networks import CLASSES, SIZE, Net, conv
 
 SHAPE, CPU = (3, SIZE, SIZE), torch.device("cpu")
 

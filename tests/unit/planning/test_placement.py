@@ -22,7 +22,7 @@ from distill.planning.placement.search import Problem, largest_first, place
 from distill.planning.plan import Costs, Plan, Span
 from distill.planning.strategies import plan_broadcast, plan_layerwise, plan_replicate
 
-LAYER_TIMES = Path(__file__).parents[3] / "shared" / "data" / "vgg_layer_seconds.csv"
+LAYER_TIMES = Path(__file__).parents[4] / "shared" / "data" / "vgg_layer_seconds.csv"
 PROBLEMS = {"broadcast": broadcast_problem, "layerwise": layerwise_problem, "replicate": replicate_problem}
 needs_layer_times = pytest.mark.skipif(
     not LAYER_TIMES.exists(), reason="the first paper's layer times are not beside the repository"

@@ -26,7 +26,7 @@ from distill.planning.placement.problems import cached_problem
 from distill.planning.plan import Costs, Span
 from distill.planning.strategies import plan_cached
 from distill.storage.files import DamagedFileError, write_json
-from tests.unit.test_strategies import Instance, brute_force, instances
+from tests.unit.planning.test_strategies import Instance, brute_force, instances
 
 CPU = torch.device("cpu")
 

@@ -241,7 +241,7 @@ def test_the_content_is_read_once_for_all_configurations_of_a_launch(
 
 
 def test_the_demo_has_the_fingerprint_that_the_readme_shows(default: JobConfig) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
     assert set(re.findall(r"outputs/demo/([0-9a-f]+)", readme)) == {digits(default)}
 
 

@@ -155,7 +155,7 @@ class TestCommand:
         program = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('distill', run_name='__main__')"
         done = subprocess.run(
             [sys.executable, "-c", program, "report", str(some[0])],
-            env={"RANK": "0", "WORLD_SIZE": "2", "PATH": "", "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={"RANK": "0", "WORLD_SIZE": "2", "PATH": "", "PYTHONPATH": str(Path(__file__).parents[3])},
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

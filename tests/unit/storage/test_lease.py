@@ -20,7 +20,7 @@ from distill.storage import lease
 from distill.storage.files import read_json, write_json
 from distill.storage.lease import HeldError, Holder, Lease, LostError
 
-PACKAGE = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
