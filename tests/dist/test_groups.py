@@ -17,7 +17,7 @@ from torch.multiprocessing import ProcessRaisedException
 from distill.blocks.chain import Boundary
 from distill.distributed.edges.receiver import BoundaryReceiver
 from distill.distributed.transport import Averager
-from distill.engine.streams import routes
+from distill.engine.streams import factory
 from distill.planning.schedule import Address
 from distill.storage.ledger import Ledger
 from tests.dist.ranks import Toy, digest, run_ranks, run_toy, toy_rank
@@ -74,7 +74,7 @@ def test_groups_come_close_to_one_rank_and_their_members_are_equal(
 def notes_rows(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
     """Every rank writes down its share in averages, its rows of the first batch of images, and how many rows it has
     room for from each rank before it."""
-    average, receive = routes.Averager, routes.BoundaryReceiver
+    average, receive = factory.Averager, factory.BoundaryReceiver
     noted: dict[str, Any] = {"share": None, "images": [], "received": []}
 
     def noted_average(*arguments: Any, share: float, **options: Any) -> Averager:
@@ -85,15 +85,15 @@ def notes_rows(rank: int, world_size: int, environment: Mapping[str, str], toy: 
         noted["received"] += [boundary.shape[0] for boundary in boundaries.values()]
         return receive(*arguments, boundaries=boundaries, **options)
 
-    class Noted(routes.OwnBatches):
+    class Noted(factory.OwnBatches):
         def __call__(self) -> tuple[Address, Tensor] | None:
             found = super().__call__()
             if found is not None and found[0] == Address(0):
                 noted["images"] = [digest([image]) for image in found[1]]
             return found
 
-    routes.Averager, routes.BoundaryReceiver = noted_average, noted_receive  # type: ignore[assignment, misc]
-    routes.OwnBatches = Noted  # type: ignore[misc]
+    factory.Averager, factory.BoundaryReceiver = noted_average, noted_receive  # type: ignore[assignment, misc]
+    factory.OwnBatches = Noted  # type: ignore[misc]
     toy_rank(rank, world_size, environment, toy)
     (Path(toy.run_dir) / f"noted{rank}.json").write_text(json.dumps(noted))
 
