@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.blocks.memory_format import without_overlaps
 from distill.errors import ConfigError, install, one_of
+from distill.extensions import named
 from distill.teachers.cifar_resnet import UNITS_PER_STAGE, cifar_resnet
 from distill.teachers.cifar_vgg import LAYERS, cifar_vgg
 
@@ -147,19 +148,7 @@ def _factory(factory: str | None, num_classes: int, options: Mapping[str, object
 
 
 def _import_factory(factory: str | None) -> Callable[..., object]:
-    if not factory or factory.count(":") != 1:
-        raise ConfigError("teacher.factory", factory, '"package.module:function", with one colon')
-    module_name, function_name = factory.split(":")
-    try:
-        target: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever stands in the user's file
-        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        raise ConfigError("teacher.factory", factory, f"a module that can be imported ({reason})") from error
-    for attribute in function_name.split("."):
-        if not hasattr(target, attribute):
-            public = [choice for choice in dir(target) if not choice.startswith("_")]
-            raise ConfigError("teacher.factory", factory, f"an attribute of {module_name}: {one_of(public, attribute)}")
-        target = getattr(target, attribute)
+    target: Any = named("teacher.factory", factory or "", {}, "distill.teachers")
     if not callable(target):
         raise ConfigError("teacher.factory", factory, f"something that can be called, not {type(target)}")
     return target  # type: ignore[no-any-return]

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "observability", "planning", "storage"},
     "cache": {"blocks", "errors", "machine", "storage"},
     "config": {"errors", "storage", "teachers"},
-    "teachers": {"blocks", "errors", "storage"},
+    "teachers": {"blocks", "errors", "extensions", "storage"},
     "data": {"errors", "machine", "storage"},
     "observability": {"errors", "storage"},
     "storage": {"errors", "machine"},
@@ -45,12 +45,13 @@ ALLOWED: dict[str, set[str]] = {
     "planning": set(),
     "cuda": set(),
     "machine": set(),
+    "extensions": {"errors"},
     "errors": set(),
 }  # fmt: skip
 
 SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides the job and the entry
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
-    "config", "errors", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
+    "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
     "observability/trace", "planning", "report", "simulation/command", "simulation/hardware", "simulation/simulator",
     "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
