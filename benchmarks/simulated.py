@@ -166,7 +166,7 @@ def _vgg16(batch: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int,
     """FLOPs of the forward pass and of a student's step of each of the 13 layers, and the bytes of their boundaries."""
     job = ("experiment=paper_vgg16_cifar10", f"data.batch_size={batch}")
     costs, spans = imagined_costs(job, FLOPS_ALONE, steps=1)
-    assert [span.block for span in spans] == list(range(13))
+    assert [span.unit for span in spans] == list(range(13))
     return costs.teacher_s[:13], costs.student_s[:13], costs.boundary_bytes[:14]
 
 

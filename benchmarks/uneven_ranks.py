@@ -68,7 +68,7 @@ def _round(job: tuple[str, ...], folder: Path) -> dict[str, Any]:
         }
     costs, spans = measured(folder / "measured", speed=1.0, steps=None)
     problem = broadcast_problem(_at_true_speeds(costs), spans, 2)
-    blocks = [span.block for span in spans]
+    blocks = [span.unit for span in spans]
     best = min(_makespan(problem, owner) for owner in itertools.product(range(2), repeat=len(blocks)))
     for one in found.values():
         owner = [int(block in one["plan"]["owners"][1]) for block in blocks]

@@ -1,8 +1,8 @@
-"""How finished blocks reach the ledger without anybody waiting: owners announce and hand over in the background,
+"""How finished units reach the ledger without anybody waiting: owners announce and hand over in the background,
 rank 0 collects, records and confirms.
 
-An announcement (JSON, control plane) says that a block is done, so that rank 0 stops producing for it at once; the
-weights follow over an edge of their own; the owner leaves when every block of its own is confirmed.
+An announcement (JSON, control plane) says that a unit is done, so that rank 0 stops producing for it at once; the
+weights follow over an edge of their own; the owner leaves when every unit of its own is confirmed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WATCH_S = 0.1  # between two looks at what has finished elsewhere: each takes a 
 
 
 def announce(control: Control, entry: Entry, size: int) -> None:
-    """Say to all ranks that a block is done; its weights have `size` bytes. A rank's announcements are heard in the
+    """Say to all ranks that a unit is done; its weights have `size` bytes. A rank's announcements are heard in the
     order in which it makes them."""
     number = control.count("done", 1) - 1
     control.set(f"done/{number}", {"entry": asdict(entry), "bytes": size})
@@ -43,7 +43,7 @@ class Deliverer:
         self._thread.start()
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
-        """Hand over a finished block: its ledger entry and its weights as safetensors bytes."""
+        """Hand over a finished unit: its ledger entry and its weights as safetensors bytes."""
         if self._error is not None:
             raise self._error
         announce(self._control, entry, len(blob))
@@ -67,11 +67,11 @@ class Deliverer:
                     group = edge.connect(control.store_for("edges"), control.rank)
                 with self._trace.span("ledger", f"hand over {entry.name}"):
                     send_blob(group, blob)
-                handed_over.append(entry.block)
+                handed_over.append(entry.unit)
                 del item, blob  # not until the next one comes
-            for block in handed_over:  # only now, so that no block waits for rank 0's disk to have the one before it
-                purpose = f"confirmation of block {block}"
-                control.wait(f"collected/{block}", peer=0, purpose=purpose, limit_s=control.timeout_s)
+            for unit in handed_over:  # only now, so that no unit waits for rank 0's disk to have the one before it
+                purpose = f"confirmation of block {unit}"
+                control.wait(f"collected/{unit}", peer=0, purpose=purpose, limit_s=control.timeout_s)
         except DistillError as error:
             self._error = error
         except Exception as error:  # whatever it is, the main thread must hear of it
@@ -79,33 +79,33 @@ class Deliverer:
 
 
 class Announcement(NamedTuple):
-    """A finished block: its ledger entry, still without a checksum, and the size of its weights in bytes."""
+    """A finished unit: its ledger entry, still without a checksum, and the size of its weights in bytes."""
 
     entry: Entry
     bytes: int
 
 
 class Announcements:
-    """Which blocks have been announced as finished, watched in a thread over a connection of its own: now and then
+    """Which units have been announced as finished, watched in a thread over a connection of its own: now and then
     while this rank trains, more often after hurry()."""
 
     def __init__(
         self,
         control: Control,
         *,
-        blocks: Collection[int],
+        units: Collection[int],
         heard: Callable[[int, Announcement], None],
         moved: Callable[[Move], None] | None = None,
     ) -> None:
-        """Call `heard` in the thread for each of `blocks` once, and `moved` for every move, before its block's end."""
-        self._control, self._missing, self._heard, self._moved = control, set(blocks), heard, moved
+        """Call `heard` in the thread for each of `units` once, and `moved` for every move, before its unit's end."""
+        self._control, self._missing, self._heard, self._moved = control, set(units), heard, moved
         self._closed, self._hurried = threading.Event(), threading.Event()
         self.error: DistillError | None = None
         if self._missing and control.world_size > 1:
             threading.Thread(target=self._watch, name="announcements", daemon=True).start()
 
     def hurry(self) -> None:
-        """From now on somebody waits for the blocks."""
+        """From now on somebody waits for the units."""
         self._hurried.set()
 
     def close(self) -> None:
@@ -123,9 +123,9 @@ class Announcements:
                 while seen < count and (message := control.get(f"done/{seen}")) is not None:
                     seen += 1
                     announcement = Announcement(Entry(**message["entry"]), int(message["bytes"]))
-                    if announcement.entry.block in self._missing:
-                        self._missing.discard(announcement.entry.block)
-                        self._heard(announcement.entry.block, announcement)
+                    if announcement.entry.unit in self._missing:
+                        self._missing.discard(announcement.entry.unit)
+                        self._heard(announcement.entry.unit, announcement)
                 if not self._hurried.is_set():
                     self._hurried.wait(WATCH_S)
                 else:
@@ -151,8 +151,8 @@ class Collector:
         on_stolen: Callable[[Move], None] | None = None,
         trace: Trace,
     ) -> None:
-        """Collect the blocks `own` of rank 0 and those trained `elsewhere` (block -> rank). `on_stolen` hears, in a
-        thread, of blocks that ranks take from one another."""
+        """Collect the units `own` of rank 0 and those trained `elsewhere` (unit -> rank). `on_stolen` hears, in a
+        thread, of units that ranks take from one another."""
         self._control, self._trace = control, trace
         self._ledger = ledger
         self._missing = {*own, *elsewhere}
@@ -163,25 +163,25 @@ class Collector:
         self._news: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._error: DistillError | None = None
         self._queues: dict[int, queue.SimpleQueue[tuple[Entry, bytes | int] | None]] = {}
-        watched = self._missing if elsewhere or on_stolen else ()  # any block may come to be trained elsewhere
+        watched = self._missing if elsewhere or on_stolen else ()  # any unit may come to be trained elsewhere
         self._announcements = Announcements(
-            control, blocks=watched, heard=self._announced, moved=self._stolen if on_stolen else None
+            control, units=watched, heard=self._announced, moved=self._stolen if on_stolen else None
         )
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
-        """Take a block that rank 0 has trained itself; it is written in the background, and announced to the others:
+        """Take a unit that rank 0 has trained itself; it is written in the background, and announced to the others:
         they may run the teacher for it."""
         announce(self._control, entry, len(blob))
         self._hand_to_thread(0, entry, blob)
 
-    def moved(self, block: int, rank: int) -> None:
-        """Expect a block from another rank than before."""
-        self._elsewhere.pop(block, None)
+    def moved(self, unit: int, rank: int) -> None:
+        """Expect a unit from another rank than before."""
+        self._elsewhere.pop(unit, None)
         if rank != 0:
-            self._elsewhere[block] = rank
+            self._elsewhere[unit] = rank
 
     def finished_elsewhere(self) -> list[int]:
-        """Return the blocks announced since the last call as finished or as taken by another rank; raises what a
+        """Return the units announced since the last call as finished or as taken by another rank; raises what a
         background thread met."""
         error = self._error or self._announcements.error
         if error is not None:
@@ -192,7 +192,7 @@ class Collector:
         return news
 
     def complete(self) -> bool:
-        """Return whether every block is in the ledger, for which somebody waits from now on; raises what a background
+        """Return whether every unit is in the ledger, for which somebody waits from now on; raises what a background
         thread met, and if a rank that still trains some has fallen silent."""
         self._announcements.hurry()
         self.finished_elsewhere()
@@ -201,7 +201,7 @@ class Collector:
         return not self._missing
 
     def wait(self, *, all_fed: bool) -> None:
-        """Wait until every block is in the ledger. Where all ranks are `all_fed`, at most plan.timeout_s for the next
+        """Wait until every unit is in the ledger. Where all ranks are `all_fed`, at most plan.timeout_s for the next
         one: each has been announced or had its last batch, so only weights are still on their way. Ranks that run the
         teacher themselves may train on for long: these are waited for as long as they are alive."""
         missing, since = len(self._missing) + 1, time.monotonic()
@@ -219,17 +219,17 @@ class Collector:
         for owner in self._queues.values():
             owner.put(None)
 
-    def _announced(self, block: int, announcement: Announcement) -> None:
+    def _announced(self, unit: int, announcement: Announcement) -> None:
         if announcement.entry.rank == 0:
             return  # delivered here
-        self._elsewhere.pop(block, None)
-        self._news.put(block)
+        self._elsewhere.pop(unit, None)
+        self._news.put(unit)
         self._hand_to_thread(announcement.entry.rank, announcement.entry, announcement.bytes)
         self._wake.set()
 
     def _stolen(self, move: Move) -> None:
         if move.target != 0:
-            self._news.put(move.block)  # rank 0 need not feed it any more
+            self._news.put(move.unit)  # rank 0 need not feed it any more
         if self._on_stolen is not None:
             self._on_stolen(move)
 
@@ -251,8 +251,8 @@ class Collector:
                 with self._lock, self._trace.span("ledger", f"record {entry.name}"):
                     entry = self._ledger.record(entry, content)
                 self._on_recorded(entry)
-                control.set(f"collected/{entry.block}", True)
-                self._missing.discard(entry.block)
+                control.set(f"collected/{entry.unit}", True)
+                self._missing.discard(entry.unit)
                 self._wake.set()
                 del item, content  # not until the next one comes
         except DistillError as error:

@@ -1,4 +1,4 @@
-"""The one training loop: whatever the rank and the plan, take a delivery, train the blocks it is for, hand over those
+"""The one training loop: whatever the rank and the plan, take a delivery, train the units it is for, hand over those
 that finish. Decides nothing about placement and touches no process group.
 """
 
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 
 class Exchange(Protocol):
-    """How blocks come from other ranks and go to them."""
+    """How units come from other ranks and go to them."""
 
     def give(self, move: Move, state: Checkpoint | None) -> None:
-        """Send a block's state on its way; None: the block has come to its end here."""
+        """Send a unit's state on its way; None: the unit has come to its end here."""
 
     def take(self, move: Move) -> BlockTrainer | None:
-        """Return a block's trainer at the step of the move; None: it has come to its end where it was."""
+        """Return a unit's trainer at the step of the move; None: it has come to its end where it was."""
 
 
 def distill(
@@ -47,20 +47,20 @@ def distill(
     exchange: Exchange,
     trace: Trace,
 ) -> None:
-    """Train this rank's blocks until all have been handed over. Runs on every rank; none waits for another's end.
+    """Train this rank's units until all have been handed over. Runs on every rank; none waits for another's end.
 
-    The stage has `started` at that time.monotonic(). `deliver` takes a finished block's ledger entry and weights
+    The stage has `started` at that time.monotonic(). `deliver` takes a finished unit's ledger entry and weights
     (safetensors bytes), `save` the state of an unfinished one every `checkpoint_every` steps, `report` every reading;
-    blocks come and go by `exchange` where the stream says. What is handed over or given away is freed.
+    units come and go by `exchange` where the stream says. What is handed over or given away is freed.
     """
-    owned = {trainer.block: trainer for trainer in trainers}
-    first = {trainer.block: trainer.step for trainer in trainers}
+    owned = {trainer.unit: trainer for trainer in trainers}
+    first = {trainer.unit: trainer.step for trainer in trainers}
 
     def hand_in(trainer: BlockTrainer) -> None:
-        stream.finish(trainer.block)
+        stream.finish(trainer.unit)
         seconds = time.monotonic() - started
         deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
-        owned.pop(trainer.block, None)
+        owned.pop(trainer.unit, None)
         trainer.free()
 
     for trainer in trainers:
@@ -68,16 +68,16 @@ def distill(
             hand_in(trainer)
     for delivery in stream:
         if isinstance(delivery, Move) and delivery.source == rank:
-            _give(owned.pop(delivery.block, None), delivery, exchange, hand_in)
+            _give(owned.pop(delivery.unit, None), delivery, exchange, hand_in)
             continue
         if isinstance(delivery, Move):
             taken = exchange.take(delivery)
             if taken is not None:
-                owned[taken.block], first[taken.block] = taken, taken.step
+                owned[taken.unit], first[taken.unit] = taken, taken.step
             continue
         address = delivery.address
         for trainer in _due(owned.values(), address, first):
-            inputs, targets = delivery.boundaries[trainer.block], delivery.boundaries[trainer.block + 1]
+            inputs, targets = delivery.boundaries[trainer.unit], delivery.boundaries[trainer.unit + 1]
             reading = None
             with trainer.lane.entered(), trace.span("student", trainer.name, address.step, on_device=True):
                 if address.is_training:
@@ -87,7 +87,7 @@ def distill(
             if reading is not None:
                 report(trainer, reading)
             if not trainer.finished and trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
-                _save(trainer, save)  # reads the losses, and so may find that the block has diverged
+                _save(trainer, save)  # reads the losses, and so may find that the unit has diverged
             if trainer.finished:
                 hand_in(trainer)
 
@@ -95,7 +95,7 @@ def distill(
 def _give(
     trainer: BlockTrainer | None, move: Move, exchange: Exchange, hand_in: Callable[[BlockTrainer], None]
 ) -> None:
-    """Give a block away, unless (None) it has come to its end here before the word of that got around."""
+    """Give a unit away, unless (None) it has come to its end here before the word of that got around."""
     state = None if trainer is None else trainer.checkpoint()
     exchange.give(move, state)
     if trainer is None:
@@ -110,7 +110,7 @@ def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int,
     """The trainers whose next batch this is; one resumed further ahead, at step `first`, lets earlier batches pass, and
     the looks after them: its checkpoint was written after its own."""
     step = address.step if address.is_training else address.step + 1
-    due = [trainer for trainer in trainers if not trainer.finished and first[trainer.block] <= address.step]
+    due = [trainer for trainer in trainers if not trainer.finished and first[trainer.unit] <= address.step]
     assert all(trainer.step == step for trainer in due), f"a batch was missed before {address}"
     return due
 
@@ -129,7 +129,7 @@ def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: 
             trainer.name, trainer.diverged_at, final.step,
         )  # fmt: skip
     entry = Entry(
-        block=trainer.block,
+        unit=trainer.unit,
         name=trainer.name,
         rank=rank,
         steps=final.step,

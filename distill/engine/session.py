@@ -1,4 +1,4 @@
-"""One rank's part of the distill stage, from a plan to blocks in the ledger: edges, stream, training loop, collection.
+"""One rank's part of the distill stage, from a plan to units in the ledger: edges, stream, training loop, collection.
 
 Takes plain arguments, so that tests and benchmarks run exactly what the job runs.
 """
@@ -20,7 +20,7 @@ from distill.engine.streams.broadcast import Stream
 from distill.engine.streams.factory import News, Setting, Streams
 from distill.planning.plan import Span, memory_of
 from distill.profiling.peak_memory import PeakMemory
-from distill.storage.checkpoint import CheckpointFolder, block_name
+from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.ledger import Entry, Ledger
 from distill.training.trainer import BlockTrainer, Reading
 
@@ -42,7 +42,7 @@ class RankReport:
 
 @dataclass(frozen=True)
 class SessionReport:
-    """The stage as rank 0 saw it. `makespan_s` ends when the last block is in the ledger; `take_overs` blocks went from
+    """The stage as rank 0 saw it. `makespan_s` ends when the last unit is in the ledger; `take_overs` units went from
     one rank to another."""
 
     makespan_s: float
@@ -50,14 +50,14 @@ class SessionReport:
     take_overs: int = 0
 
     def idle_share(self, rank: int) -> float:
-        """Return the share of the makespan in which `rank` did not work; a rank without blocks was idle throughout."""
+        """Return the share of the makespan in which `rank` did not work; a rank without units was idle throughout."""
         report = self.ranks.get(rank)
         return 1.0 if report is None else 1 - (report.seconds - report.waited_s) / self.makespan_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session(Setting):
-    """One rank's distill stage: lead() on rank 0, follow() on every other. `make` returns the trainer of any block, at
+    """One rank's distill stage: lead() on rank 0, follow() on every other. `make` returns the trainer of any unit, at
     its last checkpoint."""
 
     make: Callable[[int], BlockTrainer]
@@ -73,26 +73,26 @@ class Session(Setting):
         on_recorded: Callable[[Entry], None],
         on_moved: Callable[[Move], None],
     ) -> SessionReport:
-        """Rank 0: do its part, collect all blocks; returns when the ledger has them all."""
+        """Rank 0: do its part, collect all units; returns when the ledger has them all."""
         started = time.monotonic()
         wake = threading.Event()
         moves: list[Move] = []
 
         def recorded(entry: Entry) -> None:
-            self.checkpoints.remove(block_name(entry.block))
+            self.checkpoints.remove(unit_name(entry.unit))
             on_recorded(entry)
 
         def moved(move: Move) -> None:
             moves.append(move)
-            collector.moved(move.block, move.target)
+            collector.moved(move.unit, move.target)
             on_moved(move)
 
         ranks = range(1, self.plan.world_size)
         collector = Collector(
             self.control,
             ledger,
-            own=[span.block for span in self.plan.spans_of(0)],
-            elsewhere={span.block: rank for rank in ranks for span in self.plan.spans_of(rank)},
+            own=[span.unit for span in self.plan.spans_of(0)],
+            elsewhere={span.unit: rank for rank in ranks for span in self.plan.spans_of(rank)},
             wake=wake,
             on_recorded=recorded,
             on_stolen=moved if self.steals else None,
@@ -118,7 +118,7 @@ class Session(Setting):
         return SessionReport(makespan_s, reports, len(moves))
 
     def follow(self, trainers: Sequence[BlockTrainer]) -> None:
-        """Any other rank: do its part; returns when rank 0 has confirmed all of its blocks. A rank that has nothing to
+        """Any other rank: do its part; returns when rank 0 has confirmed all of its units. A rank that has nothing to
         do, and nothing to take over, returns at once."""
         if not self._takes_part(self.control.rank):
             return
@@ -144,7 +144,7 @@ class Session(Setting):
 
     @property
     def _room(self) -> Room | None:
-        """What memory leaves to blocks that ranks take from one another."""
+        """What memory leaves to units that ranks take from one another."""
         return None if self.memory is None else Room.beside(self.memory, memory_of(self.plan, self.memory))
 
     @property
@@ -162,7 +162,7 @@ class Session(Setting):
         wake: threading.Event,
         moved: Callable[[Move], None] = lambda _: None,
     ) -> RankReport:
-        """Train this rank's blocks, all at once or, in the strategies that are measured against, one after another;
+        """Train this rank's units, all at once or, in the strategies that are measured against, one after another;
         then what it can take over from others, until `all_done`."""
         started, cpu_started = time.monotonic(), time.process_time()
         memory = PeakMemory(self.device)
@@ -172,7 +172,7 @@ class Session(Setting):
             average = streams.averager()
             for trainer in trainers:
                 trainer.share(average)
-        report = PaceKeeper(self.control, self.report).note if self.moves_blocks or self.steals else self._report
+        report = PaceKeeper(self.control, self.report).note if self.moves_units or self.steals else self._report
 
         def train(stream: Stream, trainers: Sequence[BlockTrainer]) -> None:
             distill(
@@ -194,11 +194,11 @@ class Session(Setting):
         if not self.plan.one_by_one:
             groups = [trainers] if self.plan.has_work(self.control.rank) else []
         for group in groups:
-            train(streams.of([trainer.block for trainer in group]), group)
+            train(streams.of([trainer.unit for trainer in group]), group)
         while moves := streams.stolen(all_done):
             taken = [trainer for trainer in map(hand_over.take, moves) if trainer is not None]
             if taken:
-                train(streams.alone(Span(trainer.block, trainer.step, trainer.budget) for trainer in taken), taken)
+                train(streams.alone(Span(trainer.unit, trainer.step, trainer.budget) for trainer in taken), taken)
         hand_over.close()
         streams.close()
         return RankReport(

@@ -18,7 +18,7 @@ from distill.report.markup import show_count
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
-from distill.storage.ledger import Ledger, block_file
+from distill.storage.ledger import Ledger, unit_file
 from distill.student.assemble import assemble, in_a_row, recalibrate, remembering_norms
 
 
@@ -50,7 +50,7 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         return {"seconds": time.monotonic() - start, "batch_norms_re_estimated": norms}
 
     made = ["assembled.safetensors", "recalibrated.safetensors"]
-    used = [TEACHER, *map(block_file, blocks.replaced)]
+    used = [TEACHER, *map(unit_file, blocks.replaced)]
     record = context.lead("assemble", work, made=made, used=used)
     return ["assembled", "recalibrated"] if record["batch_norms_re_estimated"] else ["assembled"]
 

@@ -68,7 +68,7 @@ class Caching:
     def plan(self, costs: Costs, spans: Sequence[Span], *, without: Plan) -> Plan:
         """Return the plan of this run, with the time that recording takes; `without` is the plan without a cache. Tells
         the user what it comes to. Rank 0 calls this."""
-        layout = self._layout(span.block for span in spans) if spans else None
+        layout = self._layout(span.unit for span in spans) if spans else None
         if layout is None:
             return plan_cached(costs, spans, self._context.world_size)
         prices = self._prices(layout)
@@ -88,7 +88,7 @@ class Caching:
         block is left to train. Every rank calls this."""
         if not plan.spans:
             return None
-        layout = self._layout(span.block for span in plan.spans)
+        layout = self._layout(span.unit for span in plan.spans)
         started = time.monotonic()
         with self._context.during("record"):
             recorded = record(
@@ -114,7 +114,7 @@ class Caching:
             control.wait(f"cache/share/{rank}", peer=rank, purpose="share of the cache")
             for rank in range(self._context.world_size)
         ]
-        layout = self._layout(span.block for span in plan.spans)
+        layout = self._layout(span.unit for span in plan.spans)
         return {
             "place": self._context.config.teacher.cache.name,
             "dtype": self._context.config.cache.dtype.name,

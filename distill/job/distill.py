@@ -21,7 +21,7 @@ from distill.job.context import Context
 from distill.job.metrics import Readings, latest_readings
 from distill.job.plan import Trainers, make_plan, step_budget
 from distill.job.reuse import TEACHER, block_identities, take_blocks
-from distill.observability.display import BlockLine, Display
+from distill.observability.display import Display, UnitLine
 from distill.planning.plan import Plan
 from distill.planning.schedule import Checks
 from distill.storage.checkpoint import CheckpointFolder
@@ -77,7 +77,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
             memory=memory,
             recorded=recorded,
         )
-        trainers = [makers.resumed(span.block) for span in plan.trained_by(context.rank)]
+        trainers = [makers.resumed(span.unit) for span in plan.trained_by(context.rank)]
         if context.leads:
             _lead(context, session, blocks, trainers, caching)
         else:
@@ -98,13 +98,13 @@ def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any
 
         def recorded(entry: Entry) -> None:
             error = entry.rel_error_last
-            display.finish(entry.block, status=entry.status, step=entry.steps, rank=entry.rank, relative_error=error)
+            display.finish(entry.unit, status=entry.status, step=entry.steps, rank=entry.rank, relative_error=error)
 
         def moved(move: Move) -> None:
-            display.move(move.block, move.target, step=move.step)
+            display.move(move.unit, move.target, step=move.step)
 
         report = session.lead(trainers, ledger, on_recorded=recorded, on_moved=moved)
-    steps = max((ledger.entries[span.block].steps - span.first for span in plan.spans), default=0)
+    steps = max((ledger.entries[span.unit].steps - span.first for span in plan.spans), default=0)
     resumed = any(span.first > 0 for span in plan.spans) or len(plan.spans) < len(blocks.replaced)
     images = steps * session.dataset.batch_size
     cache = caching.result(plan) if caching is not None else None
@@ -149,10 +149,10 @@ def _result(
 def _display(context: Context, blocks: Blocks, plan: Plan, *, batch_size: int) -> Display:
     control = context.control.second()
     lines = [
-        BlockLine(span.block, blocks.chain.blocks[span.block].name, rank, span.budget, step=span.first)
+        UnitLine(span.unit, blocks.chain.blocks[span.unit].name, rank, span.budget, step=span.first)
         for rank in range(plan.world_size)
         for span in plan.spans_of(rank)
     ]
 
-    lines.sort(key=lambda line: line.block)
+    lines.sort(key=lambda line: line.unit)
     return Display(lines, batch_size=batch_size, poll=lambda: latest_readings(control), console=context.console)

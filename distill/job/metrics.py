@@ -32,9 +32,9 @@ class Readings:
         record = values | {"generation": context.control.generation, "time_s": time.time()}
         self._file.write(json_line(record, self._path.name))
         self._file.flush()
-        self._latest[reading.block] = values
+        self._latest[reading.unit] = values
         context.control.set(f"readings/{context.rank}", self._latest)
-        name = self._names[reading.block]
+        name = self._names[reading.unit]
         context.scalars.add(f"loss/{name}", reading.loss, reading.step)
         context.scalars.add(f"relative_error/{name}", reading.relative_error, reading.step)
         context.scalars.add(f"learning_rate/{name}", reading.lr, reading.step)

@@ -42,7 +42,7 @@ from distill.profiling.peak_memory import PeakMemory
 from distill.profiling.sizes import Sizes, block_sizes
 from distill.recipes import replace_convolutions
 from distill.report import plan_table
-from distill.storage.checkpoint import CheckpointFolder, block_name
+from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.files import write_json
 from distill.storage.ledger import Ledger
 from distill.training.trainer import BlockTrainer, TrainerOptions
@@ -88,7 +88,7 @@ class Trainers:
         """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""
         trainer = self.fresh(block)
         assert trainer is not None
-        checkpoint = self._checkpoints.load(block_name(block))
+        checkpoint = self._checkpoints.load(unit_name(block))
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer
@@ -101,7 +101,7 @@ class Trainers:
 
     def span(self, block: int) -> Span:
         """Return the steps a block has still to do."""
-        checkpoint = self._checkpoints.load(block_name(block))
+        checkpoint = self._checkpoints.load(unit_name(block))
         return Span(block, checkpoint.step if checkpoint else 0, self._budget)
 
 

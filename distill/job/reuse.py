@@ -130,7 +130,7 @@ def take_blocks(context: Context, identities: Mapping[int, str], names: Mapping[
         if wanted:
             for block, entry, content in _finished(run, wanted):
                 source, generation = entry.source or siblings.name_of(run), context.control.generation
-                own = replace(entry, block=block, name=names[block], source=source, generation=generation)
+                own = replace(entry, unit=block, name=names[block], source=source, generation=generation)
                 ledger.record(own, content)
     sources = Counter(entry.source for entry in ledger.entries.values() if entry.source is not None)
     for source, count in sources.items():

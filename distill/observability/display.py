@@ -1,4 +1,4 @@
-"""What the user sees while blocks train: one line a block by rich on a terminal, plain lines elsewhere. Rank 0 only."""
+"""What the user sees while units train: one line a unit by rich on a terminal, plain lines elsewhere. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PLAIN_EVERY_S = 15.0
 
 
 @dataclass
-class BlockLine:
+class UnitLine:
     """One line of the display. `relative_error` has no unit."""
 
-    block: int
+    unit: int
     name: str
     rank: int
     budget: int
@@ -35,17 +35,17 @@ class BlockLine:
 
 
 class Display:
-    """Redraws the blocks' lines in a thread. `poll` returns the latest reading of each block by its index."""
+    """Redraws the units' lines in a thread. `poll` returns the latest reading of each unit by its index."""
 
     def __init__(
         self,
-        lines: Sequence[BlockLine],
+        lines: Sequence[UnitLine],
         *,
         batch_size: int,
         poll: Callable[[], Mapping[int, Mapping[str, float]]],
         console: Console,
     ) -> None:
-        self._lines = {line.block: line for line in lines}
+        self._lines = {line.unit: line for line in lines}
         self._batch_size = batch_size
         self._poll = poll
         self._console = console
@@ -63,15 +63,15 @@ class Display:
         self._stop.set()
         self._thread.join(5.0)
 
-    def move(self, block: int, rank: int, *, step: int) -> None:
-        """Show a block on the rank that takes it over and say so in a log line."""
-        line = self._lines[block]
+    def move(self, unit: int, rank: int, *, step: int) -> None:
+        """Show a unit on the rank that takes it over and say so in a log line."""
+        line = self._lines[unit]
         log.info("block %s goes from rank %d to rank %d at step %d", line.name, line.rank, rank, step)
         line.rank = rank
 
-    def finish(self, block: int, *, status: str, step: int, rank: int, relative_error: float) -> None:
-        """Show a block as finished and say so in a log line."""
-        line = self._lines[block]
+    def finish(self, unit: int, *, status: str, step: int, rank: int, relative_error: float) -> None:
+        """Show a unit as finished and say so in a log line."""
+        line = self._lines[unit]
         line.step, line.status, line.rank, line.relative_error = step, status, rank, relative_error
         log.info("block %s %s on rank %d: %d steps, relative error %.4f", line.name, status, rank, step, relative_error)
 
@@ -89,21 +89,21 @@ class Display:
                 log.info("%s", self._summary())
 
     def _update(self) -> None:
-        for block, reading in self._poll().items():
-            line = self._lines[block]
+        for unit, reading in self._poll().items():
+            line = self._lines[unit]
             if line.status == "training":
                 line.step, line.loss = int(reading["step"]), reading["loss"]
                 line.relative_error = reading["relative_error"]
-                self._first_steps.setdefault(block, line.step)
+                self._first_steps.setdefault(unit, line.step)
 
     def _summary(self) -> str:
         elapsed = time.monotonic() - self._started
         training = [line for line in self._lines.values() if line.status == "training"]
         slowest = min((line.step for line in training), default=0)
-        done = sum(line.step - self._first_steps.get(line.block, 0) for line in self._lines.values())
+        done = sum(line.step - self._first_steps.get(line.unit, 0) for line in self._lines.values())
         total = sum(line.budget - line.step for line in training)
         left = f"{total * elapsed / done:.0f} s left" if done else "time left unknown"
-        newest = max((line.step - self._first_steps.get(line.block, 0) for line in self._lines.values()), default=0)
+        newest = max((line.step - self._first_steps.get(line.unit, 0) for line in self._lines.values()), default=0)
         rate = newest * self._batch_size / max(elapsed, 1e-9)
         finished = len(self._lines) - len(training)
         return (

@@ -97,7 +97,7 @@ class Memory:
         teaching = self.teaching(everything) - everything + self.sending(everything) if sends else 0
         return self.limit - self.resident - self._steps(range(len(self.step))) - self.held - teaching
 
-    def block(self, block: int) -> int:
+    def unit(self, unit: int) -> int:
         """Return the bytes that a block adds at most to the rank that trains it, its step aside."""
         copies = 1 + RING_SLOTS + (1 if self.lanes else 0)
-        return self.student[block] + copies * self.activations([block])
+        return self.student[unit] + copies * self.activations([unit])

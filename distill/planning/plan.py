@@ -40,9 +40,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class Span:
-    """The steps that block `block` has still to do: `first` to `budget` - 1."""
+    """The steps that unit `unit` has still to do: `first` to `budget` - 1."""
 
-    block: int
+    unit: int
     first: int
     budget: int
 
@@ -92,7 +92,7 @@ class Plan:
 
     def spans_of(self, rank: int) -> tuple[Span, ...]:
         """The spans of the blocks that `rank` owns, in block order."""
-        return tuple(span for span in self.spans if span.block in self.owners[rank])
+        return tuple(span for span in self.spans if span.unit in self.owners[rank])
 
     @property
     def one_by_one(self) -> bool:
@@ -128,16 +128,16 @@ class Plan:
         owner = min((r for r in later if self.starts and self.spans_of(r)), default=None)
         return () if owner is None else self.group_of(owner)
 
-    def blocks_behind(self, rank: int) -> frozenset[int]:
+    def units_behind(self, rank: int) -> frozenset[int]:
         """The blocks of all ranks behind `rank` and its group in a relay."""
         later = range(self.group_of(rank)[-1] + 1, self.world_size) if self.starts else ()
-        return frozenset(span.block for r in later for span in self.spans_of(r))
+        return frozenset(span.unit for r in later for span in self.spans_of(r))
 
     def taught_elsewhere(self, rank: int) -> frozenset[int]:
         """The blocks of other ranks that `rank` computes activations for."""
         if self.strategy != "broadcast":
-            return self.blocks_behind(rank)
-        return frozenset(s.block for s in self.spans if self.teaches(rank) and s.block not in self.owners[rank])
+            return self.units_behind(rank)
+        return frozenset(s.unit for s in self.spans if self.teaches(rank) and s.unit not in self.owners[rank])
 
     def started_in(self, seconds: float) -> Plan:
         """This plan where the first batch of a pass over the images takes so long to come."""
@@ -154,7 +154,7 @@ class Plan:
         return Plan(
             strategy=raw["strategy"],
             owners=tuple(tuple(blocks) for blocks in raw["owners"]),
-            spans=tuple(Span(**span) for span in raw["spans"]),
+            spans=tuple(_span(**span) for span in raw["spans"]),
             predicted_makespan_s=raw["predicted_makespan_s"],
             predicted_rank_s=tuple(raw["predicted_rank_s"]),
             starts=tuple(raw["starts"]),
@@ -167,15 +167,22 @@ class Plan:
         )
 
 
+def _span(*, unit: int | None = None, block: int | None = None, **steps: int) -> Span:
+    """Earlier versions wrote the number of a block."""
+    number = block if unit is None else unit
+    assert number is not None
+    return Span(number, **steps)
+
+
 def memory_of(plan: Plan, memory: Memory) -> tuple[int, ...]:
     """Return the most bytes that every rank of a plan needs."""
     return tuple(_rank_memory(plan, memory, rank) for rank in range(plan.world_size))
 
 
 def _rank_memory(plan: Plan, memory: Memory, rank: int) -> int:
-    blocks = [span.block for span in plan.trained_by(rank)]
+    blocks = [span.unit for span in plan.trained_by(rank)]
     if plan.strategy == "broadcast":
-        elsewhere = [span.block for r in range(plan.world_size) if r != rank for span in plan.spans_of(r)]
+        elsewhere = [span.unit for r in range(plan.world_size) if r != rank for span in plan.spans_of(r)]
         needed = memory.resident + memory.students(blocks)
         if rank >= plan.teacher_ranks or plan.teacher_ranks > 1:
             needed += memory.receiving(memory.activations(blocks))
@@ -201,6 +208,6 @@ def teacher_seconds(costs: Costs, spans: Iterable[Span]) -> float:
     edges = sorted({edge for span in remaining for edge in (span.first, span.budget)})
     total = 0.0
     for low, high in pairwise(edges):
-        deepest = max((span.block for span in remaining if span.first <= low < span.budget), default=-1)
+        deepest = max((span.unit for span in remaining if span.first <= low < span.budget), default=-1)
         total += (high - low) * sum(costs.teacher_s[: deepest + 1])
     return total

@@ -1,8 +1,8 @@
 """Which rank is sent which boundary when: addresses in the stream of batches, feeds and their schedule. No torch here.
 
-Rank 0 keeps one Feed per destination (itself included). A feed walks through the addresses that its blocks still
+Rank 0 keeps one Feed per destination (itself included). A feed walks through the addresses that its units still
 need; the Schedule decides which address the teacher computes next and for whom. Timing decides only how often a batch
-is computed, never what a block sees.
+is computed, never what a unit sees.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Checks:
-    """After every `every` steps the blocks look at `batches` held-out batches; every = 0: never."""
+    """After every `every` steps the units look at `batches` held-out batches; every = 0: never."""
 
     every: int = 0
     batches: int = 0
@@ -62,31 +62,31 @@ class Feed:
         self.rank = rank
         self._checks = checks
         self._of = of
-        self._spans = {span.block: span for span in spans if span.steps > 0}
+        self._spans = {span.unit: span for span in spans if span.steps > 0}
         self.cursor: Address | None = None
         self._settle(Address(min((span.first for span in self._spans.values()), default=0)))
 
-    def blocks_at(self, address: Address) -> tuple[int, ...]:
-        """Return the unfinished blocks that use the batch at `address`; after its last step a block looks no more."""
+    def units_at(self, address: Address) -> tuple[int, ...]:
+        """Return the unfinished units that use the batch at `address`; after its last step a unit looks no more."""
         last = address.step if address.is_training else address.step + 1
-        return tuple(s.block for s in self._spans.values() if s.first <= address.step and last < s.budget)
+        return tuple(s.unit for s in self._spans.values() if s.first <= address.step and last < s.budget)
 
     def boundaries_at(self, address: Address) -> frozenset[int]:
-        return boundaries_of(self.blocks_at(address))
+        return boundaries_of(self.units_at(address))
 
     def advance(self) -> None:
         """Step past the cursor's address: it has been served."""
         assert self.cursor is not None
         self._settle(self._checks.after(self.cursor))
 
-    def finish(self, block: int) -> None:
-        """Stop serving `block`: it is done (or has failed)."""
-        if self._spans.pop(block, None) is not None and self.cursor is not None:
+    def finish(self, unit: int) -> None:
+        """Stop serving `unit`: it is done (or has failed)."""
+        if self._spans.pop(unit, None) is not None and self.cursor is not None:
             self._settle(self.cursor)
 
     @property
     def remaining(self) -> tuple[Span, ...]:
-        """What has not been served yet of every unfinished block."""
+        """What has not been served yet of every unfinished unit."""
         if self.cursor is None:
             return ()
         done = self.cursor.step if self.cursor.is_training else self.cursor.step + 1
@@ -94,18 +94,18 @@ class Feed:
         return tuple(span for span in left if span.steps > 0)
 
     def take(self, span: Span) -> None:
-        """Serve a block from now on that was another destination's; nothing at or after its first step may have been
-        served here to blocks that are still unfinished."""
+        """Serve a unit from now on that was another destination's; nothing at or after its first step may have been
+        served here to units that are still unfinished."""
         if self.cursor is None:
             self._spans.clear()  # they have been served to their ends
-        self._spans[span.block] = span
+        self._spans[span.unit] = span
         first = Address(span.first)
         self._settle(first if self.cursor is None else min(first, self.cursor))
 
     def _settle(self, address: Address) -> None:
-        """Move the cursor to the first address at or after `address` that some block needs; None when there is none."""
-        while not (self.blocks_at(address) and self._of(address)):
-            if self.blocks_at(address):
+        """Move the cursor to the first address at or after `address` that some unit needs; None when there is none."""
+        while not (self.units_at(address) and self._of(address)):
+            if self.units_at(address):
                 address = self._checks.after(address)
                 continue
             later = [span.first for span in self._spans.values() if span.first > address.step]
@@ -133,7 +133,7 @@ class Schedule:
         self.feeds: Mapping[int, Feed] = {feed.rank: feed for feed in feeds}
         self._patience, self._home = patience, home
         self._behind: set[int] = set()
-        self._taking: set[int] = set()  # a block is on its way to them
+        self._taking: set[int] = set()  # a unit is on its way to them
         self._step_s: float | None = None
         self._num_steps = 0
         self._served_at: float | None = None
@@ -143,24 +143,24 @@ class Schedule:
     def finished(self) -> bool:
         return all(feed.cursor is None for feed in self.feeds.values())
 
-    def finish(self, block: int) -> None:
+    def finish(self, unit: int) -> None:
         for feed in self.feeds.values():
-            feed.finish(block)
+            feed.finish(unit)
 
-    def move(self, block: int, source: int, target: int) -> int:
-        """Serve `block` to rank `target` instead of `source`, whose next address must be a training step; return the
-        block's first step there. Nobody waits for the target until it has the block (see taken()) and has caught up."""
+    def move(self, unit: int, source: int, target: int) -> int:
+        """Serve `unit` to rank `target` instead of `source`, whose next address must be a training step; return the
+        unit's first step there. Nobody waits for the target until it has the unit (see taken()) and has caught up."""
         giver = self.feeds[source]
         assert giver.cursor is not None
         assert giver.cursor.is_training, "a look that has begun belongs to one rank"
-        (rest,) = (span for span in giver.remaining if span.block == block)
-        giver.finish(block)
+        (rest,) = (span for span in giver.remaining if span.unit == unit)
+        giver.finish(unit)
         self.feeds[target].take(rest)
         self._taking.add(target)
         return rest.first
 
     def taken(self, rank: int) -> None:
-        """Note that rank `rank` has every block that has been moved to it; it may have fallen behind meanwhile."""
+        """Note that rank `rank` has every unit that has been moved to it; it may have fallen behind meanwhile."""
         self._taking.discard(rank)
         self._behind.add(rank)
 

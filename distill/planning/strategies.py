@@ -95,7 +95,7 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
     slowest = max(costs.slowness_of(rank) for rank in range(world_size))
-    seconds = slowest * sum(_shared_step_s(costs, span.block, world_size) * span.steps for span in spans)
+    seconds = slowest * sum(_shared_step_s(costs, span.unit, world_size) * span.steps for span in spans)
     owners = alone.owners + ((),) * (world_size - 1)
     everybody = (tuple(range(world_size)),)
     return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size, groups=everybody)

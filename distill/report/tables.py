@@ -46,7 +46,7 @@ def plan_table(plan: Plan, names: Sequence[str], *, sizes: tuple[Size, Size], co
     what that makes of the whole network."""
     teacher, student = sizes
     owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
-    spans = {span.block: span for span in plan.spans}
+    spans = {span.unit: span for span in plan.spans}
     title = f"plan: {plan.label} on {show_count(plan.world_size, 'rank')}"
     table = Table(
         title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), caption=EXPLANATION, caption_justify="left"

@@ -58,7 +58,7 @@ def simulate(plan: Plan, costs: Costs, *, window: int = 4) -> Simulation:
 
 def _shortened(plan: Plan, share: float) -> Plan:
     """Return the plan with only the first part of every span's steps."""
-    spans = tuple(Span(s.block, s.first, s.first + max(1, round(share * s.steps))) for s in plan.spans)
+    spans = tuple(Span(s.unit, s.first, s.first + max(1, round(share * s.steps))) for s in plan.spans)
     scale = tuple(seconds * share for seconds in plan.predicted_rank_s)
     return replace(plan, spans=spans, predicted_rank_s=scale)
 
@@ -199,7 +199,7 @@ class _Teacher:
 
     def _teach(self, service: Service, receivers: Sequence[_Receiver]) -> None:
         costs = self.costs
-        blocks = {peer: self.schedule.feeds[peer].blocks_at(service.address) for peer in service.ranks}
+        blocks = {peer: self.schedule.feeds[peer].units_at(service.address) for peer in service.ranks}
         spent = _teacher_s(costs, self.rank, 0, 1 + max(block for owned in blocks.values() for block in owned))
         for peer in service.ranks:
             if peer != self.rank:
@@ -245,7 +245,7 @@ class _Receiver:
         """Train on the next batch, from `done` on."""
         address = self.own.cursor
         assert address is not None
-        work = _students_s(self.costs, self.rank, self.own.blocks_at(address))
+        work = _students_s(self.costs, self.rank, self.own.units_at(address))
         self.done += work
         self.busy += work
         teacher = self.teachers[self.turns.teacher_of(address)]
@@ -267,7 +267,7 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
     while everybody.cursor is not None:
         address: Address = everybody.cursor
         passes += 1
-        deepest = max(everybody.blocks_at(address))
+        deepest = max(everybody.units_at(address))
         arrived = 0.0
         for rank, after in zip(chain, [*chain[1:], None], strict=True):
             first = plan.starts[rank]
@@ -284,7 +284,7 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
                 edges[target].send(size, begin + spent)
                 arrived = edges[target].arrived_at[-1]
             if feeds[rank].cursor == address:
-                spent += _students_s(costs, rank, feeds[rank].blocks_at(address))
+                spent += _students_s(costs, rank, feeds[rank].units_at(address))
                 feeds[rank].advance()
             busy[rank] += spent
             done[rank] = begin + spent
@@ -305,7 +305,7 @@ def _relay_of_groups(plan: Plan, costs: Costs, window: int) -> Simulation:
         for rank in plan.group_of(first):
             busy[rank] = single.busy_s[index]
         if index:
-            steps = max(span.steps for span in plan.spans if span.block >= plan.starts[first])
+            steps = max(span.steps for span in plan.spans if span.unit >= plan.starts[first])
             passed_on += costs.boundary_bytes[plan.starts[first]] * steps
     return Simulation(
         plan, single.makespan_s, tuple(busy), passed_on + gradient_bytes(plan, costs), single.teacher_passes

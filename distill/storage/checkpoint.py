@@ -92,9 +92,9 @@ class CheckpointFolder:
         self.file(name).unlink(missing_ok=True)
 
 
-def block_name(block: int) -> str:
-    """Return the checkpoint name of a block."""
-    return f"{block:02d}"
+def unit_name(unit: int) -> str:
+    """Return the checkpoint name of a unit."""
+    return f"{unit:02d}"
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Rank 0's durable record of finished blocks: blocks/NN.safetensors and one line each in ledger.jsonl."""
+"""Rank 0's durable record of finished units: blocks/NN.safetensors and one line each in ledger.jsonl."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished block. `status` is "finished", or "diverged" when its loss became NaN or infinite at step
+    """One finished unit. `status` is "finished", or "diverged" when its loss became NaN or infinite at step
     `diverged_at` and the last finite weights were kept. Relative errors have no unit; seconds are of training alone.
     `origin` says what it was trained from; it is the ledger's. `source` is
     the run that trained it, where it was taken from another one."""
 
-    block: int
+    unit: int
     name: str
     rank: int
     steps: int
@@ -49,7 +49,7 @@ class Entry:
 
 
 class Ledger:
-    """The finished blocks of one run directory. Only rank 0 writes it."""
+    """The finished units of one run directory. Only rank 0 writes it."""
 
     def __init__(self, run_dir: Path, *, origin: str = "") -> None:
         """Read what is there; what is damaged, or was trained from something else than `origin`, is not believed."""
@@ -72,19 +72,19 @@ class Ledger:
         except TypeError as error:
             self._doubt(f"a line is of another version and its block is trained again ({error})", self._path)
             return
-        self.entries[entry.block] = entry  # of two the later: its block had to be trained again
+        self.entries[entry.unit] = entry  # of two the later: its unit had to be trained again
 
     def _check(self, entry: Entry) -> None:
-        """Forget a block that was trained from something else, or whose file has not the recorded checksum."""
+        """Forget a unit that was trained from something else, or whose file has not the recorded checksum."""
         if entry.origin != self._origin:
-            self._doubt(f"block {entry.block:02d} was trained in another run or from another teacher", self._path)
-            del self.entries[entry.block]
+            self._doubt(f"block {entry.unit:02d} was trained in another run or from another teacher", self._path)
+            del self.entries[entry.unit]
             return
         try:
             self.content(entry)
         except DamagedFileError as damage:
             self._doubt(f"{damage}; the block is trained again", damage.path)
-            del self.entries[entry.block]
+            del self.entries[entry.unit]
 
     def _doubt(self, why: str, path: Path) -> None:
         """Say what is not believed. Raises DamagedFileError where nothing can be written in its place."""
@@ -93,46 +93,46 @@ class Ledger:
         self._untidy = True
         log.warning("ledger: %s", why)
 
-    def file(self, block: int) -> Path:
-        return self._run_dir / block_file(block)
+    def file(self, unit: int) -> Path:
+        return self._run_dir / unit_file(unit)
 
     @property
     def files(self) -> list[str]:
         """The names of everything that holds it, within the run directory."""
-        return [self._path.name, *map(block_file, sorted(self.entries))]
+        return [self._path.name, *map(unit_file, sorted(self.entries))]
 
     def record(self, entry: Entry, blob: bytes) -> Entry:
-        """Write a block's weights (safetensors bytes), then its line. Returns the entry with its checksum.
+        """Write a unit's weights (safetensors bytes), then its line. Returns the entry with its checksum.
 
-        A block that stands already is left alone: its first entry stays.
+        A unit that stands already is left alone: its first entry stays.
         """
-        if entry.block in self.entries:
-            return self.entries[entry.block]
+        if entry.unit in self.entries:
+            return self.entries[entry.unit]
         load(blob)  # never record what cannot be read back
         entry = replace(entry, sha256=hashlib.sha256(blob).hexdigest(), origin=self._origin)
-        write_bytes(self.file(entry.block), blob)
+        write_bytes(self.file(entry.unit), blob)
         if self._untidy:
             believed = [*self.entries.values(), entry]
             write_text(self._path, "".join(json_line(asdict(one), self._path.name) for one in believed))
             self._untidy = False
         else:
             append_json(self._path, asdict(entry))
-        self.entries[entry.block] = entry
+        self.entries[entry.unit] = entry
         return entry
 
-    def weights(self, block: int) -> dict[str, Tensor]:
-        """Return the state dict of a finished block, on the CPU. Raises DamagedFileError."""
-        return load(self.content(self.entries[block]))
+    def weights(self, unit: int) -> dict[str, Tensor]:
+        """Return the state dict of a finished unit, on the CPU. Raises DamagedFileError."""
+        return load(self.content(self.entries[unit]))
 
     def content(self, entry: Entry) -> bytes:
-        """Return a block's file, as it was recorded. Raises DamagedFileError."""
-        path = self.file(entry.block)
+        """Return a unit's file, as it was recorded. Raises DamagedFileError."""
+        path = self.file(entry.unit)
         content = read_bytes(path)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise DamagedFileError(path, "damaged: it is not the file that the ledger has recorded")
         return content
 
 
-def block_file(block: int) -> str:
-    """Return the name of a block's file within the run directory."""
-    return f"blocks/{block:02d}.safetensors"
+def unit_file(unit: int) -> str:
+    """Return the name of a unit's file within the run directory."""
+    return f"blocks/{unit:02d}.safetensors"

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 from distill.cuda.graphs import Captured, Work, cuda_capture
 from distill.cuda.lanes import Lane
 from distill.storage.aliases import load_state
-from distill.storage.checkpoint import Checkpoint, block_name, contiguous
+from distill.storage.checkpoint import Checkpoint, contiguous, unit_name
 from distill.training.losses import BLOCK_LOSSES, relative_error
 from distill.training.stopwatch import Stopwatch
 
@@ -60,7 +60,7 @@ class Progress:
 class Reading:
     """Losses of one block as read at the end of a log interval (`relative_error` is its mean over the interval)."""
 
-    block: int
+    unit: int
     step: int
     loss: float
     relative_error: float
@@ -118,7 +118,7 @@ class BlockTrainer:
         lane: Lane | None = None,
     ) -> None:
         """With a `lane` that captures, enter it around every update and look."""
-        self.block = block
+        self.unit = block
         self.name = name
         self.module = module
         self._training_mode()
@@ -247,7 +247,7 @@ class BlockTrainer:
         self.progress.seconds += self._watch.read()
         self._watch = Stopwatch(self.device)
         mean_loss = sum(losses) / len(losses)
-        return Reading(self.block, self.step, mean_loss, sum(errors) / len(errors), rate, self.progress.seconds)
+        return Reading(self.unit, self.step, mean_loss, sum(errors) / len(errors), rate, self.progress.seconds)
 
     def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
         """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
@@ -340,7 +340,7 @@ class BlockTrainer:
         }
         weights = {name: tensor.clone() for name, tensor in contiguous(self.module.state_dict()).items()}
         return Checkpoint(
-            name=block_name(self.block),
+            name=unit_name(self.unit),
             step=self.step,
             weights=weights,
             optimizer={name: tensor.clone() for name, tensor in contiguous(optimizer).items()},

@@ -35,7 +35,7 @@ from distill.planning.memory_model import Memory
 from distill.planning.plan import Plan, Span
 from distill.planning.schedule import Checks
 from distill.recipes import Separable, replace_convolutions
-from distill.storage.checkpoint import CheckpointFolder, block_name
+from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.ledger import Entry, Ledger
 from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.opened import opened
@@ -187,7 +187,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             return _trainer(toy, chain, checkpoints, Span(block, 0, toy.budgets[block]), rank)
 
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
-        trainers = [make(span.block) for span in plan.trained_by(rank)]
+        trainers = [make(span.unit) for span in plan.trained_by(rank)]
         readings: list[Reading] = []
         trace = Trace(rank, toy.generation)
         session = Session(
@@ -218,14 +218,14 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
             report = session.lead(
                 trainers,
                 Ledger(run_dir),
-                on_recorded=lambda entry: recorded.append(entry.block),
+                on_recorded=lambda entry: recorded.append(entry.unit),
                 on_moved=moves.append,
             )
             _write_report(run_dir, report, recorded, moves)
         else:
             session.follow(trainers)
-        (run_dir / f"readings{rank}.json").write_text(json.dumps([reading.block for reading in readings]))
-        parameters = {trainer.block: trainer.last for trainer in trainers}
+        (run_dir / f"readings{rank}.json").write_text(json.dumps([reading.unit for reading in readings]))
+        parameters = {trainer.unit: trainer.last for trainer in trainers}
         (run_dir / f"parameters{rank}.json").write_text(json.dumps(parameters))
     control.leave()
 
@@ -249,7 +249,7 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
     if ledger is not None:
         spans = []
         for block, budget in toy.budgets.items():
-            checkpoint = checkpoints.load(block_name(block))
+            checkpoint = checkpoints.load(unit_name(block))
             if block not in ledger.entries:
                 spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
         ranks = len(toy.owners)
@@ -311,21 +311,21 @@ def _starts(toy: Toy) -> tuple[int, ...]:
 
 
 def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> FaultyTrainer:
-    module = chain.block_module(span.block)
-    generator = torch.Generator().manual_seed(span.block)
-    replace_convolutions(module, chain.blocks[span.block].convolutions, Separable(rank=2, init="random"), generator)
+    module = chain.block_module(span.unit)
+    generator = torch.Generator().manual_seed(span.unit)
+    replace_convolutions(module, chain.blocks[span.unit].convolutions, Separable(rank=2, init="random"), generator)
     module.to(memory_format=torch.channels_last)
     options = TrainerOptions(optimizer=toy.optimizer, log_every=3, patience=toy.patience, lr=0.01)
     trainer = FaultyTrainer(
-        span.block,
-        chain.blocks[span.block].name,
+        span.unit,
+        chain.blocks[span.unit].name,
         module,
         budget=span.budget,
         device=torch.device("cpu"),
         options=options,
     )
     trainer.toy, trainer.rank = toy, rank
-    checkpoint = checkpoints.load(block_name(span.block))
+    checkpoint = checkpoints.load(unit_name(span.unit))
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
@@ -348,19 +348,19 @@ class FaultyTrainer(BlockTrainer):
         if self.toy.kill_at == (self.rank, self.step):
             os._exit(9)
         here = self.toy.nan_ranks is None or self.rank in self.toy.nan_ranks
-        if here and self.toy.nan_at == (self.block, self.step):
+        if here and self.toy.nan_at == (self.unit, self.step):
             inputs = inputs * float("nan")
-        if self.toy.hold_at == (self.block, self.step):
+        if self.toy.hold_at == (self.unit, self.step):
             self._hold()
         with self._watch.running():
-            time.sleep(self.toy.slow.get(self.block, 0.0))
+            time.sleep(self.toy.slow.get(self.unit, 0.0))
         return super().update(inputs, targets)
 
     def _hold(self) -> None:
-        recorded, others = Path(self.toy.run_dir) / "blocks", self.toy.budgets.keys() - {self.block}
+        recorded, others = Path(self.toy.run_dir) / "blocks", self.toy.budgets.keys() - {self.unit}
         deadline = time.monotonic() + HOLD_S
-        while not all((recorded / f"{block_name(block)}.safetensors").exists() for block in others):
-            assert time.monotonic() < deadline, f"the others wait for block {self.block}"
+        while not all((recorded / f"{unit_name(block)}.safetensors").exists() for block in others):
+            assert time.monotonic() < deadline, f"the others wait for block {self.unit}"
             time.sleep(0.02)
 
 

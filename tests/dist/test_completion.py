@@ -22,7 +22,7 @@ from distill.storage.ledger import Entry, Ledger
 from tests.dist.ranks import stop_heart, two_controls
 
 ENTRY = Entry(
-    block=3, name="layer", rank=1, steps=6, status="finished", rel_error_first=1.0, rel_error_last=0.5,
+    unit=3, name="layer", rank=1, steps=6, status="finished", rel_error_first=1.0, rel_error_last=0.5,
     seconds=1.0, finished_at_s=1.0, generation=1,
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ class Kept(Ledger):
         self.blobs: dict[int, bytes] = {}
 
     def record(self, entry: Entry, blob: bytes) -> Entry:
-        self.blobs[entry.block] = blob
+        self.blobs[entry.unit] = blob
         return entry
 
 
@@ -84,7 +84,7 @@ def test_blocks_that_finish_together_are_all_announced_before_the_first_is_colle
     with two_controls() as (here, there):
         owner = Deliverer(there, Trace())
         for block, blob in blobs.items():
-            owner.deliver(replace(ENTRY, block=block), blob)
+            owner.deliver(replace(ENTRY, unit=block), blob)
         assert there.count("done") == 3
         collecting = Collector(
             here, ledger, own=[], elsewhere=dict.fromkeys(blobs, 1), wake=threading.Event(),

@@ -14,7 +14,7 @@ from distill.engine.rebalance.handover import HandOver, taken
 from distill.engine.rebalance.moves import Move
 from distill.errors import DistillError
 from distill.observability.trace import Trace
-from distill.storage.checkpoint import Checkpoint, block_name
+from distill.storage.checkpoint import Checkpoint, unit_name
 from tests.dist.ranks import stop_heart, two_controls
 
 
@@ -22,14 +22,14 @@ class Taker:
     """What stands for a block's trainer: it keeps the state that it is given."""
 
     def __init__(self, block: int) -> None:
-        self.block, self.step, self.state = block, 0, Checkpoint("", 0, {}, {}, {})
+        self.unit, self.step, self.state = block, 0, Checkpoint("", 0, {}, {}, {})
 
     def take_over(self, state: Checkpoint) -> None:
         self.step, self.state = state.step, state
 
 
 def state(block: int, step: int) -> Checkpoint:
-    return Checkpoint(block_name(block), step, {"w": torch.full((3,), float(block))}, {}, {})
+    return Checkpoint(unit_name(block), step, {"w": torch.full((3,), float(block))}, {}, {})
 
 
 def hand_over(control: Any) -> HandOver:
@@ -44,11 +44,11 @@ def test_several_states_travel_between_the_same_two_ranks_each_to_its_block() ->
         for move in moves:
             taker.expect(move)
         for move in reversed(moves):
-            giver.give(move, state(move.block, 7))
+            giver.give(move, state(move.unit, 7))
         for move in moves:
             found: Any = taker.take(move)
-            assert (found.block, found.step) == (move.block, 7)
-            assert found.state.weights["w"].tolist() == [float(move.block)] * 3
+            assert (found.unit, found.step) == (move.unit, 7)
+            assert found.state.weights["w"].tolist() == [float(move.unit)] * 3
             assert taken(here, move)
         giver.close()
         taker.close()

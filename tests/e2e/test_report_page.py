@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from distill.storage.checkpoint import CheckpointFolder, block_name
+from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.files import read_commented, read_json, write_commented, write_json
 from distill.storage.run_directory import RunDirectory
 from tests.documents import fenced
@@ -227,7 +227,7 @@ def test_a_stopped_run_shows_how_far_it_got(stopped: Path) -> None:
 def test_the_command_of_a_stopped_run_s_page_goes_on(stopped: Path) -> None:
     run = shutil.copytree(stopped, stopped.with_name("copy"))
     checkpoints = CheckpointFolder(run, generation=2, origin=RunDirectory(run).origin("teacher.safetensors"))
-    begun = [checkpoint for block in range(10) if (checkpoint := checkpoints.load(block_name(block)))]
+    begun = [checkpoint for block in range(10) if (checkpoint := checkpoints.load(unit_name(block)))]
     near = 20 + max(checkpoint.step for checkpoint in begun)  # its end is 100000 steps away
     settings = read_commented(run / "resolved.yaml").replace("100000", str(near))
     write_commented(run / "resolved.yaml", settings)

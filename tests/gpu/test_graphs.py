@@ -75,7 +75,7 @@ def train(
         for block in (1, 4, 9)
     ]
     for trainer in trainers:
-        torch.manual_seed(trainer.block)
+        torch.manual_seed(trainer.unit)
         for parameter in trainer.module.parameters():
             nn.init.normal_(parameter, std=0.1)
         if shared:
@@ -84,12 +84,12 @@ def train(
         boundaries = teacher.run(images(step), last=10, keep=range(11))
         for trainer in trainers:
             with trainer.lane.entered():
-                trainer.update(boundaries[trainer.block], boundaries[trainer.block + 1])
+                trainer.update(boundaries[trainer.unit], boundaries[trainer.unit + 1])
         if step == STEPS // 2:
             assert all(trainer.checkpoint() is not None for trainer in trainers)
         del boundaries  # a lane that still reads them would now read what the next pass writes
-    found = {f"{t.block} {name}": tensor for t in trainers for name, tensor in t.final().weights.items()}
-    found |= {f"{t.block} error": torch.tensor(t.progress.rel_error_last) for t in trainers}
+    found = {f"{t.unit} {name}": tensor for t in trainers for name, tensor in t.final().weights.items()}
+    found |= {f"{t.unit} error": torch.tensor(t.progress.rel_error_last) for t in trainers}
     return found, trainers
 
 

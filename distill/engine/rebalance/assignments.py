@@ -1,7 +1,7 @@
-"""Rank 0 of a broadcast: the edges to the ranks, what each of them trains, and blocks that go from one to another.
+"""Rank 0 of a broadcast: the edges to the ranks, what each of them trains, and units that go from one to another.
 
-An edge serves one assignment, the boundaries of a rank's blocks. A rank whose edge has been closed finds in the store
-what comes next: moves to carry out and blocks to go on with over the next edge, or nothing more. So what is announced
+An edge serves one assignment, the boundaries of a rank's units. A rank whose edge has been closed finds in the store
+what comes next: moves to carry out and units to go on with over the next edge, or nothing more. So what is announced
 in the store holds from a place in the stream of batches that both ends know.
 """
 
@@ -24,14 +24,14 @@ from distill.planning.schedule import Address, Schedule
 
 log = logging.getLogger(__name__)
 
-CONSIDER_EVERY_S = 0.2  # how often rank 0 looks whether a rank that has run dry could take a block over
+CONSIDER_EVERY_S = 0.2  # how often rank 0 looks whether a rank that has run dry could take a unit over
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rank is to do next: hand over blocks by `moves`, then train `blocks`; without both: leave."""
+    """What a rank is to do next: hand over units by `moves`, then train `units`; without both: leave."""
 
-    blocks: tuple[int, ...] = ()
+    units: tuple[int, ...] = ()
     moves: tuple[Move, ...] = ()
 
 
@@ -61,7 +61,7 @@ class Assignments:
         moved: Callable[[Move], None],
     ) -> None:
         """`open_edge` returns the sender for a rank's `number`-th assignment, for so many batches beyond the window.
-        While a block is on its way, up to `backlog` of its batches wait on rank 0, so that the teacher need not compute
+        While a unit is on its way, up to `backlog` of its batches wait on rank 0, so that the teacher need not compute
         them again. `moved` hears of every move."""
         self._control, self._schedule, self._balancer, self._hand_over = control, schedule, balancer, hand_over
         self._open_edge, self._backlog, self._moved = open_edge, backlog, moved
@@ -69,18 +69,18 @@ class Assignments:
         self._numbers = dict.fromkeys((rank for rank in schedule.feeds if rank != self._home), 0)
         self._senders = {rank: open_edge(rank, 0, 0) for rank in self._numbers}
         self._closed: list[BoundarySender] = []
-        self._awaited: list[Move] = []  # blocks on their way to rank 0 itself
+        self._awaited: list[Move] = []  # units on their way to rank 0 itself
         self._on_the_way: list[Move] = []  # to any rank
         self._num_moves = 0
         self._considered = -CONSIDER_EVERY_S
 
     @property
     def awaiting(self) -> bool:
-        """Whether a block is on its way to rank 0 itself."""
+        """Whether a unit is on its way to rank 0 itself."""
         return bool(self._awaited)
 
     def ready(self, num_waiting: int) -> set[int]:
-        """Return the ranks that can take a batch, where `num_waiting` of rank 0's own wait for their block; raises what
+        """Return the ranks that can take a batch, where `num_waiting` of rank 0's own wait for their unit; raises what
         the edges' threads met."""
         for sender in self._closed:
             _ = sender.ready
@@ -96,7 +96,7 @@ class Assignments:
             self._close(rank)
 
     def changes(self) -> Iterator[Move]:
-        """Move blocks to ranks that have run dry; yield the moves that rank 0 has to carry out itself, now."""
+        """Move units to ranks that have run dry; yield the moves that rank 0 has to carry out itself, now."""
         for move in [move for move in self._awaited if self._hand_over.arrived(move)]:
             self._awaited.remove(move)
             yield move
@@ -125,7 +125,7 @@ class Assignments:
         if slow or not self._awaited:
             return f"ranks {slow} have taken no batch", min(slow, default=1)
         move = self._awaited[0]
-        return f"the state of block {move.block} has not come from rank {move.source}", move.source
+        return f"the state of block {move.unit} has not come from rank {move.source}", move.source
 
     def _note_taken(self) -> None:
         targets = {move.target for move in self._on_the_way}
@@ -148,8 +148,8 @@ class Assignments:
     def _carry_out(self, chosen: Sequence[tuple[int, int, int]]) -> Iterator[Move]:
         """Change the feeds, then the edges of the ranks concerned, once each."""
         moves = []
-        for block, source, target in chosen:
-            moves.append(Move(self._num_moves, block, source, target, self._schedule.move(block, source, target)))
+        for unit, source, target in chosen:
+            moves.append(Move(self._num_moves, unit, source, target, self._schedule.move(unit, source, target)))
             self._num_moves += 1
             self._moved(moves[-1])
         self._on_the_way += moves
@@ -163,18 +163,18 @@ class Assignments:
                 self._awaited.append(move)
 
     def _reassign(self, rank: int, moves: tuple[Move, ...]) -> None:
-        blocks = tuple(span.block for span in self._schedule.feeds[rank].remaining)
+        units = tuple(span.unit for span in self._schedule.feeds[rank].remaining)
         self._numbers[rank] += 1
-        announce(self._control, rank, self._numbers[rank], Assignment(blocks, moves))
+        announce(self._control, rank, self._numbers[rank], Assignment(units, moves))
         if rank in self._senders:
             self._close(rank)
-        if blocks:
+        if units:
             takes = any(move.target == rank for move in moves)
             self._senders[rank] = self._open_edge(rank, self._numbers[rank], takes * self._backlog)
 
 
 class Balancer:
-    """Which blocks should move, by what the steps of every block have taken so far."""
+    """Which units should move, by what the steps of every unit have taken so far."""
 
     def __init__(
         self,
@@ -182,49 +182,49 @@ class Balancer:
         control: Control,
         schedule: Schedule,
         plan: Plan,
-        moves_blocks: bool,
+        moves_units: bool,
         room: Room | None,
         plateau: bool,
         teacher_s: Callable[[], float],
     ) -> None:
-        """Without `moves_blocks` blocks stay where they are, and where there is no `room`; `plateau` says that they may
+        """Without `moves_units` units stay where they are, and where there is no `room`; `plateau` says that they may
         stop before their budget, `teacher_s` what a teacher pass takes."""
         self._control, self._schedule, self._plan = control, schedule, plan
-        self._moves_blocks, self._plateau, self._teacher_s = moves_blocks, plateau, teacher_s
+        self._moves_units, self._plateau, self._teacher_s = moves_units, plateau, teacher_s
         self._room = room
 
     def moves(self, dry: Collection[int]) -> list[tuple[int, int, int]]:
-        """Return (block, source, target) of the moves to ranks that have run `dry` that must happen now, and take their
+        """Return (unit, source, target) of the moves to ranks that have run `dry` that must happen now, and take their
         room: none where somebody's pace is not known yet, or where the busiest rank is in the middle of a look."""
         feeds = self._schedule.feeds
         if not any(self.could_take(rank) for rank in dry):
             return []
         left = {rank: feed.remaining for rank, feed in feeds.items()}
         paces = {rank: paces_of(self._control, rank) for rank in feeds if left[rank]}
-        if any(span.block not in paces[rank] for rank in paces for span in left[rank]):
+        if any(span.unit not in paces[rank] for rank in paces for span in left[rank]):
             return []
         passes = max(self._steps(span) for spans in left.values() for span in spans)
         loads = {}
         for rank, spans in left.items():
-            works = tuple(Work(span.block, self._steps(span), *paces[rank][span.block]) for span in spans)
+            works = tuple(Work(span.unit, self._steps(span), *paces[rank][span.unit]) for span in spans)
             loads[rank] = Load(works, 0.0 if rank else passes * self._teacher_s(), self._plan.slowness_of(rank))
         moves = chosen_moves(loads, dry, self._room)
         givers = [feeds[source].cursor for _, source, _ in moves]
         if not all(address is not None and address.is_training for address in givers):
             return []
-        for block, _, target in moves:
-            self._room = self._room and self._room.after(block, target)
+        for unit, _, target in moves:
+            self._room = self._room and self._room.after(unit, target)
         return moves
 
     def could_take(self, rank: int) -> bool:
-        """Whether a block could ever be better off on `rank`: where another has several, or one beside the teacher or
+        """Whether a unit could ever be better off on `rank`: where another has several, or one beside the teacher or
         on a slower machine, and there is room for it."""
-        if not self._moves_blocks:
+        if not self._moves_units:
             return False
         slowness = self._plan.slowness_of
         others = {other: feed.remaining for other, feed in self._schedule.feeds.items() if other != rank}
         return any(
-            self._room is None or self._room.fits(span.block, rank)
+            self._room is None or self._room.fits(span.unit, rank)
             for other, spans in others.items()
             for span in spans
             if len(spans) > 1 or other == 0 or slowness(other) > slowness(rank)

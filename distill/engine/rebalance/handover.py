@@ -1,4 +1,4 @@
-"""A block that goes from one rank to another while it trains: its state travels point to point, in the background."""
+"""A unit that goes from one rank to another while it trains: its state travels point to point, in the background."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from distill.distributed.transport import Edge, receive_blob, send_blob
 from distill.engine.rebalance.moves import Move
 from distill.errors import DistillError
 from distill.observability.trace import Trace
-from distill.storage.checkpoint import Checkpoint, block_name
+from distill.storage.checkpoint import Checkpoint, unit_name
 from distill.training.trainer import BlockTrainer
 
 
 def taken(control: Control, move: Move) -> bool:
-    """Whether the state of a block has come to its new rank, or the word that it has come to its end."""
+    """Whether the state of a unit has come to its new rank, or the word that it has come to its end."""
     return control.get(f"taken/{move.number}") is not None
 
 
-def announce_stolen(control: Control, block: int, source: int, target: int, step: int) -> Move:
-    """Say to all ranks that rank `source` gives a block to rank `target`, which has asked for it; return the move."""
-    move = Move(control.count("stolen", 1) - 1, block, source, target, step)
+def announce_stolen(control: Control, unit: int, source: int, target: int, step: int) -> Move:
+    """Say to all ranks that rank `source` gives a unit to rank `target`, which has asked for it; return the move."""
+    move = Move(control.count("stolen", 1) - 1, unit, source, target, step)
     control.set(f"stolen/{move.number}", asdict(move))
     return move
 
@@ -36,20 +36,20 @@ def stolen(control: Control, number: int) -> Move | None:
 
 
 class HandOver:
-    """One rank's side of all hand-overs: it gives blocks away and takes others over."""
+    """One rank's side of all hand-overs: it gives units away and takes others over."""
 
     def __init__(self, control: Control, *, make: Callable[[int], BlockTrainer], trace: Trace) -> None:
-        """`make` returns a block's trainer as it would be after a restart: at its last checkpoint, or fresh."""
+        """`make` returns a unit's trainer as it would be after a restart: at its last checkpoint, or fresh."""
         self._control, self._make, self._trace = control, make, trace
         self._transfers: list[_Transfer] = []
         self._coming: dict[int, _Receipt] = {}
 
     def give(self, move: Move, state: Checkpoint | None) -> None:
-        """Send a block's state to its next rank; None: the block has come to its end here. Returns at once."""
+        """Send a unit's state to its next rank; None: the unit has come to its end here. Returns at once."""
         self._transfers.append(_Gift(self._control, move, self._trace, state))
 
     def expect(self, move: Move) -> None:
-        """Begin to receive a block's state; returns at once."""
+        """Begin to receive a unit's state; returns at once."""
         self._coming[move.number] = _Receipt(self._control, move, self._trace)
         self._transfers.append(self._coming[move.number])
 
@@ -58,17 +58,17 @@ class HandOver:
         return self._coming[move.number].over
 
     def take(self, move: Move) -> BlockTrainer | None:
-        """Return the trainer of a block that this rank takes over, at the step of the move, as soon as its state is
-        here; None where the block came to its end before that step."""
+        """Return the trainer of a unit that this rank takes over, at the step of the move, as soon as its state is
+        here; None where the unit came to its end before that step."""
         if move.number not in self._coming:
             self.expect(move)
         receipt = self._coming.pop(move.number)
-        with self._trace.span("wait", f"for block {move.block} of rank {move.source}", move.step):
+        with self._trace.span("wait", f"for block {move.unit} of rank {move.source}", move.step):
             receipt.join()
         state, receipt.state = receipt.state, None  # the transfer is remembered for its errors, not for its tensors
         if state is None:
             return None
-        trainer = self._make(move.block)
+        trainer = self._make(move.unit)
         trainer.take_over(state)
         assert trainer.step == move.step
         return trainer
@@ -111,7 +111,7 @@ class _Transfer:
         except DistillError as error:
             self._error = error
         except Exception as error:  # whatever it is, the main thread must hear of it
-            doing = f"handing over block {self._move.block}: exchanging its state with"
+            doing = f"handing over block {self._move.unit}: exchanging its state with"
             self._error = self._edge.broken(self._control.rank, doing, error)
 
 
@@ -128,7 +128,7 @@ class _Gift(_Transfer):
             return
         blob = save(state.tensors)
         control.set(key, {"bytes": len(blob), "step": state.step, "progress": state.progress})
-        with self._trace.span("send", f"block {self._move.block} to rank {self._move.target}"):
+        with self._trace.span("send", f"block {self._move.unit} to rank {self._move.target}"):
             send_blob(self._edge.connect(control.store_for("edges"), self._move.source), blob)
 
 
@@ -137,11 +137,11 @@ class _Receipt(_Transfer):
 
     def _transfer(self, control: Control) -> None:
         move = self._move
-        purpose = f"state of block {move.block} at step {move.step}"
+        purpose = f"state of block {move.unit} at step {move.step}"
         facts = control.wait(f"state/{move.number}", peer=move.source, purpose=purpose)
         if facts["bytes"]:
             group = self._edge.connect(control.store_for("edges"), move.target)
-            with self._trace.span("receive", f"block {move.block} from rank {move.source}"):
+            with self._trace.span("receive", f"block {move.unit} from rank {move.source}"):
                 tensors = load(receive_blob(group, facts["bytes"]))
-            self.state = Checkpoint.of(block_name(move.block), facts["step"], tensors, facts["progress"])
+            self.state = Checkpoint.of(unit_name(move.unit), facts["step"], tensors, facts["progress"])
         control.set(f"taken/{move.number}", True)

@@ -1,4 +1,4 @@
-"""How fast the blocks go: every rank says what a step of each of its blocks takes, rank 0 reads it."""
+"""How fast the units go: every rank says what a step of each of its units takes, rank 0 reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOMENTS = 2  # tensors of an optimizer's state for each of the weights, at most
 
 
 class Pace(NamedTuple):
-    """Seconds of one step of a block on the rank that trains it now, and bytes of its weights and optimizer state."""
+    """Seconds of one step of a unit on the rank that trains it now, and bytes of its weights and optimizer state."""
 
     step_s: float
     state_bytes: int
@@ -27,16 +27,16 @@ class PaceKeeper:
         self._paces: dict[int, Pace] = {}
 
     def note(self, trainer: BlockTrainer, reading: Reading) -> None:
-        """A block's first reading on this rank only begins the count: it has the time to warm up in it."""
-        begun = self._begun.setdefault(reading.block, reading)
+        """A unit's first reading on this rank only begins the count: it has the time to warm up in it."""
+        begun = self._begun.setdefault(reading.unit, reading)
         steps = reading.step - begun.step
         if steps > 0:
             state_bytes = (1 + MOMENTS) * sum(parameter.nbytes for parameter in trainer.module.parameters())
-            self._paces[reading.block] = Pace((reading.seconds - begun.seconds) / steps, state_bytes)
+            self._paces[reading.unit] = Pace((reading.seconds - begun.seconds) / steps, state_bytes)
             self._control.set(f"pace/{self._control.rank}", self._paces)
         self._report(reading)
 
 
 def paces_of(control: Control, rank: int) -> Mapping[int, Pace]:
-    """Return what `rank` has said of its blocks so far."""
-    return {int(block): Pace(*pace) for block, pace in (control.get(f"pace/{rank}") or {}).items()}
+    """Return what `rank` has said of its units so far."""
+    return {int(unit): Pace(*pace) for unit, pace in (control.get(f"pace/{rank}") or {}).items()}

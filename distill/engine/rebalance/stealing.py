@@ -1,5 +1,5 @@
 """Work stealing, where ranks run the teacher themselves: a rank that has run dry asks one that has much left, which
-gives it blocks from its own next step on, or says no. Nobody else takes part, and nobody waits for a rank that asks.
+gives it units from its own next step on, or says no. Nobody else takes part, and nobody waits for a rank that asks.
 
 In the store: `remaining/RANK`, what a rank says of what it has left; `wish/RANK/N` and `answer/RANK/N`, the N-th wish
 that a rank has heard and its answer; what comes of it is in distill.handover.
@@ -29,18 +29,18 @@ PROBED = 8  # ranks that are compared before one of them is asked, drawn by chan
 
 @dataclass(frozen=True)
 class Left:
-    """What a rank has left: expected seconds (None: not known yet), blocks that it may give away, and seconds of its
+    """What a rank has left: expected seconds (None: not known yet), units that it may give away, and seconds of its
     stretch of the teacher for one whole batch. Once `closed` it gives nothing more."""
 
     seconds: float | None
-    blocks: int
+    units: int
     pass_s: float
     closed: bool = False
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A rank that would take blocks over, the blocks that it has taken so far, and the first rank of a relay whose
+    """A rank that would take units over, the units that it has taken so far, and the first rank of a relay whose
     stretch of the teacher it would have to run for more."""
 
     rank: int
@@ -55,7 +55,7 @@ def left_of(control: Control, rank: int) -> Left | None:
 
 
 def say_room(control: Control, room: Room | None) -> None:
-    """Rank 0 says what memory the ranks have left for blocks that they take."""
+    """Rank 0 says what memory the ranks have left for units that they take."""
     control.set("room", {"limited": room is not None, "room": room and asdict(room)})
 
 
@@ -64,12 +64,12 @@ class Giver:
 
     def __init__(self, control: Control, plan: Plan, *, pass_s: Callable[[], float], plateau: bool) -> None:
         """`pass_s` returns what a pass through this rank's stretch of the teacher has taken so far, `plateau` says that
-        blocks may stop before their budget."""
+        units may stop before their budget."""
         self._control, self._plan, self._pass_s, self._plateau = control, plan, pass_s, plateau
         self._rank = control.rank
         self._group = len(plan.group_of(self._rank))
         # what a group trains stays with it
-        self._own = {span.block for span in plan.spans_of(self._rank)} if self._group == 1 else set()
+        self._own = {span.unit for span in plan.spans_of(self._rank)} if self._group == 1 else set()
         self._wishes: queue.SimpleQueue[tuple[int, Wish]] = queue.SimpleQueue()
         self._said_at = -SAY_S
         self._error: DistillError | None = None
@@ -78,11 +78,11 @@ class Giver:
             threading.Thread(target=self._listen, name="wishes", daemon=True).start()
 
     def moves(self, remaining: Sequence[Span]) -> list[Move]:
-        """Return the moves of blocks away from this rank that happen now, before its next training step, where
-        `remaining` is what is left of all its blocks; raises what the thread met."""
+        """Return the moves of units away from this rank that happen now, before its next training step, where
+        `remaining` is what is left of all its units; raises what the thread met."""
         if self._error is not None:
             raise self._error
-        mine = [span for span in remaining if span.block in self._own]
+        mine = [span for span in remaining if span.unit in self._own]
         if time.monotonic() - self._said_at >= SAY_S:
             self._say(mine)
         moves: list[Move] = []
@@ -90,7 +90,7 @@ class Giver:
             number, wish = self._wishes.get()
             granted = [announce_stolen(self._control, *move) for move in self._chosen(wish, mine)]
             self._control.set(f"answer/{self._rank}/{number}", [asdict(move) for move in granted])
-            mine = [span for span in mine if span.block not in {move.block for move in granted}]
+            mine = [span for span in mine if span.unit not in {move.unit for move in granted}]
             moves += granted
         return moves
 
@@ -107,9 +107,9 @@ class Giver:
         self._said_at = time.monotonic()
 
     def _load(self, spans: Sequence[Span], paces: Mapping[int, Pace]) -> Load | None:
-        if any(span.block not in paces for span in spans):
+        if any(span.unit not in paces for span in spans):
             return None
-        works = tuple(Work(span.block, self._steps(span), *paces[span.block]) for span in spans)
+        works = tuple(Work(span.unit, self._steps(span), *paces[span.unit]) for span in spans)
         passes = max((work.steps for work in works), default=0)
         return Load(works, passes * self._pass_s(), self._plan.slowness_of(self._rank))
 
@@ -117,21 +117,21 @@ class Giver:
         return expected_steps(span, plateau=self._plateau)
 
     def _chosen(self, wish: Wish, spans: Sequence[Span]) -> list[tuple[int, int, int, int]]:
-        """Return (block, source, target, step) of the moves that are worth it; one block stays."""
+        """Return (unit, source, target, step) of the moves that are worth it; one unit stays."""
         room, load = self._control.get("room"), self._load(spans, paces_of(self._control, self._rank))
         pass_s = self._pass_of(wish)
         if len(spans) < 2 or load is None or room is None or pass_s is None:
             return []
         left = Room(**room["room"]) if room["limited"] else None
-        for block in wish.taken:
-            left = left and left.after(block, wish.rank)
+        for unit in wish.taken:
+            left = left and left.after(unit, wish.rank)
         taker = Load((), slowness=self._plan.slowness_of(wish.rank), pass_s=pass_s)
         chosen = chosen_moves({self._rank: load, wish.rank: taker}, [wish.rank], left)
-        first = {span.block: span.first for span in spans}
+        first = {span.unit: span.first for span in spans}
         return [(*move, first[move[0]]) for move in chosen[: len(spans) - 1]]
 
     def _pass_of(self, wish: Wish) -> float | None:
-        """Seconds of the passes through the teacher that this rank's blocks would take the wishing rank; None where a
+        """Seconds of the passes through the teacher that this rank's units would take the wishing rank; None where a
         stretch of it has not been timed yet."""
         stretches = [self._rank]
         if self._plan.starts:
@@ -163,11 +163,11 @@ class Giver:
 
 
 class Taker:
-    """A rank's side that takes: once it has run dry, a thread asks for blocks and finds them, again and again."""
+    """A rank's side that takes: once it has run dry, a thread asks for units and finds them, again and again."""
 
     def __init__(self, control: Control, plan: Plan, hand_over: HandOver) -> None:
         self._control, self._hand_over = control, hand_over
-        self._spans = {span.block: span for span in plan.spans}
+        self._spans = {span.unit: span for span in plan.spans}
         givers = [rank for rank in range(plan.world_size) if rank != control.rank and len(plan.group_of(rank)) == 1]
         self._givers = [rank for rank in givers if len(plan.spans_of(rank)) > 1]
         self._random = random.Random(control.rank)
@@ -180,7 +180,7 @@ class Taker:
         self._thread: threading.Thread | None = None
 
     def seek(self, *, first_stretch: int = 0) -> None:
-        """Look for blocks from now on. In a relay the rank would have to run the stretches of the teacher from that of
+        """Look for units from now on. In a relay the rank would have to run the stretches of the teacher from that of
         rank `first_stretch` on."""
         self._first_stretch = first_stretch
         if self._thread is None:
@@ -190,7 +190,7 @@ class Taker:
             self._dry.set()
 
     def arrived(self) -> list[Move]:
-        """Return the moves of the blocks that have been found, as soon as the states of all of them are here; until
+        """Return the moves of the units that have been found, as soon as the states of all of them are here; until
         then nothing. Raises what the thread met."""
         if self._error is not None:
             raise self._error
@@ -201,15 +201,15 @@ class Taker:
         if not all(self._hand_over.arrived(move) for move in self._coming):
             return []
         moves, self._coming = self._coming, []
-        self._taken += [move.block for move in moves]
+        self._taken += [move.unit for move in moves]
         return moves
 
     def span_of(self, move: Move) -> Span:
-        """Return what a block has still to do from a move on."""
-        return replace(self._spans[move.block], first=move.step)
+        """Return what a unit has still to do from a move on."""
+        return replace(self._spans[move.unit], first=move.step)
 
     def wait(self, all_done: Callable[[], bool]) -> list[Move]:
-        """Look for blocks until some are here; return their moves, or nothing where nobody has any to give, or where
+        """Look for units until some are here; return their moves, or nothing where nobody has any to give, or where
         `all_done`, which is called again and again and may raise."""
         while True:
             over = self._over.is_set()  # before the look: what is found is there before it is over
@@ -246,7 +246,7 @@ class Taker:
         probed = self._random.sample(self._givers, min(PROBED, len(self._givers)))
         lefts = {rank: left_of(control, rank) for rank in probed}
         self._givers = [
-            rank for rank in self._givers if (left := lefts.get(rank)) is None or (left.blocks > 1 and not left.closed)
+            rank for rank in self._givers if (left := lefts.get(rank)) is None or (left.units > 1 and not left.closed)
         ]
         known = {rank: left.seconds for rank, left in lefts.items() if left and left.seconds and rank in self._givers}
         if not known:

@@ -1,6 +1,6 @@
 """Where a rank's batches come from: rank 0 runs the teacher and serves everybody, the others receive.
 
-Both are iterators over deliveries (an address and the boundaries of this rank's blocks), so that one training loop
+Both are iterators over deliveries (an address and the boundaries of this rank's units), so that one training loop
 serves every rank.
 """
 
@@ -30,13 +30,13 @@ WAKE_S = 0.005  # how often patience is looked at while nobody frees a slot
 
 
 class Stream(Protocol):
-    """Deliveries for this rank's blocks, in the order of their addresses, and moves of blocks in their places
+    """Deliveries for this rank's units, in the order of their addresses, and moves of units in their places
     between them."""
 
     def __iter__(self) -> Iterator[Delivery | Move]: ...
 
-    def finish(self, block: int) -> None:
-        """Say that `block` needs nothing more."""
+    def finish(self, unit: int) -> None:
+        """Say that `unit` needs nothing more."""
 
 
 class TrainingBatches:
@@ -114,11 +114,11 @@ class TeacherStream:
             idle_since, waiting = time.perf_counter(), False
         self._end()
 
-    def finish(self, block: int) -> None:
-        self._schedule.finish(block)
+    def finish(self, unit: int) -> None:
+        self._schedule.finish(unit)
 
     def _own(self) -> Iterator[Delivery]:
-        """This rank's batches, unless the block that they are for is still on its way here."""
+        """This rank's batches, unless the unit that they are for is still on its way here."""
         while self._waiting and not self._assignments.awaiting:
             yield self._waiting.popleft()
 
@@ -140,9 +140,9 @@ class TeacherStream:
             self._assignments.finish()
 
     def _hear_of_finished(self) -> None:
-        """Take note of blocks that have finished elsewhere, and let the ranks go that need nothing more."""
-        for block in self._finished_elsewhere():
-            self._schedule.finish(block)
+        """Take note of units that have finished elsewhere, and let the ranks go that need nothing more."""
+        for unit in self._finished_elsewhere():
+            self._schedule.finish(unit)
         self._assignments.close_served()
 
     def _ready(self) -> set[int]:
@@ -177,24 +177,24 @@ class RemoteStream:
         self,
         control: Control,
         *,
-        blocks: Collection[int],
+        units: Collection[int],
         open_edge: Callable[[int, Collection[int]], BoundaryReceiver],
         trace: Trace,
     ) -> None:
-        """`open_edge` returns the receiver of this rank's `number`-th assignment, to train these blocks."""
-        self._control, self._blocks, self._open_edge, self._trace = control, blocks, open_edge, trace
+        """`open_edge` returns the receiver of this rank's `number`-th assignment, to train these units."""
+        self._control, self._units, self._open_edge, self._trace = control, units, open_edge, trace
 
     def __iter__(self) -> Iterator[Delivery | Move]:
-        receiver: BoundaryReceiver | None = self._open_edge(0, self._blocks)
+        receiver: BoundaryReceiver | None = self._open_edge(0, self._units)
         for number in itertools.count(1):
             if receiver is not None:
                 yield from self._deliveries(receiver)
             start = time.perf_counter()
             assignment = announced(self._control, number)
             self._trace.since(start, "wait", "for word on what to do next")
-            if not assignment.blocks and not assignment.moves:
+            if not assignment.units and not assignment.moves:
                 return
-            receiver = self._open_edge(number, assignment.blocks) if assignment.blocks else None
+            receiver = self._open_edge(number, assignment.units) if assignment.units else None
             yield from assignment.moves
 
     def _deliveries(self, receiver: BoundaryReceiver) -> Iterator[Delivery]:
@@ -206,5 +206,5 @@ class RemoteStream:
                 return
             yield delivery
 
-    def finish(self, block: int) -> None:
-        """Nothing to do: rank 0 hears of it by the announcement of the finished block."""
+    def finish(self, unit: int) -> None:
+        """Nothing to do: rank 0 hears of it by the announcement of the finished unit."""

@@ -42,7 +42,7 @@ class News:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._rank = control.rank
         self._announcements = Announcements(
-            control, blocks=plan.taught_elsewhere(control.rank), heard=self._heard, moved=self._moved
+            control, units=plan.taught_elsewhere(control.rank), heard=self._heard, moved=self._moved
         )
 
     def finished_elsewhere(self) -> list[int]:
@@ -62,7 +62,7 @@ class News:
 
     def _moved(self, move: Move) -> None:
         if move.target != self._rank:
-            self._queue.put(move.block)
+            self._queue.put(move.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Setting:
     recorded: Recorded | None = None  # under a plan of the strategy `cached`
 
     @property
-    def moves_blocks(self) -> bool:
+    def moves_units(self) -> bool:
         """Whether rank 0, which feeds everybody, may move blocks to a rank that has run dry."""
         plan = self.plan
         return self.take_over and plan.strategy == "broadcast" and plan.teacher_ranks == 1 and plan.world_size > 1
@@ -145,7 +145,7 @@ class Streams:
             return self._broadcast()
         return RemoteStream(
             self._setting.control,
-            blocks=blocks,
+            units=blocks,
             open_edge=lambda number, blocks: self._receiver(0, boundaries_of(blocks), number),
             trace=self._setting.trace,
         )
@@ -207,7 +207,7 @@ class Streams:
         """A rank of a broadcast with several teacher ranks, of which it may be one."""
         setting, plan, rank = self._setting, self._setting.plan, self._rank
         spans, turns = plan.spans_of(rank), Turns(plan.teacher_ranks)
-        boundaries = boundaries_of(span.block for span in spans)
+        boundaries = boundaries_of(span.unit for span in spans)
         others = [teacher for teacher in range(turns.teacher_ranks) if teacher != rank and spans]
         receivers = {teacher: self._receiver(teacher, boundaries) for teacher in others}
         own, own_turns = Feed(rank, spans, setting.checks), OwnTurns()
@@ -236,7 +236,7 @@ class Streams:
             control=setting.control,
             schedule=schedule,
             plan=plan,
-            moves_blocks=setting.moves_blocks,
+            moves_units=setting.moves_units,
             room=Room.of(setting.memory, plan.owners, backlog=backlog),
             plateau=setting.checks.every > 0,
             teacher_s=self._pass_s,
@@ -270,12 +270,12 @@ class Streams:
         before, after = plan.group_before(rank), plan.group_after(rank)
         first = plan.starts[rank] if before else 0
         rows = self._rows
-        own = Feed(rank, [span for span in plan.trained_by(rank) if span.block in blocks], setting.checks)
+        own = Feed(rank, [span for span in plan.trained_by(rank) if span.unit in blocks], setting.checks)
         following = None
         if after:
-            behind = plan.blocks_behind(rank)
+            behind = plan.units_behind(rank)
             following = Next(
-                Feed(after[0], [span for span in plan.spans if span.block in behind], setting.checks),
+                Feed(after[0], [span for span in plan.spans if span.unit in behind], setting.checks),
                 plan.starts[after[0]],
                 tuple(
                     Part(

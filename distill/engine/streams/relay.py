@@ -64,7 +64,7 @@ class Next:
 
 class OwnBatches:
     """Images for the addresses that this rank, or one after it, still needs: the lowest first, so that the teacher is
-    paid once for both, but for blocks that have been taken over and lag behind: these catch up while the others, who
+    paid once for both, but for units that have been taken over and lag behind: these catch up while the others, who
     must not wait for them, have no free slot."""
 
     def __init__(
@@ -75,7 +75,7 @@ class OwnBatches:
         self._lagging = False
 
     def lag(self) -> None:
-        """Let this rank's blocks catch up with the others; they are not waited for."""
+        """Let this rank's units catch up with the others; they are not waited for."""
         self._lagging = True
 
     def __call__(self) -> tuple[Address, Tensor] | None:
@@ -133,7 +133,7 @@ class PassedOn:
 
 
 class RelayStream:
-    """Deliveries for this rank's blocks from its own stretch of the teacher, which begins at boundary `first`.
+    """Deliveries for this rank's units from its own stretch of the teacher, which begins at boundary `first`.
 
     Activations are rounded to `rounded_to` for the students alone: the teacher goes on with what it computed, here and
     on the next rank, so that no result depends on where it was cut.
@@ -155,7 +155,7 @@ class RelayStream:
         timeout_s: float,
         trace: Trace,
     ) -> None:
-        """Blocks leave by `giver`, and come by `taker` where the stretch begins with this rank's own batches."""
+        """Units leave by `giver`, and come by `taker` where the stretch begins with this rank's own batches."""
         self._chain, self._origin, self._first = chain, origin, first
         self._own, self._after = own, after
         self._giver, self._taker = giver, taker
@@ -191,35 +191,35 @@ class RelayStream:
                 yield Delivery(address, {k: boundaries[k].to(self._rounded_to) for k in wanted})
         self._end()
 
-    def finish(self, block: int) -> None:
-        self._own.finish(block)
+    def finish(self, unit: int) -> None:
+        self._own.finish(unit)
         if self._after is not None:
-            self._after.feed.finish(block)
+            self._after.feed.finish(unit)
             self._close_if_done()
 
     def _given(self) -> Iterator[Move]:
-        """Give blocks to ranks that have run dry, between two training steps."""
+        """Give units to ranks that have run dry, between two training steps."""
         if self._giver is not None and (self._own.cursor is None or self._own.cursor.is_training):
             for move in self._giver.moves(self._own.remaining):
-                self._own.finish(move.block)
+                self._own.finish(move.unit)
                 yield move
 
     def _taken(self) -> Iterator[Move]:
-        """Take blocks from ranks further on while this one has only their batches to pass on."""
+        """Take units from ranks further on while this one has only their batches to pass on."""
         after, origin = self._after, self._origin
         if self._taker is None or after is None or not isinstance(origin, OwnBatches) or self._own.cursor is not None:
             return
         self._taker.seek(first_stretch=self._own.rank + 1)
         for move in self._taker.arrived():
             self._own.take(self._taker.span_of(move))
-            after.feed.finish(move.block)
+            after.feed.finish(move.unit)
             self._close_if_done()
             origin.lag()
             yield move
 
     def _hear_of_finished(self) -> None:
-        for block in self._finished_elsewhere():
-            self.finish(block)
+        for unit in self._finished_elsewhere():
+            self.finish(unit)
 
     def _close_if_done(self) -> None:
         if self._after is not None and self._after.feed.cursor is None:

@@ -50,7 +50,7 @@ class OwnTurns:
 
 
 class Merger:
-    """The deliveries for this rank's blocks from all teacher ranks, in the order of their addresses."""
+    """The deliveries for this rank's units from all teacher ranks, in the order of their addresses."""
 
     def __init__(
         self, own: Feed, turns: Turns, receivers: Mapping[int, BoundaryReceiver], own_turns: OwnTurns | None = None
@@ -97,11 +97,11 @@ class Merger:
         for receiver in self._open.values():
             receiver.take_the_rest()
 
-    def finish(self, block: int) -> None:
-        self._own.finish(block)
+    def finish(self, unit: int) -> None:
+        self._own.finish(unit)
 
     def _taken(self, source: Source) -> Delivery | None:
-        """Take a delivery from the source; None where it was sent before its blocks were known to be finished."""
+        """Take a delivery from the source; None where it was sent before its units were known to be finished."""
         delivery = source.next()
         if delivery is None:
             raise DistillError(
@@ -131,8 +131,8 @@ class MergedStream:
         with self._trace.span("wait", "for the teacher ranks to end"):
             self._merger.end()
 
-    def finish(self, block: int) -> None:
-        self._merger.finish(block)
+    def finish(self, unit: int) -> None:
+        self._merger.finish(unit)
 
 
 class TeacherInTurn(TeacherStream):
@@ -167,9 +167,9 @@ class TeacherInTurn(TeacherStream):
             self._merger.end()
         self._end()
 
-    def finish(self, block: int) -> None:
-        super().finish(block)
-        self._merger.finish(block)
+    def finish(self, unit: int) -> None:
+        super().finish(unit)
+        self._merger.finish(unit)
 
     def _compute_ahead(self, service: Service) -> None:
         own = self._serve(service)

@@ -17,15 +17,15 @@ from distill.planning.plan import Costs, Span, boundaries_of, teacher_seconds
 
 def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:
     """Return what a placement costs where the first `teacher_ranks` ranks run the teacher for everybody in turn."""
-    spans = sorted(spans, key=lambda span: span.block)
+    spans = sorted(spans, key=lambda span: span.unit)
     teacher_s = teacher_seconds(costs, spans)
     sizes = costs.boundary_bytes
     price = [_price_of_serving(costs, rank, teacher_ranks) for rank in range(world_size)]
 
     def share(owned: Sequence[Span], rank: int) -> Share:
-        size = sum(sizes[boundary] for boundary in boundaries_of(span.block for span in owned))
+        size = sum(sizes[boundary] for boundary in boundaries_of(span.unit for span in owned))
         wire = max((span.steps for span in owned), default=0) * size * price[rank]
-        return sum(costs.student_s[span.block] * span.steps for span in owned), wire
+        return sum(costs.student_s[span.unit] * span.steps for span in owned), wire
 
     def loads(shares: Sequence[Share]) -> list[float]:
         wires = sum(wire for _, wire in shares)  # what a teacher rank computes itself does not travel to it
@@ -42,15 +42,15 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
     return Problem(
         spans=spans,
         world_size=world_size,
-        work=lambda span, rank: costs.student_s[span.block] * span.steps * costs.slowness_of(rank),
+        work=lambda span, rank: costs.student_s[span.unit] * span.steps * costs.slowness_of(rank),
         share=share,
         loads=loads,
         base=bases,
         kind=[(rank < teacher_ranks, costs.slowness_of(rank)) for rank in range(world_size)],
         packing=Packing(
-            work_s=np.array([costs.student_s[span.block] * span.steps for span in spans]),
+            work_s=np.array([costs.student_s[span.unit] * span.steps for span in spans]),
             reach_s=np.zeros(len(spans)),
-            wire_s=np.array([sum(sizes[span.block : span.block + 2]) * span.steps for span in spans], float),
+            wire_s=np.array([sum(sizes[span.unit : span.unit + 2]) * span.steps for span in spans], float),
             shared_s=np.array(_shared(sizes, spans)),
             slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
             base_s=np.array(bases),
@@ -67,14 +67,14 @@ def _limits(costs: Costs, spans: Sequence[Span], sends: Sequence[bool]) -> tuple
     memory = costs.memory
     if memory is None or memory.limit is None:
         return None, None
-    sizes = np.array([memory.block(span.block) for span in spans], float)
+    sizes = np.array([memory.unit(span.unit) for span in spans], float)
     room = np.array([memory.room(sends=one) for one in sends], float)
     return (None, None) if sizes.sum() <= room.min() else (sizes, room)
 
 
 def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
     """Return for every span the bytes that it does not need of its own where the span before it is on its rank."""
-    neighbours = ((min(a.steps, b.steps) * sizes[b.block], b.block - a.block == 1) for a, b in pairwise(spans))
+    neighbours = ((min(a.steps, b.steps) * sizes[b.unit], b.unit - a.unit == 1) for a, b in pairwise(spans))
     return [0.0 for _ in spans[:1]] + [float(size) if adjacent else 0.0 for size, adjacent in neighbours]
 
 
@@ -93,22 +93,22 @@ def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
         return sum(map(work, owned)) + teacher_seconds(costs, owned), 0.0
 
     def work(span: Span) -> float:
-        return costs.student_s[span.block] * span.steps
+        return costs.student_s[span.unit] * span.steps
 
     prefix = [0.0, *accumulate(costs.teacher_s)]
-    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.block + 1] * span.steps)
+    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.unit + 1] * span.steps)
 
 
 def cached_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
     """Return what a placement costs where every rank reads its blocks' boundaries, neighbours' common ones once."""
 
     def share(owned: Sequence[Span], _rank: int) -> Share:
-        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.block for span in owned))
+        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.unit for span in owned))
         read_s = max((span.steps for span in owned), default=0) * size * costs.read_s_per_byte
         return sum(map(work, owned)) + read_s, 0.0
 
     def work(span: Span) -> float:
-        return costs.student_s[span.block] * span.steps
+        return costs.student_s[span.unit] * span.steps
 
     return _independent(costs, spans, world_size, share, work)
 
@@ -118,7 +118,7 @@ def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
     prefix = [0.0, *accumulate(costs.teacher_s)]
 
     def work(span: Span) -> float:
-        return span.steps * (costs.student_s[span.block] + prefix[span.block + 1])
+        return span.steps * (costs.student_s[span.unit] + prefix[span.unit + 1])
 
     return _independent(costs, spans, world_size, lambda owned, _rank: (sum(map(work, owned)), 0.0), work)
 
@@ -133,7 +133,7 @@ def _independent(
     reach: Callable[[Span], float] = lambda _: 0.0,
 ) -> Problem:
     """Return the problem of ranks that have nothing to do with each other."""
-    spans = sorted(spans, key=lambda span: span.block)
+    spans = sorted(spans, key=lambda span: span.unit)
     bytes_needed, room = _limits(costs, spans, [False] * world_size)
     return Problem(
         spans=spans,

@@ -48,7 +48,7 @@ class Problem:
 
     def shares(self, placement: Mapping[int, int]) -> list[Share]:
         return [
-            self.share([s for s in self.spans if placement[s.block] == rank], rank) for rank in range(self.world_size)
+            self.share([s for s in self.spans if placement[s.unit] == rank], rank) for rank in range(self.world_size)
         ]
 
     def seconds(self, placement: Mapping[int, int]) -> list[float]:
@@ -156,7 +156,7 @@ def _placement(problem: Problem, rank_of: Mapping[int, int], bound_s: float) -> 
 
 
 def _by_block(problem: Problem, owner: NDArray[np.intp]) -> dict[int, int]:
-    return {span.block: int(rank) for span, rank in zip(problem.spans, owner, strict=True)}
+    return {span.unit: int(rank) for span, rank in zip(problem.spans, owner, strict=True)}
 
 
 def largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
@@ -175,7 +175,7 @@ def largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> ND
 
 def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict[int, int], bool]:
     """Return the best placement found within SEARCH_NODES, and whether all have been searched."""
-    ordered = sorted(problem.spans, key=lambda span: (-problem.work(span, 0), span.block))
+    ordered = sorted(problem.spans, key=lambda span: (-problem.work(span, 0), span.unit))
     best, best_score, nodes = incumbent, problem.score(problem.shares(incumbent)), 0
     loads = list(problem.base)
 
@@ -198,10 +198,10 @@ def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict
                 tried.add(problem.kind[rank])
             before = loads[rank]
             loads[rank] += problem.work(ordered[depth], rank)
-            placement[ordered[depth].block] = rank
+            placement[ordered[depth].unit] = rank
             descend(depth + 1, placement)
             loads[rank] = before
-            del placement[ordered[depth].block]
+            del placement[ordered[depth].unit]
 
     descend(0, {})
     return best, nodes <= SEARCH_NODES

@@ -92,9 +92,9 @@ def _between_groups(network: Network, groups: Sequence[Sequence[int]]) -> Networ
 
 def gradient_bytes(plan: Plan, costs: Costs) -> float:
     """Return the bytes that all groups send while they average the gradients of all steps."""
-    sizes = {span.block: costs.student_bytes[span.block] if costs.student_bytes else 0 for span in plan.spans}
+    sizes = {span.unit: costs.student_bytes[span.unit] if costs.student_bytes else 0 for span in plan.spans}
     return sum(
-        2 * (len(group) - 1) * sizes[span.block] * span.steps
+        2 * (len(group) - 1) * sizes[span.unit] * span.steps
         for group in plan.groups
         for span in plan.spans_of(group[0])
     )

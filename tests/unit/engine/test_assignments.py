@@ -37,7 +37,7 @@ def balancer(
     schedule = Schedule(Feed(rank, plan.spans_of(rank), checks) for rank in range(len(owners)))
     settings: dict[str, Any] = {
         "control": Said({rank: dict.fromkeys(owned, EVEN) for rank, owned in enumerate(owners)}),
-        "moves_blocks": True,
+        "moves_units": True,
         "room": None,
         "plateau": False,
         "teacher_s": lambda: 0.0,
@@ -53,7 +53,7 @@ def test_a_dry_rank_is_given_one_of_two_blocks() -> None:
 
 
 def test_nothing_moves_where_blocks_stay_or_somebodys_pace_is_not_known() -> None:
-    assert balancer((), (0, 1), (), spans=HUNDRED, moves_blocks=False)[0].moves([2]) == []
+    assert balancer((), (0, 1), (), spans=HUNDRED, moves_units=False)[0].moves([2]) == []
     assert balancer((), (0, 1), (), spans=HUNDRED, control=Said({1: {0: EVEN}}))[0].moves([2]) == []
 
 
@@ -97,7 +97,7 @@ def test_a_rank_can_take_what_is_one_of_several_or_beside_the_teacher_or_on_a_sl
     assert not balancer((), (0,), (), spans=one)[0].could_take(1), "its own"
     assert balancer((), (0,), (), spans=one, slowness=(1.0, 2.0, 1.0))[0].could_take(2)
     assert not balancer((), (0,), (), spans=one, slowness=(1.0, 1.0, 2.0))[0].could_take(2)
-    assert not balancer((), (0, 1), (), spans=HUNDRED, moves_blocks=False)[0].could_take(2)
+    assert not balancer((), (0, 1), (), spans=HUNDRED, moves_units=False)[0].could_take(2)
 
 
 class Store(dict[str, Any]):

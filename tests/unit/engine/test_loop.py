@@ -16,7 +16,7 @@ from distill.engine.loop import distill
 from distill.engine.rebalance.moves import Move
 from distill.observability.trace import Trace
 from distill.planning.schedule import Address, Checks
-from distill.storage.checkpoint import Checkpoint, CheckpointFolder, block_name
+from distill.storage.checkpoint import Checkpoint, CheckpointFolder, unit_name
 from distill.storage.ledger import Entry
 from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 from tests.training import NotedLane
@@ -88,14 +88,14 @@ class Outcome:
         self.readings.append(reading)
 
     def give(self, move: Move, state: Checkpoint | None) -> None:
-        self.given[move.block] = state
+        self.given[move.unit] = state
 
     def take(self, move: Move) -> BlockTrainer | None:
         return self.coming
 
     def deliver(self, entry: Entry, blob: bytes) -> None:
         self.entries.append(entry)
-        self.weights[entry.block] = load(blob)
+        self.weights[entry.unit] = load(blob)
 
 
 def run(
@@ -107,7 +107,7 @@ def run(
     coming: BlockTrainer | None = None,
     **stream: Any,
 ) -> tuple[Outcome, Addresses]:
-    num_blocks = 1 + max(one.block for one in [*trainers, coming] if one is not None)
+    num_blocks = 1 + max(one.unit for one in [*trainers, coming] if one is not None)
     outcome, addresses = Outcome(folder), Addresses(blocks=num_blocks, checks=checks, **stream)
     outcome.coming = coming
     distill(
@@ -130,7 +130,7 @@ def run(
 def test_every_block_is_trained_to_its_budget_and_handed_over_once(tmp_path: Path) -> None:
     trainers = [trainer(0, budget=5), trainer(1)]
     outcome, addresses = run(tmp_path, trainers)
-    assert [(entry.block, entry.steps, entry.status) for entry in outcome.entries] == [
+    assert [(entry.unit, entry.steps, entry.status) for entry in outcome.entries] == [
         (0, 5, "finished"),
         (1, 12, "finished"),
     ]
@@ -191,7 +191,7 @@ def test_a_block_that_has_come_to_its_end_is_given_away_as_such(tmp_path: Path) 
     moves = [Move(0, 0, 3, 1, 8)]
     outcome, _ = run(tmp_path, [trainer(0, budget=5), trainer(1)], moves=moves)
     assert outcome.given == {0: None}
-    assert [entry.block for entry in outcome.entries] == [0, 1]
+    assert [entry.unit for entry in outcome.entries] == [0, 1]
 
 
 def test_an_entry_tells_of_the_course_of_its_block(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_an_entry_tells_of_the_course_of_its_block(tmp_path: Path) -> None:
 
 def test_readings_are_reported(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path, [trainer(0)])
-    assert [(reading.block, reading.step) for reading in outcome.readings] == [(0, 1), (0, BUDGET)]
+    assert [(reading.unit, reading.step) for reading in outcome.readings] == [(0, 1), (0, BUDGET)]
 
 
 def test_blocks_train_and_look_on_their_lanes(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_block_resumed_further_ahead_does_not_look_again_at_what_it_has_seen(t
     looks, options = Checks(every=4, batches=1), {"lr": 0.0, "patience": 100}
     whole = trainer(1, **options)
     outcome, _ = run(tmp_path, [trainer(0, **options), whole], checks=looks, every=4)
-    state = outcome.checkpoints.load(block_name(1))
+    state = outcome.checkpoints.load(unit_name(1))
     assert state is not None
     assert state.step == 8
     resumed = trainer(1, **options)
@@ -247,7 +247,7 @@ def test_a_block_resumed_at_its_end_is_handed_over_without_a_batch(tmp_path: Pat
     done = trainer(0)
     done.step = BUDGET
     outcome, _ = run(tmp_path, [done, trainer(1)])
-    assert [entry.block for entry in outcome.entries] == [0, 1]
+    assert [entry.unit for entry in outcome.entries] == [0, 1]
 
 
 def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
 def test_checkpoints_are_written_at_their_interval_and_after_the_looks_of_a_step(tmp_path: Path) -> None:
     looks = Checks(every=4, batches=2)
     outcome, _ = run(tmp_path, [trainer(0, patience=100)], checks=looks, every=4)
-    state = outcome.checkpoints.load(block_name(0))
+    state = outcome.checkpoints.load(unit_name(0))
     assert state is not None
     assert state.step == 8  # the one at 12 is the end, which is handed over instead
     assert state.progress["rel_error_held_out"] is not None
@@ -334,11 +334,11 @@ class TestMoves:
         state = giver.given[1]
         assert state is not None
         assert state.step == 5
-        assert [entry.block for entry in giver.entries] == [0]
+        assert [entry.unit for entry in giver.entries] == [0]
         coming = trainer(1)
         coming.take_over(state)
         taker, _ = run(tmp_path / "taker", [trainer(0)], moves=[self.here], coming=coming)
-        assert [entry.block for entry in taker.entries] == [0, 1]
+        assert [entry.unit for entry in taker.entries] == [0, 1]
         for outcome in (giver, taker):
             for block, weights in outcome.weights.items():
                 assert all(torch.equal(whole.weights[block][n], tensor) for n, tensor in weights.items())
@@ -357,7 +357,7 @@ class TestMoves:
     def test_a_block_that_has_come_to_its_end_stays_where_it_did(self, tmp_path: Path) -> None:
         outcome, _ = run(tmp_path, [trainer(0), trainer(1, budget=4)], moves=[self.away])
         assert outcome.given == {1: None}
-        assert [entry.block for entry in outcome.entries] == [1, 0]
+        assert [entry.unit for entry in outcome.entries] == [1, 0]
 
     def test_a_block_found_to_have_diverged_when_it_should_go_is_handed_in_instead(self, tmp_path: Path) -> None:
         outcome, addresses = run(tmp_path, [trainer(0)], moves=[Move(0, 0, 3, 0, step=8)], bad_step=6)
@@ -367,14 +367,14 @@ class TestMoves:
 
     def test_nothing_is_trained_where_the_block_ended_before_it_came(self, tmp_path: Path) -> None:
         outcome, _ = run(tmp_path, [trainer(0)], moves=[self.here], coming=None)
-        assert [entry.block for entry in outcome.entries] == [0]
+        assert [entry.unit for entry in outcome.entries] == [0]
 
     def test_a_block_that_diverges_after_its_move_keeps_the_weights_of_its_last_checkpoint(
         self, tmp_path: Path
     ) -> None:
         whole, _ = run(tmp_path, [trainer(0)], every=4, bad_step=7)
         giver, _ = run(tmp_path, [trainer(0)], every=4, moves=[Move(0, 0, 3, 0, step=6)])
-        coming, state = trainer(0), giver.checkpoints.load(block_name(0))
+        coming, state = trainer(0), giver.checkpoints.load(unit_name(0))
         assert state is not None
         assert giver.given[0] is not None
         coming.resume(state)

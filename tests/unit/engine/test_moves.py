@@ -112,8 +112,8 @@ def after(loads: dict[int, Load], moves: list[tuple[int, int, int]]) -> dict[int
     """What is left once the moves have been made and paid for; computed here on its own."""
     left = dict(loads)
     for block, source, target in moves:
-        (work,) = (work for work in left[source].works if work.block == block)
-        left[source] = replace(left[source], works=tuple(w for w in left[source].works if w.block != block))
+        (work,) = (work for work in left[source].works if work.unit == block)
+        left[source] = replace(left[source], works=tuple(w for w in left[source].works if w.unit != block))
         scale = left[target].slowness / left[source].slowness
         there = replace(work, step_s=work.step_s * scale)
         price_s = SET_UP_S + work.state_bytes / STATE_BYTES_PER_S

@@ -118,11 +118,11 @@ def test_no_plan_needs_less_than_the_least(
     memory = Memory(resident=10, student=tuple(sizes), step=tuple(sizes), boundary=boundary, window=2)
     costs = Costs((0.1,) * blocks, (1.0,) * blocks, boundary, memory=memory)
     spans = [Span(block, 0, 10) for block in sorted(trained) if block < blocks] or [Span(0, 0, 10)]
-    least = memory.least(span.block for span in spans)
+    least = memory.least(span.unit for span in spans)
     assert least <= max(memory_of(PLANNERS[name](costs, spans, ranks), memory))
     only = replace(memory, student=(0,) * blocks, step=(0,) * blocks)
-    alone = Plan("replicate", ((spans[0].block,),), (spans[0],), 1.0, (1.0,))
-    assert only.least([spans[0].block]) == memory_of(alone, only)[0]
+    alone = Plan("replicate", ((spans[0].unit,),), (spans[0],), 1.0, (1.0,))
+    assert only.least([spans[0].unit]) == memory_of(alone, only)[0]
 
 
 def test_a_limit_moves_blocks_from_a_fast_rank_that_has_no_room() -> None:

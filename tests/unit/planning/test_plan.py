@@ -31,7 +31,7 @@ def optimum(problem: Costs, spans: list[Span], world_size: int) -> float:
     """The smallest makespan over every placement, tried one by one."""
     arithmetic = broadcast_problem(problem, spans, world_size)
     return min(
-        max(arithmetic.seconds(dict(zip([s.block for s in spans], ranks, strict=True))))
+        max(arithmetic.seconds(dict(zip([s.unit for s in spans], ranks, strict=True))))
         for ranks in itertools.product(range(world_size), repeat=len(spans))
     )
 
@@ -63,8 +63,8 @@ class TestPlacement:
         _, spans, world_size = problem
         plan = plan_broadcast(*problem)
         assert plan.world_size == world_size
-        assert sorted(block for owned in plan.owners for block in owned) == [span.block for span in spans]
-        assert sorted(s.block for rank in range(world_size) for s in plan.spans_of(rank)) == [s.block for s in spans]
+        assert sorted(block for owned in plan.owners for block in owned) == [span.unit for span in spans]
+        assert sorted(s.unit for rank in range(world_size) for s in plan.spans_of(rank)) == [s.unit for s in spans]
 
     @settings(max_examples=60, deadline=None)
     @given(problems())
@@ -125,7 +125,7 @@ class TestPlacement:
         started = time.process_time()
         plan = plan_broadcast(costs([0.0] * 54, student), spans, 8)
         assert time.process_time() - started < 4.0
-        assert plan.predicted_makespan_s <= 4 / 3 * sum(student[s.block] * s.steps for s in spans) / 8
+        assert plan.predicted_makespan_s <= 4 / 3 * sum(student[s.unit] * s.steps for s in spans) / 8
 
 
 class TestVGG:
@@ -167,7 +167,7 @@ class TestTeacherSeconds:
     def test_equals_the_sum_over_single_batches(self, problem: tuple[Costs, list[Span], int]) -> None:
         price, spans, _ = problem
         by_batch = math.fsum(
-            sum(price.teacher_s[: 1 + max(s.block for s in spans if s.first <= step < s.budget)])
+            sum(price.teacher_s[: 1 + max(s.unit for s in spans if s.first <= step < s.budget)])
             for step in range(10)
             if any(s.first <= step < s.budget for s in spans)
         )
@@ -193,7 +193,7 @@ class TestPlan:
 
     def test_spans_of_a_rank_are_in_block_order(self) -> None:
         plan = Plan("broadcast", ((2, 0), (1,)), tuple(whole(5, 3)), 0.0, (0.0, 0.0))
-        assert [span.block for span in plan.spans_of(0)] == [0, 2]
+        assert [span.unit for span in plan.spans_of(0)] == [0, 2]
 
     def test_boundaries_shared_by_neighbours_are_named_once(self) -> None:
         assert boundaries_of([1, 2, 5]) == {1, 2, 3, 5, 6}

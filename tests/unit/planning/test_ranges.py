@@ -120,8 +120,8 @@ def test_ranges_before_and_behind_a_group() -> None:
     )
     assert [plan.group_before(rank) for rank in range(6)] == [(), (), (0, 1), (0, 1), (0, 1), (2, 3, 4)]
     assert [plan.group_after(rank) for rank in range(6)] == [(2, 3, 4), (2, 3, 4), (5,), (5,), (5,), ()]
-    assert [plan.blocks_behind(rank) for rank in (1, 3, 5)] == [{1, 2}, {2}, set()]
-    assert [span.block for rank in range(6) for span in plan.trained_by(rank)] == [0, 0, 1, 1, 1, 2]
+    assert [plan.units_behind(rank) for rank in (1, 3, 5)] == [{1, 2}, {2}, set()]
+    assert [span.unit for rank in range(6) for span in plan.trained_by(rank)] == [0, 0, 1, 1, 1, 2]
     assert all(plan.teaches(rank) and plan.has_work(rank) for rank in range(6))
 
 

@@ -121,7 +121,7 @@ class TestMoves:
         feed = Feed(0, [Span(0, 0, 5)], NEVER)
         walk(feed)
         feed.take(Span(1, 2, 5))
-        assert [feed.blocks_at(address) for address in walk(feed)] == [(1,)] * 3
+        assert [feed.units_at(address) for address in walk(feed)] == [(1,)] * 3
 
     def test_nobody_waits_for_a_rank_whose_block_is_on_its_way(self) -> None:
         schedule = Schedule([Feed(0, [Span(0, 0, 9), Span(1, 0, 9)], NEVER), Feed(1, [Span(2, 0, 2)], NEVER)])
@@ -172,24 +172,24 @@ class TestMoves:
         self, spans: list[tuple[int, int]], checks: Checks, chance: Random
     ) -> None:
         whole = [Span(block, first, first + steps) for block, (first, steps) in enumerate(spans)]
-        owners = {span.block: chance.randrange(3) for span in whole}
-        feeds = {rank: Feed(rank, [s for s in whole if owners[s.block] == rank], checks) for rank in range(3)}
+        owners = {span.unit: chance.randrange(3) for span in whole}
+        feeds = {rank: Feed(rank, [s for s in whole if owners[s.unit] == rank], checks) for rank in range(3)}
         schedule = Schedule(feeds.values())
-        seen: dict[int, list[Address]] = {span.block: [] for span in whole}
+        seen: dict[int, list[Address]] = {span.unit: [] for span in whole}
         now = 0.0
         while not schedule.finished:
             dry = [rank for rank, feed in feeds.items() if feed.cursor is None]
             giver = feeds[chance.randrange(3)]
             if dry and giver.cursor is not None and giver.cursor.is_training and giver.remaining:
-                schedule.move(chance.choice(giver.remaining).block, giver.rank, dry[0])
+                schedule.move(chance.choice(giver.remaining).unit, giver.rank, dry[0])
             schedule.taken(chance.randrange(3))
             service = schedule.choose({rank for rank in range(3) if chance.random() < 0.7}, now)
             now += 1.0
             if service is None:
                 continue
             for rank in service.ranks:
-                for block in feeds[rank].blocks_at(service.address):
+                for block in feeds[rank].units_at(service.address):
                     seen[block].append(service.address)
             schedule.served(service, now)
         for span in whole:
-            assert seen[span.block] == walk(Feed(0, [span], checks))
+            assert seen[span.unit] == walk(Feed(0, [span], checks))

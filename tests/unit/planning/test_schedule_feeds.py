@@ -45,7 +45,7 @@ class TestFeed:
 
     def test_blocks_join_at_their_own_first_step(self) -> None:
         feed = Feed(0, [Span(1, 0, 3), Span(7, 2, 3)], NEVER)
-        assert [feed.blocks_at(address) for address in walk(feed)] == [(1,), (1,), (1, 7)]
+        assert [feed.units_at(address) for address in walk(feed)] == [(1,), (1,), (1, 7)]
 
     def test_a_gap_that_no_block_needs_is_skipped(self) -> None:
         assert walk(Feed(0, [Span(0, 0, 2), Span(1, 10, 11)], NEVER)) == [Address(0), Address(1), Address(10)]
@@ -60,13 +60,13 @@ class TestFeed:
 
     def test_only_blocks_that_go_on_training_look(self) -> None:
         feed = Feed(0, [Span(0, 0, 2), Span(3, 0, 4)], Checks(every=2, batches=1))
-        assert feed.blocks_at(Address(1)) == (0, 3)
-        assert feed.blocks_at(Address(1, 0)) == (3,)
+        assert feed.units_at(Address(1)) == (0, 3)
+        assert feed.units_at(Address(1, 0)) == (3,)
 
     def test_a_block_that_joins_later_does_not_look_earlier(self) -> None:
         feed = Feed(0, [Span(0, 0, 9), Span(3, 2, 9)], Checks(every=2, batches=1))
-        assert feed.blocks_at(Address(1, 0)) == (0,)
-        assert feed.blocks_at(Address(3, 0)) == (0, 3)
+        assert feed.units_at(Address(1, 0)) == (0,)
+        assert feed.units_at(Address(3, 0)) == (0, 3)
 
     def test_finishing_a_block_in_the_middle_shrinks_the_boundaries(self) -> None:
         feed = Feed(0, [Span(0, 0, 9), Span(5, 0, 9)], NEVER)

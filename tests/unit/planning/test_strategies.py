@@ -57,7 +57,7 @@ def instances(draw: st.DrawFn) -> Instance:
 
 
 def brute_force(problem: Problem) -> float:
-    blocks = [span.block for span in problem.spans]
+    blocks = [span.unit for span in problem.spans]
     placements = itertools.product(range(problem.world_size), repeat=len(blocks))
     return min(max(problem.seconds(dict(zip(blocks, ranks, strict=True)))) for ranks in placements)
 
@@ -80,11 +80,11 @@ def relay_seconds(costs: Costs, spans: Sequence[Span], ends: Sequence[int]) -> l
     for rank, (start, end) in enumerate(itertools.pairwise(ends)):
         total = 0.0
         for step in range(10):
-            deepest = max((s.block for s in spans if s.first <= step < s.budget), default=-1)
+            deepest = max((s.unit for s in spans if s.first <= step < s.budget), default=-1)
             total += sum(costs.teacher_s[start : min(end, deepest + 1)])
             if start < end < depth and deepest >= end:
                 total += costs.boundary_bytes[end] * costs.network.within.sender_s_per_byte
-        total += sum(costs.student_s[s.block] * s.steps for s in spans if start <= s.block < end)
+        total += sum(costs.student_s[s.unit] * s.steps for s in spans if start <= s.unit < end)
         loads.append(total * costs.slowness_of(rank))
     return loads
 
@@ -94,8 +94,8 @@ def relay_seconds(costs: Costs, spans: Sequence[Span], ends: Sequence[int]) -> l
 def test_no_contiguous_placement_beats_the_relay(instance: Instance) -> None:
     costs, spans, world_size = instance
     plan = plan_relay(costs, spans, world_size)
-    depth = max(span.block for span in spans) + 1
-    trained = {span.block for span in spans}
+    depth = max(span.unit for span in spans) + 1
+    trained = {span.unit for span in spans}
     possible = [
         (0, *cuts, depth)
         for cuts in itertools.combinations_with_replacement(range(depth + 1), world_size - 1)

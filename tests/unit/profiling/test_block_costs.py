@@ -149,7 +149,7 @@ def test_a_long_job_is_measured_longer_up_to_a_limit(monkeypatch: pytest.MonkeyP
 def test_a_rank_that_measures_ahead_is_at_other_blocks_after_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_chain, updated = chain(), list[int]()
     trainers = [trainer(cut_chain, block) for block in range(2)]
-    monkeypatch.setattr(BlockTrainer, "update", lambda self, *_: updated.append(self.block))
+    monkeypatch.setattr(BlockTrainer, "update", lambda self, *_: updated.append(self.unit))
     monkeypatch.setattr(BlockCosts, "blocks_within", lambda _, share: round(2 * share))
     monkeypatch.setattr(cost, "BUDGET_S", 0.0)
     measured_costs(cut_chain, trainers.__getitem__, SAMPLE, steps=0, ahead=0.5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.storage.checkpoint import Checkpoint, CheckpointFolder, block_name, contiguous
+from distill.storage.checkpoint import Checkpoint, CheckpointFolder, contiguous, unit_name
 from distill.storage.files import DiskError
 
 
@@ -113,7 +113,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stands(tmp_path: Path, monkeypatc
 
 
 def test_names_of_blocks_have_two_digits_at_least() -> None:
-    assert [block_name(block) for block in (3, 42, 117)] == ["03", "42", "117"]
+    assert [unit_name(block) for block in (3, 42, 117)] == ["03", "42", "117"]
 
 
 def test_contiguous_keeps_the_values_and_detaches() -> None:

@@ -16,7 +16,7 @@ from distill.storage.ledger import Entry, Ledger
 
 def entry(block: int, *, rank: int = 0, error: float = 0.25) -> Entry:
     return Entry(
-        block=block, name=f"layer{block}", rank=rank, steps=200, status="finished", rel_error_first=1.0,
+        unit=block, name=f"layer{block}", rank=rank, steps=200, status="finished", rel_error_first=1.0,
         rel_error_last=error, seconds=3.5, finished_at_s=4.0, generation=1,
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ class TestRecord:
         ledger = Ledger(tmp_path)
         written = [ledger.record(entry(block), blob(block)) for block in (3, 0, 11)]
         again = Ledger(tmp_path)
-        assert again.entries == {one.block: one for one in written}
+        assert again.entries == {one.unit: one for one in written}
         assert torch.equal(again.weights(11)["conv.weight"], torch.full((2, 3), 11.0))
 
     def test_an_empty_run_directory_has_no_entries(self, tmp_path: Path) -> None:
