@@ -27,6 +27,7 @@ from distill.blocks.bf16 import Bf16Chain
 from distill.blocks.cut import Chain, Granularity, cut
 from distill.cuda.graphs import WARM_UPS, cuda_capture
 from distill.cuda.lanes import Lane, lanes
+from distill.planning.unit import Unit
 from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
 from distill.training.graphed_teacher import GraphedChain
@@ -105,8 +106,7 @@ def _network(name: str, device: torch.device, ceilings: dict[str, float], args: 
     options = TrainerOptions(amp=args.amp)
     trainers = {
         block: BlockTrainer(
-            block,
-            chain.blocks[block].name,
+            Unit.of_block(block, chain.blocks[block].name),
             student.to(device, memory_format=torch.channels_last),
             budget=BUDGET,
             device=device,
@@ -163,7 +163,7 @@ def _block(
     )["median"]
     if trainer is not None:
         plain = BlockTrainer(
-            index, "", deepcopy(trainer.module), budget=BUDGET, device=device, options=TrainerOptions(amp=args.amp)
+            trainer.unit, deepcopy(trainer.module), budget=BUDGET, device=device, options=TrainerOptions(amp=args.amp)
         )
         plain.update(x, target)  # the first step makes the optimizer's state
         _count(lambda: plain.update(x, target), found)

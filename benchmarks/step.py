@@ -33,6 +33,7 @@ from distill.engine.streams.relay import OwnBatches, RelayStream
 from distill.observability.trace import Trace
 from distill.planning.plan import Span
 from distill.planning.schedule import Checks, Feed
+from distill.planning.unit import Unit
 from distill.recipes import Separable, replace_convolutions
 from distill.teachers import build_architecture
 from distill.training.graphed_teacher import GraphedChain
@@ -157,8 +158,7 @@ def _ours(
     chain = GraphedChain(chain, cuda_capture(Lane(device))) if on_cuda else chain
     trainers = {
         block: BlockTrainer(
-            block,
-            chain.blocks[block].name,
+            Unit.of_block(block, chain.blocks[block].name),
             student.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
             budget=BUDGET,
             device=device,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.cuda.lanes import Lane
+from distill.planning.unit import Unit
 from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
 
 CPU = torch.device("cpu")
@@ -35,8 +36,7 @@ def module(*, channels_last: bool = False) -> nn.Module:
 
 def trainer(budget: int = 12, *, channels_last: bool = False, block: int = 0, **options: Any) -> BlockTrainer:
     return BlockTrainer(
-        block,
-        "layer",
+        Unit.of_block(block, "layer"),
         module(channels_last=channels_last),
         budget=budget,
         device=CPU,

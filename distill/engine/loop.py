@@ -53,14 +53,14 @@ def distill(
     (safetensors bytes), `save` the state of an unfinished one every `checkpoint_every` steps, `report` every reading;
     units come and go by `exchange` where the stream says. What is handed over or given away is freed.
     """
-    owned = {trainer.unit: trainer for trainer in trainers}
-    first = {trainer.unit: trainer.step for trainer in trainers}
+    owned = {trainer.unit.number: trainer for trainer in trainers}
+    first = {trainer.unit.number: trainer.step for trainer in trainers}
 
     def hand_in(trainer: BlockTrainer) -> None:
-        stream.finish(trainer.unit)
+        stream.finish(trainer.unit.number)
         seconds = time.monotonic() - started
         deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
-        owned.pop(trainer.unit, None)
+        owned.pop(trainer.unit.number, None)
         trainer.free()
 
     for trainer in trainers:
@@ -73,13 +73,13 @@ def distill(
         if isinstance(delivery, Move):
             taken = exchange.take(delivery)
             if taken is not None:
-                owned[taken.unit], first[taken.unit] = taken, taken.step
+                owned[taken.unit.number], first[taken.unit.number] = taken, taken.step
             continue
         address = delivery.address
         for trainer in _due(owned.values(), address, first):
-            inputs, targets = delivery.boundaries[trainer.unit], delivery.boundaries[trainer.unit + 1]
+            inputs, targets = delivery.boundaries[trainer.unit.input], delivery.boundaries[trainer.unit.target]
             reading = None
-            with trainer.lane.entered(), trace.span("student", trainer.name, address.step, on_device=True):
+            with trainer.lane.entered(), trace.span("student", trainer.unit.name, address.step, on_device=True):
                 if address.is_training:
                     reading = trainer.update(inputs, targets)
                 else:
@@ -110,7 +110,7 @@ def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int,
     """The trainers whose next batch this is; one resumed further ahead, at step `first`, lets earlier batches pass, and
     the looks after them: its checkpoint was written after its own."""
     step = address.step if address.is_training else address.step + 1
-    due = [trainer for trainer in trainers if not trainer.finished and first[trainer.unit] <= address.step]
+    due = [trainer for trainer in trainers if not trainer.finished and first[trainer.unit.number] <= address.step]
     assert all(trainer.step == step for trainer in due), f"a batch was missed before {address}"
     return due
 
@@ -126,11 +126,12 @@ def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: 
     if trainer.diverged_at is not None:
         log.error(
             "block %s: its loss is not finite at step %d; it is stopped and its weights of step %d are kept",
-            trainer.name, trainer.diverged_at, final.step,
+            trainer.unit.name, trainer.diverged_at, final.step,
         )  # fmt: skip
     entry = Entry(
-        unit=trainer.unit,
-        name=trainer.name,
+        unit=trainer.unit.number,
+        block=trainer.unit.input,
+        name=trainer.unit.name,
         rank=rank,
         steps=final.step,
         status="finished" if trainer.diverged_at is None else "diverged",

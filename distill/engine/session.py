@@ -194,11 +194,11 @@ class Session(Setting):
         if not self.plan.one_by_one:
             groups = [trainers] if self.plan.has_work(self.control.rank) else []
         for group in groups:
-            train(streams.of([trainer.unit for trainer in group]), group)
+            train(streams.of([trainer.unit.number for trainer in group]), group)
         while moves := streams.stolen(all_done):
             taken = [trainer for trainer in map(hand_over.take, moves) if trainer is not None]
             if taken:
-                train(streams.alone(Span(trainer.unit, trainer.step, trainer.budget) for trainer in taken), taken)
+                train(streams.alone(Span.of(trainer.unit, trainer.step, trainer.budget) for trainer in taken), taken)
         hand_over.close()
         streams.close()
         return RankReport(

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from distill.planning.memory_model import Memory
 from distill.planning.network import Network
+from distill.planning.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,23 @@ class Costs:
 
 @dataclass(frozen=True)
 class Span:
-    """The steps that unit `unit` has still to do: `first` to `budget` - 1."""
+    """The steps that unit number `unit` has still to do, `first` to `budget` - 1, and the boundaries that it needs for
+    them; where they are not given, those of the block with the unit's number."""
 
     unit: int
     first: int
     budget: int
+    input: int = -1
+    target: int = -1
+
+    def __post_init__(self) -> None:
+        if self.target < 0:
+            object.__setattr__(self, "input", self.unit)
+            object.__setattr__(self, "target", self.unit + 1)
+
+    @classmethod
+    def of(cls, unit: Unit, first: int, budget: int) -> Span:
+        return cls(unit.number, first, budget, unit.input, unit.target)
 
     @property
     def steps(self) -> int:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
-from operator import add
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from distill.blocks.chain import Chain
 from distill.cuda.graphs import WARM_UPS
+from distill.planning.unit import Unit
 from distill.profiling.flops import flop_counter
 from distill.training.trainer import BlockTrainer
 
@@ -30,14 +31,15 @@ _TINY_S = 1e-6
 WORTH = 0.02  # of the seconds of all steps one after another, which a better plan may save
 MIN_ROUNDS = 3
 SPELL_S, SPELLS = 0.03, 3  # on a GPU calls are timed in spells of this length, which are waited for at their end alone
+Number = TypeVar("Number", int, float)
 SAME = 0.1  # ranks whose speeds differ by less are planned as equals
 
-MakeTrainer = Callable[[int], BlockTrainer | None]  # a fresh scratch trainer of a block, None where it has no student
+Students = Mapping[Unit, Callable[[], BlockTrainer]]  # of every unit what makes a fresh scratch trainer
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """Per block, for one batch: forward of the teacher, one step of the student (0 where a block has none)."""
+    """For one batch: by block the forward of the teacher, by a unit's number one step of it (0 where none has it)."""
 
     teacher: tuple[float, ...]
     student: tuple[float, ...]
@@ -46,11 +48,6 @@ class BlockCosts:
     def total(self) -> float:
         """Of all blocks together."""
         return sum(self.teacher + self.student)
-
-    def blocks_within(self, share: float) -> int:
-        """Return how many of the first blocks cost no more than a share of all."""
-        up_to = accumulate(map(add, self.teacher, self.student))
-        return sum(cost <= share * self.total for cost in up_to)
 
 
 def count_flops(call: Callable[[], object]) -> int:
@@ -69,17 +66,15 @@ def measure_seconds(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def flop_costs(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> BlockCosts:
+def flop_costs(chain: Chain, students: Students, sample: Tensor) -> BlockCosts:
     """Return FLOPs per block for a batch like `sample` (batch, channels, height, width); two images are counted."""
     scale = len(sample) / 2
     with flop_counter() as counter:
-        costs = _per_block(chain, make_trainer, sample[:2], counter.get_total_flops)
+        costs = _costs(chain, students, lambda unit: students[unit](), sample[:2], counter.get_total_flops)
     return BlockCosts(tuple(scale * flops for flops in costs.teacher), tuple(scale * flops for flops in costs.student))
 
 
-def measured_costs(
-    chain: Chain, make_trainer: MakeTrainer, sample: Tensor, *, steps: int, ahead: float = 0.0
-) -> BlockCosts:
+def measured_costs(chain: Chain, students: Students, sample: Tensor, *, steps: int, ahead: float = 0.0) -> BlockCosts:
     """Return seconds per block at the sample's batch size: in the proportions of medians, which placement needs, and
     with the sum of means, which is what many steps take. Takes longer for many `steps` of every block.
 
@@ -88,17 +83,18 @@ def measured_costs(
     one host that measure at the same time are to be at different blocks, as they will be, since those that are bound by
     memory slow one another down more than others.
     """
-    trainers = [make_trainer(index) for index in range(len(chain.blocks))]
+    trainers = {unit: make() for unit, make in students.items()}
+    trainer_of = trainers.__getitem__
     now = partial(_now, sample.device)
     rounds: list[BlockCosts] = []
     started = time.perf_counter()
     budget_s = BUDGET_S
     while len(rounds) <= MIN_ROUNDS or time.perf_counter() - started < budget_s:
-        rounds.append(_per_block(chain, trainers.__getitem__, sample, now))
+        rounds.append(_costs(chain, trainers, trainer_of, sample, now))
         budget_s = max(BUDGET_S, min(LONGEST_S, WORTH * steps * rounds[-1].total))
         if len(rounds) == 1:
-            first_blocks = _block_by_block(chain, trainers.__getitem__, sample, now)
-            deque(islice(first_blocks, rounds[0].blocks_within(ahead)), maxlen=0)
+            first_blocks = _block_by_block(chain, trainers, trainer_of, sample, now)
+            deque(islice(first_blocks, _blocks_within(rounds[0], trainers, ahead)), maxlen=0)
     warm = rounds[1:]
     teacher = [statistics.median(values) for values in zip(*(r.teacher for r in warm), strict=True)]
     student = [statistics.median(values) for values in zip(*(r.student for r in warm), strict=True)]
@@ -106,21 +102,29 @@ def measured_costs(
     return BlockCosts(tuple(scale * seconds for seconds in teacher), tuple(scale * seconds for seconds in student))
 
 
-def sustained_costs(chain: Chain, make_trainer: MakeTrainer, images: Callable[[], Tensor]) -> BlockCosts:
+def _blocks_within(costs: BlockCosts, units: Iterable[Unit], share: float) -> int:
+    """Return how many of the first blocks cost no more than a share of all, each with the units that end with it."""
+    by_block = list(costs.teacher)
+    for unit in units:
+        by_block[unit.target - 1] += costs.student[unit.number]
+    return sum(cost <= share * costs.total for cost in accumulate(by_block))
+
+
+def sustained_costs(chain: Chain, students: Students, images: Callable[[], Tensor]) -> BlockCosts:
     """Return seconds per block on a GPU, as training runs it: from captured graphs, one batch after another without
     waiting for the device, `images` making each batch there. Blocks in the proportions of what each takes alone; the
     sum is that of whole steps, in which batches, teacher and students overlap.
     """
     last = len(chain.blocks)
-    trainers = {index: trainer for index in range(last) if (trainer := make_trainer(index))}
+    trainers = {unit: make() for unit, make in students.items()}
 
     def teach() -> dict[int, Tensor]:
         return chain.run(images(), last=last, keep=range(last + 1))
 
-    def learn(blocks: Iterable[int]) -> None:
-        for index in blocks:
-            with trainers[index].lane.entered():
-                trainers[index].update(batch[index], batch[index + 1])
+    def learn(units: Iterable[Unit]) -> None:
+        for unit in units:
+            with trainers[unit].lane.entered():
+                trainers[unit].update(batch[unit.input], batch[unit.target])
 
     def step() -> None:
         batch.update(teach())
@@ -129,7 +133,7 @@ def sustained_costs(chain: Chain, make_trainer: MakeTrainer, images: Callable[[]
     batch = teach()
     time_of = partial(_sustained, device=batch[0].device)
     teacher = _teacher_seconds(chain, batch, time_of)
-    student = [time_of(partial(learn, [index])) if index in trainers else 0.0 for index in range(last)]
+    student = _by_number(chain, {unit.number: time_of(partial(learn, [unit])) for unit in trainers})
     apart = time_of(teach), time_of(partial(learn, trainers)) if trainers else 0.0
     overlap = time_of(step) / sum(apart)
     return BlockCosts(_with_sum(overlap * apart[0], teacher), _with_sum(overlap * apart[1], student))
@@ -164,17 +168,15 @@ def _repeat(call: Callable[[], object], number: int) -> None:
         call()
 
 
-def step_bytes(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> tuple[int, ...]:
-    """Return by block the bytes that are alive during one step of its student on a batch like `sample`, besides its
+def step_bytes(chain: Chain, students: Students, sample: Tensor) -> tuple[int, ...]:
+    """Return by a unit's number the bytes that are alive during one step of it on a batch like `sample`, besides its
     weights and boundaries: what autograd keeps for the backward pass, and two activations of the largest size on the
-    way back. Two images are looked at; 0 where a block has no student."""
-    found, scale = [], len(sample) / 2
-    inputs = sample[:2]
-    for index, (_, targets) in enumerate(chain.counted(inputs, lambda: 0.0)):
-        trainer = make_trainer(index)
-        found.append(int(scale * _kept_bytes(trainer, inputs, targets)) if trainer else 0)
-        inputs = targets
-    return tuple(found)
+    way back. Two images are looked at; 0 where no unit has the number."""
+    found, scale = {}, len(sample) / 2
+    for _, _, ending in with_boundaries(chain, students, sample[:2], lambda: 0.0):
+        for unit, inputs, targets in ending:
+            found[unit.number] = int(scale * _kept_bytes(students[unit](), inputs, targets))
+    return _by_number(chain, found)
 
 
 def _kept_bytes(trainer: BlockTrainer, inputs: Tensor, targets: Tensor) -> int:
@@ -215,8 +217,8 @@ def calibrated(flops: BlockCosts, chain: Chain, sample: Tensor) -> BlockCosts:
 
 
 def slowness(costs: Sequence[BlockCosts]) -> tuple[float, ...]:
-    """Return how much longer each rank takes than the mean, the median over blocks; differences up to SAME are taken
-    for noise."""
+    """Return how much longer each rank takes than the mean, the median over blocks and units; differences up
+    to SAME are taken for noise."""
     mean = average(costs)
     usual = mean.teacher + mean.student
     ratios = [
@@ -234,21 +236,52 @@ def average(costs: Sequence[BlockCosts]) -> BlockCosts:
     )
 
 
-def _per_block(chain: Chain, make_trainer: MakeTrainer, sample: Tensor, counter: Callable[[], float]) -> BlockCosts:
-    """Return by how much `counter` rises in the teacher's forward of every block and in one step of its student."""
-    teacher, student = zip(*_block_by_block(chain, make_trainer, sample, counter), strict=True)
-    return BlockCosts(teacher, student)
+def with_boundaries(
+    chain: Chain, units: Collection[Unit], sample: Tensor, counter: Callable[[], float]
+) -> Iterator[tuple[int, float, list[tuple[Unit, Tensor, Tensor]]]]:
+    """Yield for every block in order its index, by how much `counter` rises while the teacher computes it, and the
+    units that end with it, each with its two boundaries for the network's input `sample`. What no unit needs any more
+    is let go."""
+    kept = {0: sample}
+    for index, (rise, targets) in enumerate(chain.counted(sample, counter)):
+        end = index + 1
+        kept[end] = targets
+        yield index, rise, [(unit, kept[unit.input], targets) for unit in units if unit.target == end]
+        kept = {k: x for k, x in kept.items() if any(unit.input == k and unit.target > end for unit in units)}
+
+
+def _costs(
+    chain: Chain,
+    units: Collection[Unit],
+    trainer_of: Callable[[Unit], BlockTrainer],
+    sample: Tensor,
+    counter: Callable[[], float],
+) -> BlockCosts:
+    """Return by how much `counter` rises in the teacher's forward of every block and in one step of every unit."""
+    teacher, students = zip(*_block_by_block(chain, units, trainer_of, sample, counter), strict=True)
+    return BlockCosts(teacher, _by_number(chain, dict(ChainMap(*students))))
 
 
 def _block_by_block(
-    chain: Chain, make_trainer: MakeTrainer, sample: Tensor, counter: Callable[[], float]
-) -> Iterator[tuple[float, float]]:
-    inputs = sample
-    for index, (rise, targets) in enumerate(chain.counted(sample, counter)):
-        trainer = make_trainer(index)
-        before = counter()
-        if trainer:
+    chain: Chain,
+    units: Collection[Unit],
+    trainer_of: Callable[[Unit], BlockTrainer],
+    sample: Tensor,
+    counter: Callable[[], float],
+) -> Iterator[tuple[float, Mapping[int, float]]]:
+    """Yield the counter's rise in every block of the teacher, and in a step of each unit that ends with it."""
+    for _, rise, ending in with_boundaries(chain, units, sample, counter):
+        students = {}
+        for unit, inputs, targets in ending:
+            trainer = trainer_of(unit)
+            before = counter()
             with trainer.lane.entered():
                 trainer.update(inputs, targets)
-        yield rise, counter() - before if trainer else 0.0
-        inputs = targets
+            students[unit.number] = counter() - before
+        yield rise, students
+
+
+def _by_number(chain: Chain, found: Mapping[int, Number]) -> tuple[Number, ...]:
+    """Return what was found by the units' numbers, up to the largest, and for every block's at least; 0 for others."""
+    count = max([len(chain.blocks), *(number + 1 for number in found)])
+    return tuple(found.get(number, 0) for number in range(count))  # type: ignore[misc]

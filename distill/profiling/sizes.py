@@ -1,4 +1,4 @@
-"""What a block holds and what one image costs in it when the network is used: the teacher's and its student's."""
+"""What a block holds and what one image costs in it when the network is used: the teacher's and the students'."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import torch
 from torch import Tensor, nn
 
 from distill.blocks.chain import Chain
-from distill.profiling.block_costs import MakeTrainer, count_flops, flop_costs
+from distill.profiling.block_costs import Students, count_flops, flop_costs, with_boundaries
+from distill.training.trainer import BlockTrainer
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one side, per block; None where it has no such block, or where what lies between listed modules is not one."""
+    """Of one side, by block or unit; None where there is none, or where what is between listed modules is none."""
 
     params: tuple[int | None, ...]
     flops: tuple[float | None, ...]
 
 
-def block_sizes(chain: Chain, make_trainer: MakeTrainer, sample: Tensor) -> tuple[Sizes, Sizes]:
-    """Return the sizes of the teacher's blocks and of the students': parameters, and the FLOPs (two per multiply-add)
-    that one image like those of `sample` costs in use, without training."""
-    teacher_flops = flop_costs(chain, lambda _: None, sample).teacher
-    student_params: list[int | None] = []
-    student_flops: list[float | None] = []
-    inputs = sample[:2]
-    for index, (_, targets) in enumerate(chain.counted(inputs, lambda: 0.0)):
-        trainer = make_trainer(index)
-        student_params.append(_params(trainer.module) if trainer else None)
-        student_flops.append(_flops(trainer.module, inputs) if trainer else None)
-        inputs = targets
+def block_sizes(chain: Chain, students: Students, sample: Tensor) -> tuple[Sizes, Sizes]:
+    """Return the sizes of the teacher's blocks, and by number those of the units: parameters, and the FLOPs (two per
+    multiply-add) that one image like those of `sample` costs in use, without training."""
+    teacher_flops = flop_costs(chain, {}, sample).teacher
+    found: dict[int, tuple[int, float]] = {}
+    for _, _, ending in with_boundaries(chain, students, sample[:2], lambda: 0.0):
+        for unit, inputs, _ in ending:
+            trainer = students[unit]()
+            found[unit.number] = _params(trainer.module), _flops(trainer, inputs)
     teacher = Sizes(
         tuple(_teacher_params(chain, index) for index in range(len(chain.blocks))),
         tuple(flops / len(sample) for flops in teacher_flops),
     )
-    return teacher, Sizes(tuple(student_params), tuple(student_flops))
+    numbers = range(max([len(chain.blocks), *(number + 1 for number in found)]))
+    params, flops = ([found[number][side] if number in found else None for number in numbers] for side in (0, 1))
+    return teacher, Sizes(tuple(params), tuple(flops))
 
 
 def _teacher_params(chain: Chain, index: int) -> int | None:
@@ -49,8 +49,8 @@ def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _flops(module: nn.Module, inputs: Tensor) -> float:
+def _flops(trainer: BlockTrainer, inputs: Tensor) -> float:
     """FLOPs of one image."""
-    module.eval()
+    trainer.module.eval()
     with torch.no_grad():
-        return count_flops(lambda: module(inputs.float())) / len(inputs)  # a teacher in bf16 gives bf16
+        return count_flops(lambda: trainer.forward(inputs)) / len(inputs)

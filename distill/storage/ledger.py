@@ -28,10 +28,11 @@ log = logging.getLogger(__name__)
 class Entry:
     """One finished unit. `status` is "finished", or "diverged" when its loss became NaN or infinite at step
     `diverged_at` and the last finite weights were kept. Relative errors have no unit; seconds are of training alone.
-    `origin` says what it was trained from; it is the ledger's. `source` is
-    the run that trained it, where it was taken from another one."""
+    `unit` is its number, `block` the first block that it stands for. `origin` says what it was trained from; it is the
+    ledger's. `source` is the run that trained it, where it was taken from another one."""
 
     unit: int
+    block: int
     name: str
     rank: int
     steps: int
@@ -68,7 +69,7 @@ class Ledger:
 
     def _take(self, line: dict[str, Any]) -> None:
         try:
-            entry = Entry(**line)
+            entry = Entry(**({"unit": line.get("block")} | line))  # earlier versions knew blocks alone
         except TypeError as error:
             self._doubt(f"a line is of another version and its block is trained again ({error})", self._path)
             return

@@ -16,8 +16,10 @@ from torchvision.ops import StochasticDepth
 
 from distill.cuda.graphs import Captured, Work, cuda_capture
 from distill.cuda.lanes import Lane
+from distill.planning.unit import Unit
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import Checkpoint, contiguous, unit_name
+from distill.training.channels import ChannelMap
 from distill.training.losses import BLOCK_LOSSES, relative_error
 from distill.training.stopwatch import Stopwatch
 
@@ -104,12 +106,11 @@ def make_optimizer(module: nn.Module, options: TrainerOptions, device: torch.dev
 
 
 class BlockTrainer:
-    """The training of one student block, from step `step` to `budget`. `module` is on its device already."""
+    """The training of one unit, from step `step` to `budget`. `module` is on its device already."""
 
     def __init__(
         self,
-        block: int,
-        name: str,
+        unit: Unit,
         module: nn.Module,
         *,
         budget: int,
@@ -118,8 +119,7 @@ class BlockTrainer:
         lane: Lane | None = None,
     ) -> None:
         """With a `lane` that captures, enter it around every update and look."""
-        self.unit = block
-        self.name = name
+        self.unit = unit
         self.module = module
         self._training_mode()
         self.budget = budget
@@ -128,6 +128,8 @@ class BlockTrainer:
         self.progress = Progress()
         self.diverged_at: int | None = None
         self.stopped_early = False
+        self._reads = None if unit.reads is None else ChannelMap(unit.reads, device)
+        self._gives = None if unit.gives is None else ChannelMap(unit.gives, device)
         self._options = options
         self._loss = BLOCK_LOSSES[options.loss]
         self._optimizer = make_optimizer(module, options, device)
@@ -152,7 +154,7 @@ class BlockTrainer:
         self._prepare()
 
     def update(self, inputs: Tensor, targets: Tensor) -> Reading | None:
-        """One step on a batch. Shapes: boundaries k and k + 1, batch first. Returns losses when it reads them."""
+        """One step on a batch. Shapes: the unit's two boundaries, batch first. Returns losses when it reads them."""
         with self._watch.running():
             self._settle()
             rate = learning_rate(self.step, budget=self.budget, options=self._options)
@@ -188,7 +190,8 @@ class BlockTrainer:
     def _differentiate(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         """Find the gradients; return the loss and the relative error."""
         self._optimizer.zero_grad(set_to_none=True)
-        outputs = self._forward(inputs)
+        targets = targets if self._gives is None else self._gives(targets)
+        outputs = self.forward(inputs)
         error = relative_error(outputs, targets)
         loss = error if self._loss is relative_error else self._loss(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -225,7 +228,7 @@ class BlockTrainer:
                 for group, value in zip(groups, before, strict=True):
                     group["capturable"] = value
 
-        return Captured(work, name=f"block {self.name}", capture=capture_update, lane=self.lane)
+        return Captured(work, name=f"block {self.unit.name}", capture=capture_update, lane=self.lane)
 
     def read(self, rate: float = 0.0) -> Reading:
         """Read the losses since the last reading; a loss that is not finite ends the block (see `diverged_at`)."""
@@ -247,14 +250,15 @@ class BlockTrainer:
         self.progress.seconds += self._watch.read()
         self._watch = Stopwatch(self.device)
         mean_loss = sum(losses) / len(losses)
-        return Reading(self.unit, self.step, mean_loss, sum(errors) / len(errors), rate, self.progress.seconds)
+        return Reading(self.unit.number, self.step, mean_loss, sum(errors) / len(errors), rate, self.progress.seconds)
 
     def look(self, inputs: Tensor, targets: Tensor, *, last: bool) -> None:
         """See a held-out batch; after the `last` of a look, decide whether the block has stopped improving."""
         self._settle()
         self.module.eval()
         with torch.no_grad():
-            self._held_out.append(relative_error(self._forward(inputs), targets))
+            targets = targets if self._gives is None else self._gives(targets)
+            self._held_out.append(relative_error(self.forward(inputs), targets))
         self.lane.let_go()
         self._training_mode()
         if not last:
@@ -340,7 +344,7 @@ class BlockTrainer:
         }
         weights = {name: tensor.clone() for name, tensor in contiguous(self.module.state_dict()).items()}
         return Checkpoint(
-            name=unit_name(self.unit),
+            name=unit_name(self.unit.number),
             step=self.step,
             weights=weights,
             optimizer={name: tensor.clone() for name, tensor in contiguous(optimizer).items()},
@@ -355,9 +359,10 @@ class BlockTrainer:
             if isinstance(part, (nn.modules.dropout._DropoutNd, StochasticDepth)):
                 part.eval()
 
-    def _forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Return the student's activation. With amp the input is rounded once for all who read it: what passes by the
         convolutions would otherwise stay float32, and every sum with it."""
+        inputs = inputs if self._reads is None else self._reads(inputs)
         if self._options.amp == "off":
             return self.module(inputs.float())  # type: ignore[no-any-return]
         with torch.autocast(self.device.type, dtype=torch.bfloat16):

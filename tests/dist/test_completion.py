@@ -22,7 +22,7 @@ from distill.storage.ledger import Entry, Ledger
 from tests.dist.ranks import stop_heart, two_controls
 
 ENTRY = Entry(
-    unit=3, name="layer", rank=1, steps=6, status="finished", rel_error_first=1.0, rel_error_last=0.5,
+    unit=3, block=3, name="layer", rank=1, steps=6, status="finished", rel_error_first=1.0, rel_error_last=0.5,
     seconds=1.0, finished_at_s=1.0, generation=1,
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from distill.blocks.cut import Chain, Granularity, cut
 from distill.cuda.graphs import WARM_UPS, Captured, cuda_capture
 from distill.cuda.lanes import Lane, lanes
 from distill.data import Dataset
+from distill.planning.unit import Unit
 from distill.teachers import build_architecture
 from distill.training.graphed_teacher import GraphedChain
 from distill.training.trainer import BlockTrainer, TrainerOptions
@@ -64,8 +65,7 @@ def train(
     teacher = chain()
     trainers = [
         BlockTrainer(
-            block,
-            str(block),
+            Unit.of_block(block, str(block)),
             teacher.block_module(block).to(memory_format=torch.channels_last),
             budget=STEPS,
             device=torch.device("cuda"),
@@ -75,7 +75,7 @@ def train(
         for block in (1, 4, 9)
     ]
     for trainer in trainers:
-        torch.manual_seed(trainer.unit)
+        torch.manual_seed(trainer.unit.number)
         for parameter in trainer.module.parameters():
             nn.init.normal_(parameter, std=0.1)
         if shared:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from distill.blocks.cut import Chain, Granularity, HookedChain, TracedChain, cut
 from distill.errors import ConfigError
 from distill.planning.plan import Costs, Span, boundaries_of
 from distill.planning.strategies import plan_broadcast
-from distill.profiling.block_costs import count_flops, flop_costs, measured_costs
+from distill.planning.unit import Unit
+from distill.profiling.block_costs import Students, count_flops, flop_costs, measured_costs
 from distill.recipes import SeparableX2, replace_convolutions
 from distill.teachers import build_architecture
 from distill.training.trainer import BlockTrainer, TrainerOptions
@@ -126,28 +129,36 @@ def test_a_module_that_shares_weights_is_refused_and_its_neighbour_is_not() -> N
         cut(_Tied(), images(size=4), granularity=Granularity.modules, modules=["first"])
 
 
-def trainer_of(chain: Chain, index: int) -> BlockTrainer | None:
+def students_of(chain: Chain) -> Students:
+    return {
+        Unit.of_block(block.index, block.name): partial(trainer_of, chain, block.index)
+        for block in chain.blocks
+        if block.convolutions
+    }
+
+
+def trainer_of(chain: Chain, index: int) -> BlockTrainer:
     block = chain.blocks[index]
-    if not block.convolutions:
-        return None
     module = chain.block_module(index)
     generator = torch.Generator().manual_seed(index)
     replace_convolutions(module, block.convolutions, SeparableX2(rank=1, init="random"), generator)
     module.to(memory_format=torch.channels_last)
     options = TrainerOptions(optimizer="rmsprop", loss="mse", schedule="constant")
-    return BlockTrainer(index, block.name, module, budget=10, device=torch.device("cpu"), options=options)
+    return BlockTrainer(
+        Unit.of_block(index, block.name), module, budget=10, device=torch.device("cpu"), options=options
+    )
 
 
 def test_flops_of_blocks_and_of_what_lies_between_add_up_to_the_network(chain: Chain) -> None:
     x = images()
-    found = flop_costs(chain, lambda index: trainer_of(chain, index), x)
+    found = flop_costs(chain, students_of(chain), x)
     assert sum(found.teacher) == count_flops(lambda: chain.run(x, last=len(chain.blocks), keep=()))
     assert [cost > 0 for cost in found.student] == [bool(block.convolutions) for block in chain.blocks]
     assert all(cost > 0 for cost in found.teacher)
 
 
 def test_every_block_has_a_measured_price_and_the_plan_trains_each_student_once(chain: Chain) -> None:
-    found = measured_costs(chain, lambda index: trainer_of(chain, index), images(), steps=1)
+    found = measured_costs(chain, students_of(chain), images(), steps=1)
     assert all(cost > 0 for cost in found.teacher)
     assert [cost > 0 for cost in found.student] == [bool(block.convolutions) for block in chain.blocks]
     students = [block.index for block in chain.blocks if block.convolutions]

@@ -20,6 +20,7 @@ from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
+from distill.planning.unit import Unit
 from distill.recipes import replace_convolutions
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
@@ -147,7 +148,8 @@ def _trained(blocks: Blocks, block: int) -> bytes:
     def fresh() -> BlockTrainer:
         module = chain.block_module(block)
         replace_convolutions(module, blocks.replaced[block], blocks.recipe, torch.Generator().manual_seed(block))
-        return BlockTrainer(block, "b", to_channels_last(module), budget=9, device=CPU, options=TrainerOptions(lr=1e-4))
+        unit, options = Unit.of_block(block, "b"), TrainerOptions(lr=1e-4)
+        return BlockTrainer(unit, to_channels_last(module), budget=9, device=CPU, options=options)
 
     kept = chain.run(_images(), last=block + 1, keep=[block, block + 1])
     first, second = fresh(), fresh()

@@ -16,6 +16,7 @@ from distill.engine.loop import distill
 from distill.engine.rebalance.moves import Move
 from distill.observability.trace import Trace
 from distill.planning.schedule import Address, Checks
+from distill.planning.unit import Proposal, Unit, number_units
 from distill.storage.checkpoint import Checkpoint, CheckpointFolder, unit_name
 from distill.storage.ledger import Entry
 from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
@@ -65,7 +66,9 @@ def trainer(block: int, *, budget: int = BUDGET, **options: Any) -> BlockTrainer
     torch.manual_seed(block)
     settings = TrainerOptions(log_every=100, **options)
     module = nn.Linear(3, 3)
-    return BlockTrainer(block, f"layer{block}", module, budget=budget, device=torch.device("cpu"), options=settings)
+    return BlockTrainer(
+        Unit.of_block(block, f"layer{block}"), module, budget=budget, device=torch.device("cpu"), options=settings
+    )
 
 
 class Outcome:
@@ -107,7 +110,7 @@ def run(
     coming: BlockTrainer | None = None,
     **stream: Any,
 ) -> tuple[Outcome, Addresses]:
-    num_blocks = 1 + max(one.unit for one in [*trainers, coming] if one is not None)
+    num_blocks = 1 + max(one.unit.number for one in [*trainers, coming] if one is not None)
     outcome, addresses = Outcome(folder), Addresses(blocks=num_blocks, checks=checks, **stream)
     outcome.coming = coming
     distill(
@@ -323,6 +326,25 @@ def test_a_block_that_has_diverged_is_handed_over_wherever_it_is_noticed(
     assert [(e.status, e.diverged_at, e.steps) for e in outcome.entries] == [("diverged", 6, 4 if every == 4 else 0)]
     assert all(tensor.isfinite().all() for tensor in outcome.weights[0].values())
     assert "block layer0: its loss is not finite at step 6; it is stopped" in caplog.text
+
+
+def test_units_train_on_their_own_boundaries_which_several_may_have_in_common(tmp_path: Path) -> None:
+    """Two candidates of the second block, and one in the place of both blocks; each with the bits that it has alone."""
+
+    def made(unit: Unit) -> BlockTrainer:
+        torch.manual_seed(unit.number)
+        options = TrainerOptions(log_every=100)
+        return BlockTrainer(unit, nn.Linear(3, 3), budget=BUDGET, device=torch.device("cpu"), options=options)
+
+    proposals = [Proposal("a", 1, 2), Proposal("b", 1, 2), Proposal("c", 0, 2)]
+    units = number_units(proposals, ["first", "second"])
+    found: dict[int, dict[str, Tensor]] = {}
+    for place, group in enumerate([units, *([unit] for unit in units)]):
+        outcome, _ = run(tmp_path / str(place), [made(unit) for unit in group])
+        found = found or outcome.weights
+        assert {unit.number for unit in group} == set(outcome.weights)
+        for number, weights in outcome.weights.items():
+            assert all(torch.equal(found[number][name], tensor) for name, tensor in weights.items())
 
 
 class TestMoves:

@@ -1,5 +1,7 @@
 """Kernels of a step, counted by running it without memory: bytes and units by hand, FLOPs as a real run counts them."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from distill.job.blocks import cut_blocks, make_recipe
 from distill.job.plan import trainer_options
 from distill.job.simulate import imagined_costs
 from distill.planning.plan import Span
+from distill.planning.unit import Unit
 from distill.profiling.block_costs import flop_costs
 from distill.recipes import replace_convolutions
 from distill.simulation.hardware import Device, Operation, load_device
@@ -78,14 +81,13 @@ def test_an_imagined_job_has_the_flops_of_a_real_one(extra: list[str]) -> None:
     assert spans == [Span(block, 0, 200) for block in blocks.replaced]
     recipe = make_recipe(config)
 
-    def trainer(block: int) -> BlockTrainer | None:
-        if block not in blocks.replaced:
-            return None
+    def trainer(block: int) -> BlockTrainer:
         module = blocks.chain.block_module(block)
         replace_convolutions(module, blocks.replaced[block], recipe, torch.Generator().manual_seed(0))
-        return BlockTrainer(block, "b", module, budget=9, device=CPU, options=trainer_options(config))
+        return BlockTrainer(Unit.of_block(block, "b"), module, budget=9, device=CPU, options=trainer_options(config))
 
-    real = flop_costs(blocks.chain, trainer, torch.zeros(4, 3, 16, 16))
+    students = {Unit.of_block(block, "b"): partial(trainer, block) for block in blocks.replaced}
+    real = flop_costs(blocks.chain, students, torch.zeros(4, 3, 16, 16))
     assert found.teacher_s == real.teacher
     assert found.student_s == real.student
     assert found.boundary_bytes == tuple(boundary.nbytes for boundary in blocks.chain.boundaries)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from distill.storage.files import DiskError
+from distill.storage.files import DiskError, json_line
 from distill.storage.ledger import Entry, Ledger
 
 
 def entry(block: int, *, rank: int = 0, error: float = 0.25) -> Entry:
     return Entry(
-        unit=block, name=f"layer{block}", rank=rank, steps=200, status="finished", rel_error_first=1.0,
+        unit=block, block=block, name=f"layer{block}", rank=rank, steps=200, status="finished", rel_error_first=1.0,
         rel_error_last=error, seconds=3.5, finished_at_s=4.0, generation=1,
     )  # fmt: skip
 
@@ -71,6 +71,13 @@ class TestRecord:
 
 
 class TestBelief:
+    def test_a_line_of_an_earlier_version_which_knew_blocks_alone_is_believed(self, tmp_path: Path) -> None:
+        written = Ledger(tmp_path).record(entry(3), blob(3))
+        (line,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
+        facts = {key: value for key, value in json.loads(line).items() if key not in ("unit", "checksum")}
+        (tmp_path / "ledger.jsonl").write_text(json_line(facts, "ledger.jsonl"))
+        assert Ledger(tmp_path).entries == {3: written}
+
     @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + b"\1", lambda b: b""])
     def test_a_damaged_file_is_warned_of_and_its_block_forgotten(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object

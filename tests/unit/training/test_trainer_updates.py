@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill.planning.unit import Unit
 from distill.training.trainer import BlockTrainer, TrainerOptions, learning_rate
 from tests.training import CPU, batch, look, module, same_bits, train, trainer, weights
 
@@ -113,7 +114,9 @@ class TestUpdate:
                 seen.append(output.dtype)
                 return output
 
-        one = BlockTrainer(0, "layer", Shortcut(), budget=2, device=CPU, options=TrainerOptions(amp="bf16"))
+        one = BlockTrainer(
+            Unit.of_block(0, "layer"), Shortcut(), budget=2, device=CPU, options=TrainerOptions(amp="bf16")
+        )
         train(one, 1)
         one.look(*batch(1), last=True)
         assert seen == [torch.bfloat16] * 2
@@ -157,7 +160,7 @@ def test_shared_gradients_are_applied_when_the_weights_are_needed_next_with_the_
 def test_dropout_in_a_block_draws_nothing_so_bits_do_not_depend_on_other_random_numbers() -> None:
     def weights(noise: int) -> dict[str, Tensor]:
         block = nn.Sequential(module(), nn.Dropout(0.5))
-        one = BlockTrainer(0, "layer", block, budget=4, device=CPU, options=TrainerOptions())
+        one = BlockTrainer(Unit.of_block(0, "layer"), block, budget=4, device=CPU, options=TrainerOptions())
         for step in range(4):
             torch.randn(noise)
             one.update(*batch(step))
