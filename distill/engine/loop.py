@@ -7,10 +7,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from safetensors.torch import save as to_bytes
 
+from distill.distributed.edges.receiver import Delivery
 from distill.engine.rebalance.moves import Move
 from distill.engine.streams.broadcast import Stream
 from distill.observability.trace import Trace
@@ -32,77 +34,119 @@ class Exchange(Protocol):
         """Return a unit's trainer at the step of the move; None: it has come to its end where it was."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outlets:
+    """Where what training gives goes: a finished unit's ledger entry and weights (safetensors bytes), the state of an
+    unfinished one every `checkpoint_every` steps, every reading, and units that change ranks."""
+
+    deliver: Callable[[Entry, bytes], None]
+    save: Callable[[Checkpoint], None]
+    checkpoint_every: int
+    report: Callable[[BlockTrainer, Reading], None]
+    exchange: Exchange
+
+
+class Attempt(NamedTuple):
+    """One rank's part in one attempt at the stage, which has `started` at that time.monotonic()."""
+
+    rank: int
+    generation: int
+    started: float
+
+
 def distill(
     stream: Stream,
     trainers: Sequence[BlockTrainer],
+    outlets: Outlets,
     *,
-    rank: int,
-    generation: int,
-    started: float,
+    attempt: Attempt,
     checks: Checks,
-    save: Callable[[Checkpoint], None],
-    checkpoint_every: int,
-    deliver: Callable[[Entry, bytes], None],
-    report: Callable[[BlockTrainer, Reading], None],
-    exchange: Exchange,
     trace: Trace,
 ) -> None:
     """Train this rank's units until all have been handed over. Runs on every rank; none waits for another's end.
 
-    The stage has `started` at that time.monotonic(). `deliver` takes a finished unit's ledger entry and weights
-    (safetensors bytes), `save` the state of an unfinished one every `checkpoint_every` steps, `report` every reading;
-    units come and go by `exchange` where the stream says. What is handed over or given away is freed.
+    Units come and go where the stream says. What is handed over or given away is freed.
     """
-    owned = {trainer.unit.number: trainer for trainer in trainers}
-    first = {trainer.unit.number: trainer.step for trainer in trainers}
+    training = Training(stream, trainers, outlets, attempt=attempt, checks=checks, trace=trace)
+    for event in stream:
+        match event:
+            case Delivery():
+                training.train(event)
+            case Move(source=giver) if giver == attempt.rank:
+                training.give(event)
+            case Move():
+                training.take(event)
 
-    def hand_in(trainer: BlockTrainer) -> None:
-        stream.finish(trainer.unit.number)
-        seconds = time.monotonic() - started
-        deliver(*_entry(trainer, rank=rank, generation=generation, finished_at_s=seconds))
-        owned.pop(trainer.unit.number, None)
-        trainer.free()
 
-    for trainer in trainers:
-        if trainer.finished:  # resumed at its very end
-            hand_in(trainer)
-    for delivery in stream:
-        if isinstance(delivery, Move) and delivery.source == rank:
-            _give(owned.pop(delivery.unit, None), delivery, exchange, hand_in)
-            continue
-        if isinstance(delivery, Move):
-            taken = exchange.take(delivery)
-            if taken is not None:
-                owned[taken.unit.number], first[taken.unit.number] = taken, taken.step
-            continue
-        address = delivery.address
-        for trainer in _due(owned.values(), address, first):
-            inputs, targets = delivery.boundaries[trainer.unit.input], delivery.boundaries[trainer.unit.target]
+class Training:
+    """The units that a rank trains at a time, and what happens to them."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        trainers: Sequence[BlockTrainer],
+        outlets: Outlets,
+        *,
+        attempt: Attempt,
+        checks: Checks,
+        trace: Trace,
+    ) -> None:
+        self._stream, self._outlets, self._attempt = stream, outlets, attempt
+        self._checks, self._trace = checks, trace
+        self._owned = {trainer.unit.number: trainer for trainer in trainers}
+        self._first = {trainer.unit.number: trainer.step for trainer in trainers}
+        for trainer in trainers:
+            if trainer.finished:  # resumed at its very end
+                self._hand_in(trainer)
+
+    def train(self, delivery: Delivery) -> None:
+        """Let every unit that it is for learn from a batch, or look at it."""
+        address, boundaries = delivery.address, delivery.boundaries
+        for trainer in _due(self._owned.values(), address, self._first):
+            inputs, targets = boundaries[trainer.unit.input], boundaries[trainer.unit.target]
             reading = None
-            with trainer.lane.entered(), trace.span("student", trainer.unit.name, address.step, on_device=True):
+            with trainer.lane.entered(), self._trace.span("student", trainer.unit.name, address.step, on_device=True):
                 if address.is_training:
                     reading = trainer.update(inputs, targets)
                 else:
-                    trainer.look(inputs, targets, last=address.check == checks.batches - 1)
+                    trainer.look(inputs, targets, last=address.check == self._checks.batches - 1)
             if reading is not None:
-                report(trainer, reading)
-            if not trainer.finished and trainer.step % checkpoint_every == 0 and checks.after(address).is_training:
-                _save(trainer, save)  # reads the losses, and so may find that the unit has diverged
+                self._outlets.report(trainer, reading)
+            if not trainer.finished and self._is_time_to_save(trainer, address):
+                self._save(trainer)  # reads the losses, and so may find that the unit has diverged
             if trainer.finished:
-                hand_in(trainer)
+                self._hand_in(trainer)
 
+    def give(self, move: Move) -> None:
+        """Give a unit away, unless it has come to its end here before the word of that got around."""
+        trainer = self._owned.pop(move.unit, None)
+        state = None if trainer is None else trainer.checkpoint()
+        self._outlets.exchange.give(move, state)
+        if trainer is None:
+            return
+        if state is None:  # reading the losses has shown that it has diverged
+            self._hand_in(trainer)
+        else:
+            trainer.free()
 
-def _give(
-    trainer: BlockTrainer | None, move: Move, exchange: Exchange, hand_in: Callable[[BlockTrainer], None]
-) -> None:
-    """Give a unit away, unless (None) it has come to its end here before the word of that got around."""
-    state = None if trainer is None else trainer.checkpoint()
-    exchange.give(move, state)
-    if trainer is None:
-        return
-    if state is None:  # reading the losses has shown that it has diverged
-        hand_in(trainer)
-    else:
+    def take(self, move: Move) -> None:
+        """Go on with a unit of another rank, unless it has come to its end there."""
+        taken = self._outlets.exchange.take(move)
+        if taken is not None:
+            self._owned[taken.unit.number], self._first[taken.unit.number] = taken, taken.step
+
+    def _is_time_to_save(self, trainer: BlockTrainer, address: Address) -> bool:
+        return trainer.step % self._outlets.checkpoint_every == 0 and self._checks.after(address).is_training
+
+    def _save(self, trainer: BlockTrainer) -> None:
+        state = trainer.checkpoint()
+        if state is not None:
+            self._outlets.save(state)
+
+    def _hand_in(self, trainer: BlockTrainer) -> None:
+        self._stream.finish(trainer.unit.number)
+        self._outlets.deliver(*_entry(trainer, self._attempt))
+        self._owned.pop(trainer.unit.number, None)
         trainer.free()
 
 
@@ -115,13 +159,8 @@ def _due(trainers: Iterable[BlockTrainer], address: Address, first: Mapping[int,
     return due
 
 
-def _save(trainer: BlockTrainer, save: Callable[[Checkpoint], None]) -> None:
-    state = trainer.checkpoint()
-    if state is not None:
-        save(state)
-
-
-def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: float) -> tuple[Entry, bytes]:
+def _entry(trainer: BlockTrainer, attempt: Attempt) -> tuple[Entry, bytes]:
+    finished_at_s = time.monotonic() - attempt.started
     final = trainer.final()
     if trainer.diverged_at is not None:
         log.error(
@@ -132,7 +171,7 @@ def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: 
         unit=trainer.unit.number,
         block=trainer.unit.input,
         name=trainer.unit.name,
-        rank=rank,
+        rank=attempt.rank,
         steps=final.step,
         status="finished" if trainer.diverged_at is None else "diverged",
         rel_error_first=trainer.progress.rel_error_first,
@@ -140,7 +179,7 @@ def _entry(trainer: BlockTrainer, *, rank: int, generation: int, finished_at_s: 
         rel_error_held_out=trainer.progress.rel_error_held_out,
         seconds=trainer.progress.seconds,
         finished_at_s=finished_at_s,
-        generation=generation,
+        generation=attempt.generation,
         diverged_at=trainer.diverged_at,
     )
     return entry, to_bytes(contiguous(final.weights))

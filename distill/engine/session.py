@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from distill.engine.completion import Collector, Deliverer
-from distill.engine.loop import distill
+from distill.engine.loop import Attempt, Outlets, distill
 from distill.engine.rebalance.handover import HandOver
 from distill.engine.rebalance.moves import Move, Room
 from distill.engine.rebalance.pace import PaceKeeper
@@ -174,19 +174,21 @@ class Session(Setting):
                 trainer.share(average)
         report = PaceKeeper(self.control, self.report).note if self.moves_units or self.steals else self._report
 
+        outlets = Outlets(
+            deliver=deliver,
+            save=self.checkpoints.save if self._owns else lambda _: None,
+            checkpoint_every=self.checkpoint_every,
+            report=report if self._owns else lambda *_: None,
+            exchange=hand_over,
+        )
+
         def train(stream: Stream, trainers: Sequence[BlockTrainer]) -> None:
             distill(
                 stream,
                 trainers,
-                rank=self.control.rank,
-                generation=self.control.generation,
-                started=started,
+                outlets,
+                attempt=Attempt(self.control.rank, self.control.generation, started),
                 checks=self.checks,
-                save=self.checkpoints.save if self._owns else lambda _: None,
-                checkpoint_every=self.checkpoint_every,
-                deliver=deliver,
-                report=report if self._owns else lambda *_: None,
-                exchange=hand_over,
                 trace=self.trace,
             )
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from distill.distributed.edges.receiver import Delivery
-from distill.engine.loop import distill
+from distill.engine.loop import Attempt, Outlets, distill
 from distill.engine.rebalance.moves import Move
 from distill.observability.trace import Trace
 from distill.planning.schedule import Address, Checks
@@ -87,6 +88,9 @@ class Outcome:
         self.saved.append(checkpoint.step)
         self.checkpoints.save(checkpoint)
 
+    def outlets(self, every: int) -> Outlets:
+        return Outlets(deliver=self.deliver, save=self.save, checkpoint_every=every, report=self.read, exchange=self)
+
     def read(self, _: BlockTrainer, reading: Reading) -> None:
         self.readings.append(reading)
 
@@ -116,15 +120,9 @@ def run(
     distill(
         addresses,
         trainers,
-        rank=3,
-        generation=2,
-        started=time.monotonic(),
+        outcome.outlets(every),
+        attempt=Attempt(3, 2, time.monotonic()),
         checks=checks,
-        save=outcome.save,
-        checkpoint_every=every,
-        deliver=outcome.deliver,
-        report=outcome.read,
-        exchange=outcome,
         trace=Trace(),
     )
     return outcome, addresses
@@ -174,8 +172,8 @@ def test_a_block_is_freed_as_soon_as_it_is_handed_over_or_given_away(tmp_path: P
     if given:
         watching.finished.append(0)  # elsewhere
     distill(
-        watching, trainers, rank=3, generation=2, started=time.monotonic(), checks=NO_CHECKS, save=outcome.save,
-        checkpoint_every=100, deliver=outcome.deliver, report=outcome.read, exchange=outcome, trace=Trace(),
+        watching, trainers, outcome.outlets(100), attempt=Attempt(3, 2, time.monotonic()), checks=NO_CHECKS,
+        trace=Trace(),
     )  # fmt: skip
     after = 6 + given  # of what was yielded: batches, and the move before its step
     assert all(held[0] > 0 for held in watching.held[:5])
@@ -263,15 +261,9 @@ def test_a_block_that_missed_a_batch_is_a_bug_of_ours(tmp_path: Path) -> None:
         distill(
             Late(blocks=1, checks=Checks()),
             [trainer(0)],
-            rank=0,
-            generation=0,
-            started=time.monotonic(),
+            outcome.outlets(1),
+            attempt=Attempt(0, 0, time.monotonic()),
             checks=Checks(),
-            save=outcome.save,
-            checkpoint_every=1,
-            deliver=outcome.deliver,
-            report=outcome.read,
-            exchange=outcome,
             trace=Trace(),
         )
 
@@ -293,18 +285,16 @@ def test_no_checkpoint_is_written_of_a_block_at_its_end(tmp_path: Path) -> None:
 def test_a_checkpoint_waits_for_the_looks_of_its_step(tmp_path: Path) -> None:
     """One before them would be resumed without them, and the block would stop later than in one go."""
     looked = []
+
+    def note(checkpoint: Checkpoint) -> None:
+        looked.append((checkpoint.step, checkpoint.progress["rel_error_held_out"] is not None))
+
     distill(
         Addresses(blocks=1, checks=(looks := Checks(every=4, batches=2))),
         [trainer(0, patience=100)],
-        rank=0,
-        generation=1,
-        started=time.monotonic(),
+        replace(Outcome(tmp_path).outlets(4), save=note),
+        attempt=Attempt(0, 1, time.monotonic()),
         checks=looks,
-        save=lambda checkpoint: looked.append((checkpoint.step, checkpoint.progress["rel_error_held_out"] is not None)),
-        checkpoint_every=4,
-        deliver=lambda *_: None,
-        report=lambda *_: None,
-        exchange=Outcome(tmp_path),
         trace=Trace(),
     )
     assert looked == [(4, True), (8, True)]
