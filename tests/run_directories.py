@@ -25,8 +25,8 @@ def network(**changes: Any) -> dict[str, Any]:
 
 def block(index: int, name: str, **changes: Any) -> dict[str, Any]:
     return {
-        "block": index, "name": name, "rank": index % 2, "steps": 200, "status": "finished", "rel_error_first": 0.9,
-        "rel_error_last": 0.1234, "seconds": 3.5, "finished_at_s": 9.0, "sha256": "ab" * 32, "generation": 1,
+        "unit": index, "block": index, "name": name, "rank": index % 2, "steps": 200, "status": "finished",
+        "rel_error_first": 0.9,        "rel_error_last": 0.1234, "seconds": 3.5, "finished_at_s": 9.0, "sha256": "ab" * 32, "generation": 1,
     } | changes  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def run_directory(folder: Path, content: dict[str, Any] | None, *, readings: int
     blocks = (content or metrics()).get("blocks", [])
     for rank in {one["rank"] for one in blocks}:
         lines = [
-            {"block": one["block"], "step": 20 * step, "relative_error": 0.9 / step, "seconds": 0.1 * step}
+            {"unit": one["unit"], "step": 20 * step, "relative_error": 0.9 / step, "seconds": 0.1 * step}
             for one in blocks
             if one["rank"] == rank
             for step in range(1, readings + 1)
@@ -91,7 +91,7 @@ def planned(folder: Path, *, blocks: int, ranks: int, budget: int = 200) -> Path
     owners = [[b for b in range(blocks) if b % ranks == rank] for rank in range(ranks)]
     plan = {
         "strategy": "broadcast", "owners": owners, "predicted_makespan_s": 5.0, "predicted_rank_s": [5.0] * ranks,
-        "spans": [{"block": b, "first": 0, "budget": budget} for b in range(blocks)],
+        "spans": [{"unit": b, "first": 0, "budget": budget, "input": b, "target": b + 1} for b in range(blocks)],
     }  # fmt: skip
     seconds = {"teacher": [0.001] * blocks, "student": [0.004] * blocks}
     flops = {"teacher": [3e6] * blocks, "student": [5e6] * blocks}
@@ -132,7 +132,7 @@ def huge(folder: Path) -> Path:
     run_directory(folder, metrics(blocks=blocks, distill=metrics()["distill"] | ranks, energy=energy()), readings=0)
     for rank in range(64):
         lines = [
-            {"block": one["block"], "step": s, "relative_error": 0.5 / s + 0.01 * math.sin(s) ** 2 + 0.001}
+            {"unit": one["unit"], "step": s, "relative_error": 0.5 / s + 0.01 * math.sin(s) ** 2 + 0.001}
             for one in blocks
             if one["rank"] == rank
             for s in range(1, 201)

@@ -29,7 +29,7 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
     def work() -> dict[str, Any]:
         start = time.monotonic()
         ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
-        weights = {block: ledger.weights(block) for block in sorted(blocks.replaced)}
+        weights = {unit.input: ledger.weights(number) for number, unit in sorted(blocks.units.items())}
         student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=weights.values())
         modules = {block: blocks.student(block, state) for block, state in weights.items()}
         if not in_a_row(student, blocks.chain, modules, dataset.train_batch(0).images):
@@ -50,7 +50,7 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         return {"seconds": time.monotonic() - start, "batch_norms_re_estimated": norms}
 
     made = ["assembled.safetensors", "recalibrated.safetensors"]
-    used = [TEACHER, *map(unit_file, blocks.replaced)]
+    used = [TEACHER, *map(unit_file, blocks.units)]
     record = context.lead("assemble", work, made=made, used=used)
     return ["assembled", "recalibrated"] if record["batch_norms_re_estimated"] else ["assembled"]
 

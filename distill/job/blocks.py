@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -17,6 +18,7 @@ from distill.config.schema import JobConfig
 from distill.cuda.graphs import cuda_capture
 from distill.cuda.lanes import Lane
 from distill.errors import ConfigError, one_of
+from distill.planning.unit import Proposal, Unit, number_units
 from distill.recipes import RECIPES, Kept, Recipe, replace_convolutions, select
 from distill.storage.aliases import load_state
 from distill.student.assemble import assemble, in_a_row
@@ -34,6 +36,12 @@ class Blocks:
     recipe: Recipe
     replaced: dict[int, tuple[str, ...]]
     remarks: tuple[str, ...] = ()
+
+    @cached_property
+    def units(self) -> dict[int, Unit]:
+        """What is planned and trained, by number: a student for every block in which something is replaced."""
+        proposals = [Proposal(type(self.recipe).__name__, block, block + 1) for block in self.replaced]
+        return {unit.number: unit for unit in number_units(proposals, [block.name for block in self.chain.blocks])}
 
     @property
     def replaced_paths(self) -> list[str]:

@@ -30,8 +30,9 @@ from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.reuse import tensors_digest
 from distill.machine.host import host_identity
-from distill.planning.plan import Costs, Plan, Span, boundaries_of
+from distill.planning.plan import Costs, Plan, Span
 from distill.planning.strategies import plan_cached
+from distill.planning.unit import Stretch, boundaries_of
 from distill.storage.paths import expanded
 
 
@@ -68,7 +69,7 @@ class Caching:
     def plan(self, costs: Costs, spans: Sequence[Span], *, without: Plan) -> Plan:
         """Return the plan of this run, with the time that recording takes; `without` is the plan without a cache. Tells
         the user what it comes to. Rank 0 calls this."""
-        layout = self._layout(span.unit for span in spans) if spans else None
+        layout = self._layout(spans) if spans else None
         if layout is None:
             return plan_cached(costs, spans, self._context.world_size)
         prices = self._prices(layout)
@@ -88,7 +89,7 @@ class Caching:
         block is left to train. Every rank calls this."""
         if not plan.spans:
             return None
-        layout = self._layout(span.unit for span in plan.spans)
+        layout = self._layout(plan.spans)
         started = time.monotonic()
         with self._context.during("record"):
             recorded = record(
@@ -114,7 +115,7 @@ class Caching:
             control.wait(f"cache/share/{rank}", peer=rank, purpose="share of the cache")
             for rank in range(self._context.world_size)
         ]
-        layout = self._layout(span.unit for span in plan.spans)
+        layout = self._layout(plan.spans)
         return {
             "place": self._context.config.teacher.cache.name,
             "dtype": self._context.config.cache.dtype.name,
@@ -130,10 +131,10 @@ class Caching:
         """Remove what lies in the run directory: every block is trained. Rank 0 calls this."""
         shutil.rmtree(self._context.run.path / "cache", ignore_errors=True)
 
-    def _layout(self, blocks: Iterable[int]) -> Layout:
-        """Return what is recorded for these blocks; in a file, which may serve other attempts, for all."""
+    def _layout(self, spans: Iterable[Span]) -> Layout:
+        """Return what is recorded for these units; in a file, which may serve other attempts, for all."""
         config = self._context.config
-        wanted = self._blocks.replaced if config.teacher.cache is Cache.disk else blocks
+        wanted: Iterable[Stretch] = self._blocks.units.values() if config.teacher.cache is Cache.disk else spans
         return _layout(config, self._blocks, wanted, self._contents)
 
     def _place(self, layout: Layout) -> Place:
@@ -194,7 +195,7 @@ def tell_unused(context: Context) -> None:
 def refuse_too_large(config: JobConfig, dataset: Dataset, blocks: Blocks) -> None:
     """Raise ConfigError where the teacher's activations for all blocks would take more than cache.max_gib."""
     dataset = dataset.with_views(config.distill.views)
-    layout = _layout(config, blocks, blocks.replaced, _contents(config, dataset))
+    layout = _layout(config, blocks, blocks.units.values(), _contents(config, dataset))
     if layout.nbytes <= config.cache.max_gib * GIB:
         return
     less = ["larger blocks"]
@@ -214,8 +215,8 @@ def _contents(config: JobConfig, dataset: Dataset) -> Contents:
     return Contents(dataset, min(looks, dataset.num_validation_batches))
 
 
-def _layout(config: JobConfig, blocks: Blocks, wanted: Iterable[int], contents: Contents) -> Layout:
-    """Return what is recorded for the wanted blocks."""
+def _layout(config: JobConfig, blocks: Blocks, wanted: Iterable[Stretch], contents: Contents) -> Layout:
+    """Return what is recorded for the wanted units."""
     forms = {k: blocks.chain.boundaries[k] for k in sorted(boundaries_of(wanted))}
     return Layout(forms, students_dtype(config), contents.num_rows)
 

@@ -20,7 +20,7 @@ from distill.job.cache import Caching, is_cached, students_dtype
 from distill.job.context import Context
 from distill.job.metrics import Readings, latest_readings
 from distill.job.plan import Trainers, make_plan, step_budget
-from distill.job.reuse import TEACHER, block_identities, take_blocks
+from distill.job.reuse import TEACHER, take_units, unit_identities
 from distill.observability.display import Display, UnitLine
 from distill.planning.plan import Plan
 from distill.planning.schedule import Checks
@@ -52,7 +52,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
         return
     recorded = caching.record(plan) if caching is not None else None
     with (
-        closing(Readings(context, [block.name for block in blocks.chain.blocks])) as readings,
+        closing(Readings(context, {number: unit.name for number, unit in blocks.units.items()})) as readings,
         context.during("distill"),
     ):
         session = Session(
@@ -85,11 +85,8 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
 
 
 def _take_blocks(context: Context, teacher: nn.Module, blocks: Blocks, *, budget: int) -> None:
-    chain = blocks.chain
-    identities = block_identities(
-        context.identity, chain=chain, replaced=blocks.replaced, teacher=teacher, budget=budget
-    )
-    take_blocks(context, identities, {block.index: block.name for block in chain.blocks})
+    identities = unit_identities(context.identity, blocks=blocks, teacher=teacher, budget=budget)
+    take_units(context, identities, {number: unit.name for number, unit in blocks.units.items()})
 
 
 def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any], caching: Caching | None) -> None:
@@ -105,7 +102,7 @@ def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any
 
         report = session.lead(trainers, ledger, on_recorded=recorded, on_moved=moved)
     steps = max((ledger.entries[span.unit].steps - span.first for span in plan.spans), default=0)
-    resumed = any(span.first > 0 for span in plan.spans) or len(plan.spans) < len(blocks.replaced)
+    resumed = any(span.first > 0 for span in plan.spans) or len(plan.spans) < len(blocks.units)
     images = steps * session.dataset.batch_size
     cache = caching.result(plan) if caching is not None else None
     result = _result(plan, report, images=images, resumed=resumed, cache=cache)
@@ -149,7 +146,7 @@ def _result(
 def _display(context: Context, blocks: Blocks, plan: Plan, *, batch_size: int) -> Display:
     control = context.control.second()
     lines = [
-        UnitLine(span.unit, blocks.chain.blocks[span.unit].name, rank, span.budget, step=span.first)
+        UnitLine(span.unit, blocks.units[span.unit].name, rank, span.budget, step=span.first)
         for rank in range(plan.world_size)
         for span in plan.spans_of(rank)
     ]

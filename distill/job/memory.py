@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,8 @@ from distill.machine.host import available_memory
 from distill.planning.memory_model import Memory
 from distill.planning.plan import Costs, Plan, Span, memory_of
 from distill.planning.strategies import DoesNotFitError, rank_plans
-from distill.profiling.block_costs import MakeTrainer, step_bytes
+from distill.planning.unit import Unit
+from distill.profiling.block_costs import Students, step_bytes
 from distill.profiling.peak_memory import used_memory
 from distill.training.graphed_teacher import MAX_GRAPHS
 
@@ -34,7 +35,7 @@ COPIES = {OptimizerName.adam: 3 + 2 * 2, OptimizerName.sgd: 3 + 2 * 1, Optimizer
 def find_memory(
     context: Context,
     chain: Chain,
-    make_trainer: MakeTrainer,
+    students: Students,
     sample: Tensor,
     student_bytes: Sequence[int],
     *,
@@ -47,9 +48,10 @@ def find_memory(
     memory = Memory(
         resident=used_memory(context.device),
         student=tuple(COPIES[options.optimizer] * size for size in student_bytes),
-        step=step_bytes(chain, make_trainer, sample),
+        step=step_bytes(chain, students, sample),
         boundary=tuple(boundary.nbytes for boundary in chain.boundaries),
         window=context.config.plan.window,
+        ends=unit_ends(students, len(student_bytes)),
         limit=memory_limit(context),
         lanes=NUM_LANES if graphs else 0,
         # a graph for every set of blocks that still train: another one whenever a block has stopped early
@@ -59,6 +61,12 @@ def find_memory(
     return replace(memory, held=held)
 
 
+def unit_ends(units: Iterable[Unit], count: int) -> tuple[tuple[int, int], ...]:
+    """Return the boundaries of the units by their numbers, up to `count`; where no unit has one, those of its block."""
+    ends = {unit.number: (unit.input, unit.target) for unit in units}
+    return tuple(ends.get(number, (number, number + 1)) for number in range(count))
+
+
 def refuse_too_little(config: JobConfig, blocks: Blocks, device: torch.device) -> None:
     """Raise ConfigError where plan.memory_gib is too little for any plan, whatever its students need: that is known
     only when costs are, once the teacher is trained. Rank 0 calls this: its memory is taken for all."""
@@ -66,8 +74,9 @@ def refuse_too_little(config: JobConfig, blocks: Blocks, device: torch.device) -
     if wanted is None:
         return
     boundary = tuple(boundary.nbytes for boundary in blocks.chain.boundaries)
-    memory = Memory(resident=used_memory(device), student=(), step=(), boundary=boundary, window=config.plan.window)
-    needed = memory.least(blocks.replaced)
+    ends = unit_ends(blocks.units.values(), 1 + max(blocks.units))
+    memory = Memory(used_memory(device), student=(), step=(), boundary=boundary, window=config.plan.window, ends=ends)
+    needed = memory.least(blocks.units)
     if int(wanted * 2**30) < needed:
         raise ConfigError(
             "plan.memory_gib",

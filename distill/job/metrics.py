@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
@@ -18,9 +18,9 @@ RANK_EVERY_S = 2.0  # seconds between two points of a rank's own curves
 
 
 class Readings:
-    """Takes this rank's readings; `names` are those of all blocks. Also saves the trace now and then."""
+    """Takes this rank's readings; `names` are those of all units. Also saves the trace now and then."""
 
-    def __init__(self, context: Context, names: Sequence[str]) -> None:
+    def __init__(self, context: Context, names: Mapping[int, str]) -> None:
         self._context, self._names = context, names
         self._path = context.run.path / "metrics" / f"rank{context.rank}.jsonl"
         self._file = open_to_add(self._path)
@@ -77,9 +77,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def latest_readings(control: Control) -> dict[int, dict[str, float]]:
-    """Return the last reading of every block that has one, over all ranks: a block may have been on several."""
+    """Return the last reading of every unit that has one, over all ranks: a unit may have been on several."""
     latest: dict[int, dict[str, float]] = {}
     for rank in range(control.world_size):
-        for block, reading in (control.get(f"readings/{rank}") or {}).items():
-            latest[int(block)] = max(latest.get(int(block), reading), reading, key=lambda found: found["step"])
+        for unit, reading in (control.get(f"readings/{rank}") or {}).items():
+            latest[int(unit)] = max(latest.get(int(unit), reading), reading, key=lambda found: found["step"])
     return latest

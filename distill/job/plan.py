@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from distill.planning.memory_model import Memory
 from distill.planning.plan import Costs, Plan, Span, memory_of
 from distill.profiling.block_costs import (
     BlockCosts,
+    Students,
     average,
     calibrated,
     flop_costs,
@@ -58,7 +60,7 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
 
 
 class Trainers:
-    """Makes the trainers of blocks: fresh, or resumed from their checkpoints."""
+    """Makes the trainers of units: fresh, or resumed from their checkpoints."""
 
     def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
@@ -66,43 +68,41 @@ class Trainers:
         graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
         self._lanes = lanes(context.device) if graphs else [Lane()]
 
-    def fresh(self, block: int) -> BlockTrainer | None:
-        """Return a block's trainer at step 0, or None where the block gets no student.
+    @property
+    def students(self) -> Students:
+        """What makes a fresh trainer of every unit."""
+        return {unit: partial(self.fresh, number) for number, unit in self._blocks.units.items()}
 
-        Its first weights are a function of (seed, block) alone.
-        """
-        if block not in self._blocks.replaced:
-            return None
-        config, device = self._context.config, self._context.device
-        module = self._blocks.chain.block_module(block)
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "student", block))
-        replace_convolutions(module, self._blocks.replaced[block], self._blocks.recipe, generator)
+    def fresh(self, number: int) -> BlockTrainer:
+        """Return a unit's trainer at step 0. Its first weights are a function of (seed, the unit's key) alone."""
+        config, device, unit = self._context.config, self._context.device, self._blocks.units[number]
+        module = self._blocks.chain.block_module(unit.input)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "student", unit.key))
+        replace_convolutions(module, self._blocks.replaced[unit.input], self._blocks.recipe, generator)
         to_channels_last(module, device)
-        name = self._blocks.chain.blocks[block].name
+        self._student_bytes[number] = sum(parameter.nbytes for parameter in module.parameters())
+        lane = self._lanes[number % len(self._lanes)]
         options = trainer_options(config)
-        self._student_bytes[block] = sum(parameter.nbytes for parameter in module.parameters())
-        lane = self._lanes[block % len(self._lanes)]
-        return BlockTrainer(block, name, module, budget=self._budget, device=device, options=options, lane=lane)
+        return BlockTrainer(unit, module, budget=self._budget, device=device, options=options, lane=lane)
 
-    def resumed(self, block: int) -> BlockTrainer:
-        """Return a block's trainer at its checkpoint's step, or at step 0 where it has none."""
-        trainer = self.fresh(block)
-        assert trainer is not None
-        checkpoint = self._checkpoints.load(unit_name(block))
+    def resumed(self, number: int) -> BlockTrainer:
+        """Return a unit's trainer at its checkpoint's step, or at step 0 where it has none."""
+        trainer = self.fresh(number)
+        checkpoint = self._checkpoints.load(unit_name(number))
         if checkpoint is not None:
             trainer.resume(checkpoint)
         return trainer
 
-    def student_bytes(self, block: int) -> int:
-        """Return the bytes of a student's parameters, 0 where the block has none."""
-        if block in self._blocks.replaced and block not in self._student_bytes:
-            self.fresh(block)
-        return self._student_bytes.get(block, 0)
+    def student_bytes(self, number: int) -> int:
+        """Return the bytes of a unit's parameters, 0 where no unit has the number."""
+        if number in self._blocks.units and number not in self._student_bytes:
+            self.fresh(number)
+        return self._student_bytes.get(number, 0)
 
-    def span(self, block: int) -> Span:
-        """Return the steps a block has still to do."""
-        checkpoint = self._checkpoints.load(unit_name(block))
-        return Span(block, checkpoint.step if checkpoint else 0, self._budget)
+    def span(self, number: int) -> Span:
+        """Return the steps a unit has still to do."""
+        checkpoint = self._checkpoints.load(unit_name(number))
+        return Span.of(self._blocks.units[number], checkpoint.step if checkpoint else 0, self._budget)
 
 
 def make_plan(
@@ -114,7 +114,7 @@ def make_plan(
     With plan.cost=measured all ranks measure at the same time, as they will train.
     """
     sample = dataset.train_batch(0).images
-    flops = flop_costs(blocks.chain, trainers.fresh, sample) if context.leads else None
+    flops = flop_costs(blocks.chain, trainers.students, sample) if context.leads else None
     peak, peak_bytes = PeakMemory(context.device), None
     measured = None
     if context.config.plan.cost is Cost.measured:
@@ -126,11 +126,11 @@ def make_plan(
         assert flops is not None
         seconds, speeds = measured or (calibrated(flops, blocks.chain, sample), ())
         ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
-        spans = [trainers.span(block) for block in blocks.replaced if block not in ledger.entries]
+        spans = [trainers.span(number) for number in blocks.units if number not in ledger.entries]
         names = _candidates(context, blocks)
-        sizes = tuple(map(trainers.student_bytes, range(len(blocks.chain.blocks))))
+        sizes = tuple(map(trainers.student_bytes, range(len(seconds.student))))
         costs = replace(_planning_costs(context, blocks, seconds, speeds, sizes), network=network)
-        memory = find_memory(context, blocks.chain, trainers.fresh, sample, sizes, peak_bytes=peak_bytes)
+        memory = find_memory(context, blocks.chain, trainers.students, sample, sizes, peak_bytes=peak_bytes)
         costs = replace(costs, memory=memory)
         plans = fitting_plans(context, names, costs, spans)
         _show_ranking(context, plans)
@@ -139,7 +139,7 @@ def make_plan(
             plan = plan.started_in(dataset.measure_start())
         write_json(context.run.path / "plan.json", asdict(plan))
         write_json(context.run.path / "costs.json", _as_json(blocks, seconds, flops, costs, plan))
-        _show(context, blocks, plan, seconds, block_sizes(blocks.chain, trainers.fresh, sample))
+        _show(context, blocks, plan, seconds, block_sizes(blocks.chain, trainers.students, sample))
         show_memory(context, plan, costs)
         context.control.set("plan", plan.to_json())
     return Plan.from_json(context.control.wait("plan", peer=0, purpose="plan")), memory
@@ -182,10 +182,10 @@ def _measure(
     _, _, local_rank, num_local = ranks_of(os.environ)
     if context.device.type == "cuda":
         with closing(dataset.train_batches(0, sys.maxsize)) as batches:
-            own = sustained_costs(blocks.chain, trainers.fresh, lambda: next(batches).images)
+            own = sustained_costs(blocks.chain, trainers.students, lambda: next(batches).images)
     else:
         sample = dataset.train_batch(0).images
-        own = measured_costs(blocks.chain, trainers.fresh, sample, steps=steps, ahead=local_rank / num_local)
+        own = measured_costs(blocks.chain, trainers.students, sample, steps=steps, ahead=local_rank / num_local)
     control.set(f"costs/{context.rank}", asdict(own))
     if not context.leads:
         return None
@@ -206,6 +206,7 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
     """Return what `distill simulate` and the report need to know of the costs."""
     return {
         "blocks": [block.name for block in blocks.chain.blocks],
+        "units": {number: unit.name for number, unit in blocks.units.items()},
         "seconds": asdict(seconds),
         "flops": asdict(flops),
         "boundary_bytes": costs.boundary_bytes,
@@ -224,7 +225,7 @@ def _as_json(blocks: Blocks, seconds: BlockCosts, flops: BlockCosts, costs: Cost
 def _show(context: Context, blocks: Blocks, plan: Plan, seconds: BlockCosts, sizes: tuple[Sizes, Sizes]) -> None:
     """Print the plan."""
     names = [block.name for block in blocks.chain.blocks]
-    context.console.print(plan_table(plan, names, sizes=sizes, costs=seconds))
+    context.console.print(plan_table(plan, names, blocks.units.values(), sizes=sizes, costs=seconds))
     for rank, predicted in enumerate(plan.predicted_rank_s):
         context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
     within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from distill.blocks.chain import Chain
 from distill.config.fingerprint import TEST, fingerprint
+from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.report.markup import show_count
 from distill.storage.files import DamagedFileError, read_bytes, write_bytes
@@ -56,24 +57,22 @@ def tensors_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def block_identities(
-    facts: Mapping[str, Any], *, chain: Chain, replaced: Mapping[int, tuple[str, ...]], teacher: nn.Module, budget: int
-) -> dict[int, str]:
-    """Return what decides the weights of every block that gets a student, as digests by block.
+def unit_identities(facts: Mapping[str, Any], *, blocks: Blocks, teacher: nn.Module, budget: int) -> dict[int, str]:
+    """Return what decides the weights of every unit, as digests by its number.
 
-    That is the teacher's tensors, the operations up to and in the block (which are its inputs, its targets and its
-    index, from which first weights are drawn), what is replaced, and the settings of data, students and training. How
-    the user asked for these blocks does not count.
+    That is the teacher's tensors, the operations up to and in the unit's blocks (which are its inputs, its targets and
+    its place, from which first weights are drawn), what is replaced, and the settings of data, students and training.
+    How the user asked for these blocks does not count.
     """
     shared = _without(facts, _AFTER_BLOCKS + _BY_EFFECT) | {"budget": budget, "tensors": tensors_digest(teacher)}
-    operations = []
-    found = {}
+    chain, operations = blocks.chain, []
     for index in range(len(chain.blocks)):
         form = chain.boundaries[index + 1]
         operations.append(f"{form.shape} {form.stride} {form.dtype}\n{_described(chain, index)}")
-        if index in replaced:
-            own = {"shared": shared, "operations": operations, "replaced": replaced[index]}
-            found[index] = fingerprint(own)
+    found = {}
+    for number, unit in blocks.units.items():
+        own = {"shared": shared, "operations": operations[: unit.target], "replaced": blocks.replaced[unit.input]}
+        found[number] = fingerprint(own)
     return found
 
 
@@ -114,9 +113,9 @@ def take_teacher(context: Context) -> dict[str, Any] | None:
     return None
 
 
-def take_blocks(context: Context, identities: Mapping[int, str], names: Mapping[int, str]) -> None:
+def take_units(context: Context, identities: Mapping[int, str], names: Mapping[int, str]) -> None:
     """Record the finished blocks of siblings that are the same as some of this run's (`identities` and `names` by
-    block), and where these are all, complete the stage with the figures of the run that trained them.
+    number), and where these are all, complete the stage with the figures of the run that trained them.
 
     Rank 0 calls this, before a plan is made for what is left.
     """

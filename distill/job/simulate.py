@@ -20,6 +20,7 @@ from distill.job.cache import is_cached, students_dtype
 from distill.job.plan import trainer_options
 from distill.job.teacher import architecture_of
 from distill.planning.plan import Costs, Span
+from distill.planning.unit import Unit
 from distill.recipes import replace_convolutions
 from distill.simulation.hardware import Device, Operation
 from distill.simulation.operations import Recorder
@@ -48,19 +49,18 @@ def imagined_costs(overrides: Sequence[str], device: Device, *, steps: int | Non
         )
     blocks = _cut(config)
     teacher = _teacher_operations(blocks)
-    students = {block: _student(config, blocks, block) for block in blocks.replaced}
+    students = {number: _student(config, blocks, unit) for number, unit in blocks.units.items()}
+    numbers = range(max(len(teacher), 1 + max(students)))
     costs = Costs(
         tuple(map(device.seconds, teacher)),
-        tuple(device.seconds(students[block][1]) if block in students else 0.0 for block in range(len(teacher))),
+        tuple(device.seconds(students[number][1]) if number in students else 0.0 for number in numbers),
         tuple(boundary.numel * students_dtype(config).itemsize for boundary in blocks.chain.boundaries),
-        tuple(students[block][0] if block in students else 0 for block in range(len(teacher))),
+        tuple(students[number][0] if number in students else 0 for number in numbers),
         batch_size=config.data.batch_size if blocks.chain.divisible else None,
         teacher_fixed_s=tuple(map(device.gaps_s, teacher)),
-        student_fixed_s=tuple(
-            device.gaps_s(students[block][1]) if block in students else 0.0 for block in range(len(teacher))
-        ),
+        student_fixed_s=tuple(device.gaps_s(students[number][1]) if number in students else 0.0 for number in numbers),
     )
-    return costs, [Span(block, 0, budget) for block in blocks.replaced]
+    return costs, [Span.of(unit, 0, budget) for unit in blocks.units.values()]
 
 
 def _cut(config: JobConfig) -> Blocks:
@@ -82,18 +82,18 @@ def _teacher_operations(blocks: Blocks) -> list[list[Operation]]:
     return [list(islice(remaining, int(rise))) for rise in counts]
 
 
-def _student(config: JobConfig, blocks: Blocks, block: int) -> tuple[int, list[Operation]]:
-    """Return the bytes of a student's parameters and the kernels of one of its steps."""
+def _student(config: JobConfig, blocks: Blocks, unit: Unit) -> tuple[int, list[Operation]]:
+    """Return the bytes of a unit's parameters and the kernels of one of its steps."""
     chain = blocks.chain
-    module = chain.block_module(block)
-    replace_convolutions(module, blocks.replaced[block], blocks.recipe)
+    module = chain.block_module(unit.input)
+    replace_convolutions(module, blocks.replaced[unit.input], blocks.recipe)
     to_channels_last(module)
     size = sum(parameter.nbytes for parameter in module.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        trainer = _trainer(config, block, chain.blocks[block].name, module)
+        trainer = _trainer(config, unit, module)
         inputs, targets = (
             torch.empty_strided(form.shape, form.stride, dtype=form.dtype)
-            for form in (chain.boundaries[block], chain.boundaries[block + 1])
+            for form in (chain.boundaries[unit.input], chain.boundaries[unit.target])
         )
         trainer.update(inputs, targets)  # the first step makes the optimizer's state
         with Recorder() as recorder:
@@ -101,9 +101,9 @@ def _student(config: JobConfig, blocks: Blocks, block: int) -> tuple[int, list[O
     return size, recorder.operations
 
 
-def _trainer(config: JobConfig, block: int, name: str, module: nn.Module) -> BlockTrainer:
+def _trainer(config: JobConfig, unit: Unit, module: nn.Module) -> BlockTrainer:
     """Return a trainer that never reads its losses: imagined ones have no values."""
     options = replace(trainer_options(config), log_every=1_000_000)
-    trainer = BlockTrainer(block, name, module.to_empty(device=CPU), budget=1_000_000, device=CPU, options=options)
+    trainer = BlockTrainer(unit, module.to_empty(device=CPU), budget=1_000_000, device=CPU, options=options)
     trainer.step = 1
     return trainer

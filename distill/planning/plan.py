@@ -18,7 +18,8 @@ from distill.planning.unit import Unit
 
 @dataclass(frozen=True)
 class Costs:
-    """Per-batch costs. `teacher_s[k]` and `student_s[k]` in seconds, `boundary_bytes` has one entry more than blocks.
+    """Per-batch costs in seconds: `teacher_s` by block, `student_s` by the number of a unit (0 where none has it);
+    `boundary_bytes` has one entry more than blocks.
 
     Rank r takes `slowness[r]` times as long as that (1 for every rank that is not listed).
     """
@@ -26,7 +27,7 @@ class Costs:
     teacher_s: tuple[float, ...]
     student_s: tuple[float, ...]
     boundary_bytes: tuple[int, ...]
-    student_bytes: tuple[int, ...] = ()  # of the student's parameters, by block
+    student_bytes: tuple[int, ...] = ()  # of a unit's parameters, by its number
     slowness: tuple[float, ...] = ()
     network: Network = field(default_factory=Network)
     batch_size: int | None = None  # images of a batch, where ranks may share them out
@@ -193,34 +194,34 @@ def memory_of(plan: Plan, memory: Memory) -> tuple[int, ...]:
 
 
 def _rank_memory(plan: Plan, memory: Memory, rank: int) -> int:
-    blocks = [span.unit for span in plan.trained_by(rank)]
+    units = [span.unit for span in plan.trained_by(rank)]
     if plan.strategy == "broadcast":
         elsewhere = [span.unit for r in range(plan.world_size) if r != rank for span in plan.spans_of(r)]
-        needed = memory.resident + memory.students(blocks)
+        needed = memory.resident + memory.students(units)
         if rank >= plan.teacher_ranks or plan.teacher_ranks > 1:
-            needed += memory.receiving(memory.activations(blocks))
+            needed += memory.receiving(memory.activations(units))
         if rank < plan.teacher_ranks:
-            needed += memory.teaching(memory.activations([*blocks, *elsewhere]))
+            needed += memory.teaching(memory.activations([*units, *elsewhere]))
             needed += memory.sending(memory.activations(elsewhere)) if elsewhere else 0
         return needed
-    if not plan.starts or not blocks:
-        return memory.alone(blocks)
+    if not plan.starts or not units:
+        return memory.alone(units)
     after = min((start for start in plan.starts if start > plan.starts[rank]), default=None)
     received = memory.receiving(memory.boundary[plan.starts[rank]]) if plan.starts[rank] else 0
-    return memory.alone(blocks) + received + (memory.sending(memory.boundary[after]) if after is not None else 0)
+    return memory.alone(units) + received + (memory.sending(memory.boundary[after]) if after is not None else 0)
 
 
-def boundaries_of(blocks: Iterable[int]) -> frozenset[int]:
-    """Return the boundaries that training these blocks needs: each block's input and target, shared ones once."""
-    return frozenset(boundary for block in blocks for boundary in (block, block + 1))
+def in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Return spans as their units follow one another in the network."""
+    return tuple(sorted(spans, key=lambda span: (span.input, span.target, span.unit)))
 
 
 def teacher_seconds(costs: Costs, spans: Iterable[Span]) -> float:
-    """Seconds of teacher forward passes: each batch once, only as deep as the deepest block that still trains on it."""
+    """Seconds of teacher forward passes: each batch once, only as deep as the deepest unit that still trains on it."""
     remaining = sorted((span for span in spans if span.steps > 0), key=lambda span: span.first)
     edges = sorted({edge for span in remaining for edge in (span.first, span.budget)})
     total = 0.0
     for low, high in pairwise(edges):
-        deepest = max((span.unit for span in remaining if span.first <= low < span.budget), default=-1)
-        total += (high - low) * sum(costs.teacher_s[: deepest + 1])
+        deepest = max((span.target for span in remaining if span.first <= low < span.budget), default=0)
+        total += (high - low) * sum(costs.teacher_s[:deepest])
     return total

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distill.planning.plan import Span, boundaries_of
+from distill.planning.plan import Span
+from distill.planning.unit import boundaries_of
 
 TRAIN = -1  # Address.check of a training batch
 
@@ -68,11 +69,14 @@ class Feed:
 
     def units_at(self, address: Address) -> tuple[int, ...]:
         """Return the unfinished units that use the batch at `address`; after its last step a unit looks no more."""
+        return tuple(span.unit for span in self._spans_at(address))
+
+    def _spans_at(self, address: Address) -> list[Span]:
         last = address.step if address.is_training else address.step + 1
-        return tuple(s.unit for s in self._spans.values() if s.first <= address.step and last < s.budget)
+        return [span for span in self._spans.values() if span.first <= address.step and last < span.budget]
 
     def boundaries_at(self, address: Address) -> frozenset[int]:
-        return boundaries_of(self.units_at(address))
+        return boundaries_of(self._spans_at(address))
 
     def advance(self) -> None:
         """Step past the cursor's address: it has been served."""

@@ -95,17 +95,17 @@ def plan_ddp(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     anew; gradients are averaged. The prediction takes a share of a batch to cost that share."""
     alone = plan_layerwise(costs, spans, 1)
     slowest = max(costs.slowness_of(rank) for rank in range(world_size))
-    seconds = slowest * sum(_shared_step_s(costs, span.unit, world_size) * span.steps for span in spans)
+    seconds = slowest * sum(_shared_step_s(costs, span, world_size) * span.steps for span in spans)
     owners = alone.owners + ((),) * (world_size - 1)
     everybody = (tuple(range(world_size)),)
     return Plan("ddp", owners, alone.spans, seconds, (seconds,) * world_size, groups=everybody)
 
 
-def _shared_step_s(costs: Costs, block: int, ranks: int) -> float:
-    """Return the seconds of a block's step, with the teacher's prefix anew, on its share of the rows: gradients are
+def _shared_step_s(costs: Costs, span: Span, ranks: int) -> float:
+    """Return the seconds of a unit's step, with the teacher's prefix anew, on its share of the rows: gradients are
     averaged while the prefix of the next batch computes."""
-    teacher_s, price = sum(costs.teacher_s[: block + 1]) / ranks, price_of_student(costs, block, ranks)
-    step_s = costs.student_s[block] / ranks + price.computing_s(ranks)
+    teacher_s, price = sum(costs.teacher_s[: span.target]) / ranks, price_of_student(costs, span.unit, ranks)
+    step_s = costs.student_s[span.unit] / ranks + price.computing_s(ranks)
     return step_s + max(teacher_s, price.averaging_s(ranks))
 
 

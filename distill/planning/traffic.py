@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from distill.planning.plan import Costs, Plan, Span, boundaries_of
+from distill.planning.plan import Costs, Plan, Span
+from distill.planning.unit import boundaries_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ def flows(plan: Plan, costs: Costs) -> list[Flow]:
         for rank in owning:
             owned = plan.spans_of(rank)
             steps = _most_steps(owned)
-            size = steps * sum(costs.boundary_bytes[k] for k in boundaries_of(span.unit for span in owned))
+            size = steps * sum(costs.boundary_bytes[k] for k in boundaries_of(owned))
             sources = [source for source in range(plan.teacher_ranks) if source != rank]
             found += [Flow(source, rank, size / plan.teacher_ranks, steps) for source in sources]
     for first, second in pairwise(owning) if plan.starts else ():
         senders, receivers, start = plan.group_of(first), plan.group_of(second), plan.starts[second]
-        steps = _most_steps([span for span in plan.spans if span.unit >= start])
+        steps = _most_steps([span for span in plan.spans if span.input >= start])
         for place, rank in enumerate(receivers):
             source = senders[place * len(senders) // len(receivers)]
             found.append(Flow(source, rank, costs.boundary_bytes[start] * steps / len(receivers), steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 Channels = tuple[tuple[int, ...], ...]  # for every channel of a student's the teacher's channels whose mean it is
 
@@ -31,6 +31,21 @@ class Unit:
     def of_block(cls, block: int, name: str) -> Unit:
         """Return the only candidate of a block: it has the block's number, name and key."""
         return cls(block, name, block, block + 1, str(block))
+
+
+class Stretch(Protocol):
+    """What stands between two boundaries: a unit, or a span of its steps."""
+
+    @property
+    def input(self) -> int: ...
+
+    @property
+    def target(self) -> int: ...
+
+
+def boundaries_of(stretches: Iterable[Stretch]) -> frozenset[int]:
+    """Return the boundaries that training these needs: each one's input and target, shared ones once."""
+    return frozenset(boundary for one in stretches for boundary in (one.input, one.target))
 
 
 class Proposal(NamedTuple):

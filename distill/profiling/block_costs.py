@@ -284,4 +284,4 @@ def _block_by_block(
 def _by_number(chain: Chain, found: Mapping[int, Number]) -> tuple[Number, ...]:
     """Return what was found by the units' numbers, up to the largest, and for every block's at least; 0 for others."""
     count = max([len(chain.blocks), *(number + 1 for number in found)])
-    return tuple(found.get(number, 0) for number in range(count))  # type: ignore[misc]
+    return tuple(found.get(number, 0) for number in range(count))

@@ -34,8 +34,8 @@ def block_sizes(chain: Chain, students: Students, sample: Tensor) -> tuple[Sizes
         tuple(flops / len(sample) for flops in teacher_flops),
     )
     numbers = range(max([len(chain.blocks), *(number + 1 for number in found)]))
-    params, flops = ([found[number][side] if number in found else None for number in numbers] for side in (0, 1))
-    return teacher, Sizes(tuple(params), tuple(flops))
+    by_number = [found.get(number, (None, None)) for number in numbers]
+    return teacher, Sizes(tuple(params for params, _ in by_number), tuple(flops for _, flops in by_number))
 
 
 def _teacher_params(chain: Chain, index: int) -> int | None:

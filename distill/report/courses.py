@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from distill.report.markup import Markup, finite, folded, join, show, show_count, tag
 from distill.report.plot import Axis, chart, curve, stretched, tick_label
-from distill.report.run import BlockState, Run
+from distill.report.run import Run, UnitState
 
 POINTS_IN_ALL = 20_000  # of all blocks' curves: about 0.2 MB
 MOST_OPEN = 24  # more blocks than this have their own plots folded away
@@ -15,8 +15,8 @@ MOST_NAMED = 12  # more curves than this share one legend from first to last
 
 def block_courses(run: Run) -> Markup:
     """Return all blocks' courses in one plot with one scale, then each block's own on the same scale."""
-    blocks = [block for block in run.blocks if _drawable(block)]
-    silent = [block.name for block in run.blocks if not _drawable(block)]
+    blocks = [block for block in run.units if _drawable(block)]
+    silent = [block.name for block in run.units if not _drawable(block)]
     if not blocks:
         return Markup()
     x = Axis.around((step for block in blocks for step, _ in block.course), zero=True, whole=True)
@@ -37,7 +37,7 @@ def block_courses(run: Run) -> Markup:
     return join(overview, _key(blocks), missing, parts)
 
 
-def _drawable(block: BlockState) -> bool:
+def _drawable(block: UnitState) -> bool:
     return any(error > 0 and finite(error) is not None for _, error in block.course)
 
 
@@ -48,7 +48,7 @@ def _colour(index: int, number: int) -> str:
     return f"--p:{100 * index / max(1, number - 1):.0f}%{shade}"
 
 
-def _key(blocks: Sequence[BlockState]) -> Markup:
+def _key(blocks: Sequence[UnitState]) -> Markup:
     if len(blocks) > MOST_NAMED:
         return tag("p", blocks[0].name, tag("i", class_="ramp"), blocks[-1].name, class_="legend ramped")
     items = [
@@ -57,7 +57,7 @@ def _key(blocks: Sequence[BlockState]) -> Markup:
     return tag("ul", *items, class_="legend")
 
 
-def _small(index: int, block: BlockState, x: Axis, y: Axis) -> Markup:
+def _small(index: int, block: UnitState, x: Axis, y: Axis) -> Markup:
     use = f'<use href="#c{index}"/>'
     change = f"{show(block.first_error, '{:.3g}')} to {show(block.last_error, '{:.3g}')}"
     label = f"{block.name}: {change}, {show_count(block.steps, 'step')}"

@@ -38,7 +38,7 @@ def headline(run: Run) -> Markup:
 
 def _state(run: Run) -> tuple[str, str]:
     if run.finished:
-        diverged = [block.name for block in run.blocks if block.status == "diverged"]
+        diverged = [block.name for block in run.units if block.status == "diverged"]
         return (f"finished; diverged: {_some(diverged)}", "bad") if diverged else ("finished", "good")
     return (
         (f"failed in stage {run.current_stage}", "bad") if run.errors else (f"unfinished: {run.current_stage}", "open")
@@ -51,8 +51,8 @@ def _some(names: list[str]) -> str:
 
 def _sentence(run: Run) -> str:
     if not run.finished:
-        done = sum(block.entry is not None for block in run.blocks)
-        blocks = f"{done} of {show_count(len(run.blocks), 'block')} finished. " if run.blocks else ""
+        done = sum(block.entry is not None for block in run.units)
+        blocks = f"{done} of {show_count(len(run.units), 'block')} finished. " if run.units else ""
         stages = ", ".join(stage for stage in STAGES if run.done(stage)) or "none"
         sign = run.last_sign_s
         last = (
@@ -95,7 +95,7 @@ def _work(run: Run) -> str:
     where = f" on {show_count(ranks, 'rank')}" if ranks else ""
     source = run.part("distill").get("taken_from")
     elsewhere = f" in run {source}, from which they were taken" if source else ""
-    return f"Distilling {show_count(len(run.blocks), 'block')} took {show_seconds(seconds)}{where}{elsewhere}."
+    return f"Distilling {show_count(len(run.units), 'block')} took {show_seconds(seconds)}{where}{elsewhere}."
 
 
 def _origin(run: Run) -> Markup:
@@ -151,7 +151,7 @@ def _latency(teacher: Mapping[str, Any], student: Mapping[str, Any], batch: int)
 
 def _progress_tiles(run: Run) -> list[Markup]:
     """Return how far every part of the distill stage is."""
-    blocks = run.blocks
+    blocks = run.units
     if not blocks:
         return []
     done = sum(block.entry is not None for block in blocks)
@@ -231,7 +231,7 @@ def what_stopped(run: Run) -> Markup:
          bar([(b.steps, "student")], whole=b.budget or max(b.steps, 1),
              label=f"{b.name}: {show_count(b.steps, 'step')}"),
          f"{b.steps} of {b.budget}" if b.budget else str(b.steps), show(b.last_error, "{:.4f}"))
-        for b in run.blocks
+        for b in run.units
     ]  # fmt: skip
     headings = ("block", "rank", "state", "steps done", "last step", "relative error")
     return join(

@@ -94,7 +94,7 @@ def _ledger(run: Run) -> Markup:
         (b.name, str(b.rank), b.status, f"{b.steps:,}", show(b.first_error, "{:.4f}"), show(b.last_error, "{:.4f}"),
          show_seconds(b.seconds), show_seconds(b.entry.get("finished_at_s")), str(b.entry.get("generation", "-")),
          str(b.entry.get("sha256", ""))[:12])
-        for b in run.blocks if b.entry is not None
+        for b in run.units if b.entry is not None
     ]  # fmt: skip
     headings = (
         "block",
@@ -114,8 +114,8 @@ def _ledger(run: Run) -> Markup:
 def _taken(run: Run) -> list[tuple[str, Any]]:
     """What was not computed by this run, and which run computed it."""
     teacher, figures = (run.stages.get(stage, {}).get("taken_from") for stage in ("teacher", "distill"))
-    sources = Counter(block.entry["source"] for block in run.blocks if block.entry and block.entry.get("source"))
-    blocks = "; ".join(f"{count} of {len(run.blocks)} trained by run {name}" for name, count in sources.items())
+    sources = Counter(block.entry["source"] for block in run.units if block.entry and block.entry.get("source"))
+    blocks = "; ".join(f"{count} of {len(run.units)} trained by run {name}" for name, count in sources.items())
     return [
         ("teacher, taken over", f"trained by run {teacher}" if teacher else None),
         ("blocks, taken over", blocks or None),

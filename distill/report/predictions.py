@@ -55,7 +55,7 @@ def _gib(sizes: Sequence[Any], rank: int) -> str:
 
 
 def _blocks(run: Run) -> Markup:
-    blocks = [block for block in run.blocks if block.step_s is not None or block.predicted_step_s is not None]
+    blocks = [block for block in run.units if block.step_s is not None or block.predicted_step_s is not None]
     if not blocks:
         return Markup()
     longest = max(value for block in blocks for value in (block.step_s, block.predicted_step_s) if value is not None)
@@ -68,9 +68,9 @@ def _blocks(run: Run) -> Markup:
             _milliseconds(block.predicted_step_s),
             _milliseconds(block.step_s),
             ratio(block.step_s, block.predicted_step_s),
-            _milliseconds(teacher[block.block] if block.block < len(teacher) else None),
-            _mega(flops, "teacher", block.block),
-            _mega(flops, "student", block.block),
+            _milliseconds(teacher[block.unit] if block.unit < len(teacher) else None),
+            _mega(flops, "teacher", block.unit),
+            _mega(flops, "student", block.unit),
         )
         for block in blocks
     ]

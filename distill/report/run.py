@@ -30,10 +30,10 @@ class NoRunError(DistillError):
 
 
 @dataclass
-class BlockState:
-    """How far one block is. Errors are relative; `seconds` are of its training; `course` has (step, relative error)."""
+class UnitState:
+    """How far one unit is. Errors are relative; `seconds` are of its training; `course` has (step, relative error)."""
 
-    block: int
+    unit: int
     name: str
     rank: int | None = None
     status: str = "not begun"
@@ -118,9 +118,9 @@ class Run:
 
     @cached_property
     def ledger(self) -> dict[int, dict[str, Any]]:
-        """The finished blocks, by index; where a block was recorded again, its last line."""
+        """The finished units, by number; where one was recorded again, its last line."""
         lines = [*self._lines("ledger.jsonl")] or self.metrics.get("blocks", [])
-        return {int(line["block"]): line for line in lines if finite(line.get("block")) is not None}
+        return {number: line for line in lines if (number := _unit_of(line)) is not None}
 
     @property
     def finished(self) -> bool:
@@ -140,40 +140,41 @@ class Run:
         return next((stage for stage in STAGES if not self.done(stage)), None)
 
     @cached_property
-    def blocks(self) -> list[BlockState]:
-        """Every block that gets a student, in order."""
-        states: dict[int, BlockState] = {}
-        names = self.costs.get("blocks", [])
+    def units(self) -> list[UnitState]:
+        """Everything that is trained, in order: a student for every block that gets one, and other units after them."""
+        states: dict[int, UnitState] = {}
+        blocks, units = self.costs.get("blocks", []), _mapping(self.costs.get("units"))
 
-        def state(block: int) -> BlockState:
-            name = names[block] if block < len(names) else f"block {block}"
-            return states.setdefault(block, BlockState(block, name))
+        def state(number: int) -> UnitState:
+            name = blocks[number] if number < len(blocks) else f"block {number}"
+            return states.setdefault(number, UnitState(number, units.get(str(number), name)))
 
         for span in self.plan.get("spans", []):
-            state(span["block"]).budget = span["budget"]
+            if (number := _unit_of(span)) is not None:
+                state(number).budget = span["budget"]
         for rank, owned in enumerate(self.plan.get("owners", [])):
-            for block in owned:
-                state(block).rank = rank
-        for block, readings in self._readings().items():
-            _take_readings(state(block), readings)
-        for block, entry in self.ledger.items():
-            _take_entry(state(block), entry)
+            for number in owned:
+                state(number).rank = rank
+        for number, readings in self._readings().items():
+            _take_readings(state(number), readings)
+        for number, entry in self.ledger.items():
+            _take_entry(state(number), entry)
         predicted = _mapping(self.costs.get("seconds")).get("student", [])
-        for block, one in states.items():
-            one.predicted_step_s = (finite(predicted[block]) or None) if block < len(predicted) else None
-        return [states[block] for block in sorted(states)]
+        for number, one in states.items():
+            one.predicted_step_s = (finite(predicted[number]) or None) if number < len(predicted) else None
+        return [states[number] for number in sorted(states)]
 
     def _readings(self) -> dict[int, dict[int, tuple[int, dict[str, Any]]]]:
-        """Block -> step -> (rank, reading); a step that was done again counts as it was done last."""
+        """Unit -> step -> (rank, reading); a step that was done again counts as it was done last."""
         found: dict[int, dict[int, tuple[int, dict[str, Any]]]] = {}
         every = [
             (int(re.sub(r"\D", "", file.stem) or 0), line)
             for file in sorted((self.path / "metrics").glob("rank*.jsonl"))
             for line in self._lines(f"metrics/{file.name}")
-            if finite(line.get("block")) is not None and finite(line.get("step")) is not None
+            if _unit_of(line) is not None and finite(line.get("step")) is not None
         ]
         for rank, line in sorted(every, key=lambda item: item[1].get("generation") or 0):
-            found.setdefault(int(line["block"]), {})[int(line["step"])] = rank, line
+            found.setdefault(_unit_of(line) or 0, {})[int(line["step"])] = rank, line
         return found
 
     @cached_property
@@ -310,7 +311,13 @@ def runs_below(path: Path, *, depth: int = 4) -> list[Path]:
     return [run for folder in folders for run in runs_below(folder, depth=depth - 1)]
 
 
-def _take_readings(state: BlockState, readings: Mapping[int, tuple[int, dict[str, Any]]]) -> None:
+def _unit_of(line: Mapping[str, Any]) -> int | None:
+    """Return the number of the unit that a line is about; earlier versions had the block's alone."""
+    number = finite(line.get("unit", line.get("block")))
+    return None if number is None else int(number)
+
+
+def _take_readings(state: UnitState, readings: Mapping[int, tuple[int, dict[str, Any]]]) -> None:
     steps = sorted(readings)
     state.course = [(step, _number(readings[step][1].get("relative_error"))) for step in steps]
     rank, last = readings[steps[-1]]
@@ -319,7 +326,7 @@ def _take_readings(state: BlockState, readings: Mapping[int, tuple[int, dict[str
     state.seconds = finite(last.get("seconds"))
 
 
-def _take_entry(state: BlockState, entry: Mapping[str, Any]) -> None:
+def _take_entry(state: UnitState, entry: Mapping[str, Any]) -> None:
     state.entry, state.name = entry, str(entry.get("name", state.name))
     state.rank, state.status = entry.get("rank"), str(entry.get("status", "finished"))
     state.steps = int(finite(entry.get("steps")) or 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.table import Table
 
 from distill.planning.plan import Plan
+from distill.planning.unit import Unit
 from distill.report.markup import finite, show, show_count, show_short
 
 
@@ -25,8 +26,8 @@ class Size(Protocol):
 STUDENTS = {"assembled": "assembled", "recalibrated": "batch norms re-estimated", "finetuned": "fine-tuned"}
 
 
-class PerBlock(Protocol):
-    """Seconds of the teacher's forward and of one student step, by block."""
+class Seconds(Protocol):
+    """Of the teacher's forward by block, and of one step of a student by a unit's number."""
 
     @property
     def teacher(self) -> Sequence[float]: ...
@@ -41,11 +42,14 @@ EXPLANATION = (
 )
 
 
-def plan_table(plan: Plan, names: Sequence[str], *, sizes: tuple[Size, Size], costs: PerBlock) -> Table:
+def plan_table(
+    plan: Plan, names: Sequence[str], units: Collection[Unit], *, sizes: tuple[Size, Size], costs: Seconds
+) -> Table:
     """Return who trains what: what every block of teacher and student holds, computes in use and costs to train, and
-    what that makes of the whole network."""
+    what that makes of the whole network. Units besides those of single blocks (`names`) have rows of their own, below
+    the block with which they begin, and are no part of the whole."""
     teacher, student = sizes
-    owner = {block: rank for rank, blocks in enumerate(plan.owners) for block in blocks}
+    owner = {unit: rank for rank, owned in enumerate(plan.owners) for unit in owned}
     spans = {span.unit: span for span in plan.spans}
     title = f"plan: {plan.label} on {show_count(plan.world_size, 'rank')}"
     table = Table(
@@ -55,23 +59,31 @@ def plan_table(plan: Plan, names: Sequence[str], *, sizes: tuple[Size, Size], co
     for heading in ("block", "rank", "steps", "teacher\nparams", "student\nparams", "teacher\nFLOP", "student\nFLOP",
                     "teacher\nms", "student\nms"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "block" else "right", overflow="fold")
-    for block, name in enumerate(names):
-        trained = block in spans
+
+    def add(name: str, number: int, block: int | None) -> None:
+        """Add the row of a unit, and beside it the block that it is for."""
+        span = spans.get(number)
         table.add_row(
             name,
-            str(owner[block]) if trained else "-",
-            f"{spans[block].first}-{spans[block].budget}" if trained else "-",
-            show_short(teacher.params[block]),
-            show_short(student.params[block]),
-            show_short(teacher.flops[block]),
-            show_short(student.flops[block]),
-            f"{1000 * costs.teacher[block]:.1f}",
-            f"{1000 * costs.student[block]:.1f}" if costs.student[block] else "-",
+            str(owner[number]) if span else "-",
+            f"{span.first}-{span.budget}" if span else "-",
+            "" if block is None else show_short(teacher.params[block]),
+            show_short(student.params[number]),
+            "" if block is None else show_short(teacher.flops[block]),
+            show_short(student.flops[number]),
+            "" if block is None else f"{1000 * costs.teacher[block]:.1f}",
+            f"{1000 * costs.student[number]:.1f}" if costs.student[number] else "-",
         )
+
+    for block, name in enumerate(names):
+        add(name, block, block)
+        for unit in units:
+            if unit.input == block and unit.number >= len(names):
+                add(unit.name, unit.number, None)
     table.add_row(
-        "all blocks", "", "", *(show_short(total) for total in _totals(teacher.params, student.params)),
-        *(show_short(total) for total in _totals(teacher.flops, student.flops)),
-        f"{1000 * sum(costs.teacher):.1f}", f"{1000 * sum(costs.student):.1f}", style="bold",
+        "all blocks", "", "", *(show_short(total) for total in _totals(teacher.params, student.params[: len(names)])),
+        *(show_short(total) for total in _totals(teacher.flops, student.flops[: len(names)])),
+        f"{1000 * sum(costs.teacher):.1f}", f"{1000 * sum(costs.student[: len(names)]):.1f}", style="bold",
     )  # fmt: skip
     return table
 

@@ -1,6 +1,6 @@
 """A plan on imagined ranks and links, batch by batch on a simulated clock. Pure Python.
 
-The order of events of a broadcast is the real one: the Schedule of protocol.py decides here as it does in a run.
+The order of events of a broadcast is the real one: planning/schedule.py decides here as it does in a run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from distill.planning.network import RING_SLOTS, Link
-from distill.planning.plan import Costs, Plan, Span, boundaries_of
+from distill.planning.plan import Costs, Plan
 from distill.planning.relay.groups import as_single_ranks, gradient_bytes
 from distill.planning.schedule import Address, Checks, Feed, Schedule, Service, Turns
 
@@ -58,7 +58,7 @@ def simulate(plan: Plan, costs: Costs, *, window: int = 4) -> Simulation:
 
 def _shortened(plan: Plan, share: float) -> Plan:
     """Return the plan with only the first part of every span's steps."""
-    spans = tuple(Span(s.unit, s.first, s.first + max(1, round(share * s.steps))) for s in plan.spans)
+    spans = tuple(replace(s, budget=s.first + max(1, round(share * s.steps))) for s in plan.spans)
     scale = tuple(seconds * share for seconds in plan.predicted_rank_s)
     return replace(plan, spans=spans, predicted_rank_s=scale)
 
@@ -134,8 +134,8 @@ class _Edge:
         self.settle()
 
 
-def _students_s(costs: Costs, rank: int, blocks: Sequence[int]) -> float:
-    return sum(costs.student_s[block] for block in blocks) * costs.slowness_of(rank)
+def _students_s(costs: Costs, rank: int, units: Sequence[int]) -> float:
+    return sum(costs.student_s[unit] for unit in units) * costs.slowness_of(rank)
 
 
 def _teacher_s(costs: Costs, rank: int, first: int, last: int) -> float:
@@ -199,11 +199,11 @@ class _Teacher:
 
     def _teach(self, service: Service, receivers: Sequence[_Receiver]) -> None:
         costs = self.costs
-        blocks = {peer: self.schedule.feeds[peer].units_at(service.address) for peer in service.ranks}
-        spent = _teacher_s(costs, self.rank, 0, 1 + max(block for owned in blocks.values() for block in owned))
+        wanted = {peer: self.schedule.feeds[peer].boundaries_at(service.address) for peer in service.ranks}
+        spent = _teacher_s(costs, self.rank, 0, max(map(max, wanted.values())))
         for peer in service.ranks:
             if peer != self.rank:
-                size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(blocks[peer]))
+                size = sum(costs.boundary_bytes[boundary] for boundary in wanted[peer])
                 spent += size * costs.network.link(self.rank, peer).sender_s_per_byte
                 self.edges[peer].send(size, self.now + spent)
         self.now += spent
@@ -267,7 +267,7 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
     while everybody.cursor is not None:
         address: Address = everybody.cursor
         passes += 1
-        deepest = max(everybody.units_at(address))
+        deepest = max(everybody.boundaries_at(address)) - 1
         arrived = 0.0
         for rank, after in zip(chain, [*chain[1:], None], strict=True):
             first = plan.starts[rank]
@@ -305,7 +305,7 @@ def _relay_of_groups(plan: Plan, costs: Costs, window: int) -> Simulation:
         for rank in plan.group_of(first):
             busy[rank] = single.busy_s[index]
         if index:
-            steps = max(span.steps for span in plan.spans if span.unit >= plan.starts[first])
+            steps = max(span.steps for span in plan.spans if span.input >= plan.starts[first])
             passed_on += costs.boundary_bytes[plan.starts[first]] * steps
     return Simulation(
         plan, single.makespan_s, tuple(busy), passed_on + gradient_bytes(plan, costs), single.teacher_passes

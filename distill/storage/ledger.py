@@ -69,7 +69,7 @@ class Ledger:
 
     def _take(self, line: dict[str, Any]) -> None:
         try:
-            entry = Entry(**({"unit": line.get("block")} | line))  # earlier versions knew blocks alone
+            entry = Entry(**{"unit": line.get("block"), **line})  # earlier versions knew blocks alone
         except TypeError as error:
             self._doubt(f"a line is of another version and its block is trained again ({error})", self._path)
             return

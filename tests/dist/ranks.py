@@ -34,6 +34,7 @@ from distill.observability.trace import Trace
 from distill.planning.memory_model import Memory
 from distill.planning.plan import Plan, Span
 from distill.planning.schedule import Checks
+from distill.planning.unit import Unit
 from distill.recipes import Separable, replace_convolutions
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.ledger import Entry, Ledger
@@ -124,7 +125,9 @@ def stop_heart(control: Control) -> None:
 class Toy:
     """A toy distill stage: four small blocks of a random teacher on 8-pixel digits.
 
-    `owners[rank]` are the rank's blocks. `slow` adds seconds to every update of a block. `hold_at` (block, step)
+    Units are the blocks, and whatever else is among `units`: candidates of one block have one more depthwise filter for
+    every number above the blocks', and one that spans blocks is a row of two convolutions. `owners[rank]` are the
+    numbers of the rank's units. `slow` adds seconds to every update of a block. `hold_at` (block, step)
     makes that block stand still there until all others are in the ledger, and fail if they wait for it. `fail_at`
     (rank, step) makes that rank raise before its first update at the step, `kill_at` makes it vanish there as by
     kill -9. `nan_at` (block, step) poisons that block's input, on `nan_ranks` or all. With the strategy `cached`
@@ -135,6 +138,7 @@ class Toy:
     run_dir: str
     owners: tuple[tuple[int, ...], ...]
     budgets: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 6))
+    units: tuple[Unit, ...] = ()
     strategy: str = "broadcast"
     teacher_ranks: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
@@ -160,6 +164,9 @@ class Toy:
     record_fails: tuple[int, int] | None = None
     slow_recorder: int | None = None
 
+    def unit(self, number: int) -> Unit:
+        return next((one for one in self.units if one.number == number), Unit.of_block(number, f"block{number}"))
+
 
 class InjectedError(RuntimeError):
     """The fault that a test asked for."""
@@ -184,7 +191,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         checkpoints = CheckpointFolder(run_dir, generation=toy.generation)
 
         def make(block: int) -> FaultyTrainer:
-            return _trainer(toy, chain, checkpoints, Span(block, 0, toy.budgets[block]), rank)
+            return _trainer(toy, chain, checkpoints, toy.unit(block), rank)
 
         plan = _plan(toy, chain, checkpoints, Ledger(run_dir) if rank == 0 else None, control)
         trainers = [make(span.unit) for span in plan.trained_by(rank)]
@@ -225,7 +232,7 @@ def toy_rank(rank: int, world_size: int, environment: Mapping[str, str], toy: To
         else:
             session.follow(trainers)
         (run_dir / f"readings{rank}.json").write_text(json.dumps([reading.unit for reading in readings]))
-        parameters = {trainer.unit: trainer.last for trainer in trainers}
+        parameters = {trainer.unit.number: trainer.last for trainer in trainers}
         (run_dir / f"parameters{rank}.json").write_text(json.dumps(parameters))
     control.leave()
 
@@ -251,7 +258,7 @@ def _plan(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, ledger: Ledger 
         for block, budget in toy.budgets.items():
             checkpoint = checkpoints.load(unit_name(block))
             if block not in ledger.entries:
-                spans.append(Span(block, checkpoint.step if checkpoint else 0, budget))
+                spans.append(Span.of(toy.unit(block), checkpoint.step if checkpoint else 0, budget))
         ranks = len(toy.owners)
         groups = (tuple(range(ranks)),) if toy.strategy == "ddp" else toy.groups
         plan = Plan(
@@ -303,29 +310,42 @@ def _starts(toy: Toy) -> tuple[int, ...]:
     if toy.strategy != "relay":
         return ()
     first = next(rank for rank, owned in enumerate(toy.owners) if owned)
-    starts = [0 if rank == first or not owned else min(owned) for rank, owned in enumerate(toy.owners)]
+    starts = [
+        0 if rank == first or not owned else min(toy.unit(number).input for number in owned)
+        for rank, owned in enumerate(toy.owners)
+    ]
     for group in toy.groups:
         for rank in group:
             starts[rank] = starts[group[0]]
     return tuple(starts)
 
 
-def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, span: Span, rank: int) -> FaultyTrainer:
-    module = chain.block_module(span.unit)
-    generator = torch.Generator().manual_seed(span.unit)
-    replace_convolutions(module, chain.blocks[span.unit].convolutions, Separable(rank=2, init="random"), generator)
-    module.to(memory_format=torch.channels_last)
+def _student(chain: Chain, unit: Unit) -> nn.Module:
+    generator = torch.Generator().manual_seed(unit.number)
+    if unit.target > unit.input + 1:
+        module: nn.Module = nn.Sequential(
+            nn.Conv2d(CHANNELS[unit.input], 4, 1), nn.ReLU(), nn.Conv2d(4, CHANNELS[unit.target], 1)
+        )
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    else:
+        module, more = chain.block_module(unit.input), max(0, unit.number - len(chain.blocks) + 1)
+        recipe = Separable(rank=2 + more, init="random")
+        replace_convolutions(module, chain.blocks[unit.input].convolutions, recipe, generator)
+    return module.to(memory_format=torch.channels_last)
+
+
+def _trainer(toy: Toy, chain: Chain, checkpoints: CheckpointFolder, unit: Unit, rank: int) -> FaultyTrainer:
     options = TrainerOptions(optimizer=toy.optimizer, log_every=3, patience=toy.patience, lr=0.01)
     trainer = FaultyTrainer(
-        span.unit,
-        chain.blocks[span.unit].name,
-        module,
-        budget=span.budget,
+        unit,
+        _student(chain, unit),
+        budget=toy.budgets[unit.number],
         device=torch.device("cpu"),
         options=options,
     )
     trainer.toy, trainer.rank = toy, rank
-    checkpoint = checkpoints.load(unit_name(span.unit))
+    checkpoint = checkpoints.load(unit_name(unit.number))
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
@@ -348,19 +368,19 @@ class FaultyTrainer(BlockTrainer):
         if self.toy.kill_at == (self.rank, self.step):
             os._exit(9)
         here = self.toy.nan_ranks is None or self.rank in self.toy.nan_ranks
-        if here and self.toy.nan_at == (self.unit, self.step):
+        if here and self.toy.nan_at == (self.unit.number, self.step):
             inputs = inputs * float("nan")
-        if self.toy.hold_at == (self.unit, self.step):
+        if self.toy.hold_at == (self.unit.number, self.step):
             self._hold()
         with self._watch.running():
-            time.sleep(self.toy.slow.get(self.unit, 0.0))
+            time.sleep(self.toy.slow.get(self.unit.number, 0.0))
         return super().update(inputs, targets)
 
     def _hold(self) -> None:
-        recorded, others = Path(self.toy.run_dir) / "blocks", self.toy.budgets.keys() - {self.unit}
+        recorded, others = Path(self.toy.run_dir) / "blocks", self.toy.budgets.keys() - {self.unit.number}
         deadline = time.monotonic() + HOLD_S
         while not all((recorded / f"{unit_name(block)}.safetensors").exists() for block in others):
-            assert time.monotonic() < deadline, f"the others wait for block {self.unit}"
+            assert time.monotonic() < deadline, f"the others wait for block {self.unit.number}"
             time.sleep(0.02)
 
 

@@ -73,8 +73,8 @@ def test_a_block_goes_to_the_rank_that_has_run_dry_and_keeps_its_bits(
     assert {move["source"] for move in found} == {giver}
     for move in found:
         assert 0 < move["step"] < 80
-        assert entries[move["block"]].rank == move["target"]
-    stay = {0, 1, 2} - {move["block"] for move in found}
+        assert entries[move["unit"]].rank == move["target"]
+    stay = {0, 1, 2} - {move["unit"] for move in found}
     assert {entries[block].rank for block in stay} == {giver}
 
 
@@ -96,7 +96,7 @@ def run_self_fed(run_dir: Path, case: str, **settings: Any) -> dict[int, Entry]:
     assert {move["source"] for move in found} == {next(rank for rank, owned in enumerate(owners) if 1 in owned)}
     for move in found:
         assert 0 < move["step"] < 80
-        assert entries[move["block"]].rank == move["target"] != move["source"]
+        assert entries[move["unit"]].rank == move["target"] != move["source"]
     return entries
 
 
@@ -154,7 +154,7 @@ def has_a_slow_teacher(rank: int, world_size: int, environment: Mapping[str, str
 
 def test_the_last_block_of_rank_0_leaves_it_to_its_teacher(tmp_path: Path) -> None:
     run_ranks(has_a_slow_teacher, 2, toy(tmp_path, ((0,), (3,)), budgets={0: 80, 3: 5}))
-    assert [(move["block"], move["target"]) for move in moves(tmp_path)] == [(0, 1)]
+    assert [(move["unit"], move["target"]) for move in moves(tmp_path)] == [(0, 1)]
 
 
 def notes_owners(rank: int, world_size: int, environment: Mapping[str, str], settings: Toy) -> None:
@@ -172,7 +172,7 @@ def notes_owners(rank: int, world_size: int, environment: Mapping[str, str], set
 def test_a_block_is_expected_from_the_rank_that_it_went_to(tmp_path: Path) -> None:
     run_ranks(notes_owners, 3, toy(tmp_path, LAYOUTS["between others"]))
     expected = json.loads((tmp_path / "expected0.json").read_text())
-    assert expected == [[move["block"], move["target"]] for move in moves(tmp_path)]
+    assert expected == [[move["unit"], move["target"]] for move in moves(tmp_path)]
     assert expected, "nothing moved: the test shows nothing"
 
 
@@ -190,7 +190,7 @@ def test_a_block_that_diverges_after_it_has_moved_keeps_the_weights_that_it_woul
     fault: dict[str, Any] = {"nan_at": (0, 75), "checkpoint_every": 30}
     alone = run_toy(toy(tmp_path / "alone", ALONE, slow={}, **fault))
     entries = run_toy(toy(tmp_path / "moved", LAYOUTS["from rank 0"], **fault))
-    assert [move["block"] for move in moves(tmp_path / "moved")] == [0]
+    assert [move["unit"] for move in moves(tmp_path / "moved")] == [0]
     assert (entries[0].status, entries[0].diverged_at, entries[0].steps, entries[0].rank) == ("diverged", 75, 60, 1)
     assert bits(entries) == bits(alone)
 
@@ -226,7 +226,7 @@ def test_a_rank_that_has_nothing_left_stays_until_the_block_that_it_gave_away_ha
     tmp_path: Path, alone: dict[int, str]
 ) -> None:
     run_ranks(state_comes_last, 3, toy(tmp_path, LAYOUTS["between others"]), 2, 1.0)
-    assert [move["block"] for move in moves(tmp_path)] == [0]
+    assert [move["unit"] for move in moves(tmp_path)] == [0]
     assert bits(Ledger(tmp_path).entries) == alone
 
 

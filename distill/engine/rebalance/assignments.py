@@ -43,7 +43,7 @@ def announce(control: Control, rank: int, number: int, assignment: Assignment) -
 def announced(control: Control, number: int) -> Assignment:
     """Wait for this rank's `number`-th assignment."""
     found = control.wait(f"assignment/{control.rank}/{number}", peer=0, purpose="word on what to do next")
-    return Assignment(tuple(found["blocks"]), tuple(Move(**move) for move in found["moves"]))
+    return Assignment(tuple(found["units"]), tuple(Move(**move) for move in found["moves"]))
 
 
 class Assignments:

@@ -30,8 +30,9 @@ from distill.engine.streams.teacher_turns import MergedStream, Merger, OwnTurns,
 from distill.observability.trace import Trace
 from distill.planning.memory_model import Memory
 from distill.planning.network import RING_SLOTS
-from distill.planning.plan import Plan, Span, boundaries_of
+from distill.planning.plan import Plan, Span
 from distill.planning.schedule import Checks, Feed, Schedule, Turns
+from distill.planning.unit import boundaries_of
 
 
 class News:
@@ -146,7 +147,7 @@ class Streams:
         return RemoteStream(
             self._setting.control,
             units=blocks,
-            open_edge=lambda number, blocks: self._receiver(0, boundaries_of(blocks), number),
+            open_edge=lambda number, units: self._receiver(0, self._boundaries(units), number),
             trace=self._setting.trace,
         )
 
@@ -191,6 +192,9 @@ class Streams:
         group = self._setting.plan.group_of(self._rank)
         return rows_of(group.index(self._rank), len(group), self._setting.dataset.batch_size)
 
+    def _boundaries(self, units: Collection[int]) -> frozenset[int]:
+        return boundaries_of(span for span in self._setting.plan.spans if span.unit in units)
+
     def _cached(self) -> CachedStream:
         setting = self._setting
         assert setting.recorded is not None, "a cached plan needs what was recorded"
@@ -207,7 +211,7 @@ class Streams:
         """A rank of a broadcast with several teacher ranks, of which it may be one."""
         setting, plan, rank = self._setting, self._setting.plan, self._rank
         spans, turns = plan.spans_of(rank), Turns(plan.teacher_ranks)
-        boundaries = boundaries_of(span.unit for span in spans)
+        boundaries = boundaries_of(spans)
         others = [teacher for teacher in range(turns.teacher_ranks) if teacher != rank and spans]
         receivers = {teacher: self._receiver(teacher, boundaries) for teacher in others}
         own, own_turns = Feed(rank, spans, setting.checks), OwnTurns()

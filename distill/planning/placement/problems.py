@@ -1,6 +1,6 @@
 """What a placement of blocks on ranks costs, one function a strategy whose blocks may be on any rank. No torch.
 
-T_k is the teacher's forward of block k, S_k one student step, b_k the bytes of boundary k (the input of block k).
+T_k is the teacher's forward of block k, S_u one step of unit u, b_k the bytes of boundary k (the input of block k).
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import numpy as np
 
 from distill.planning.placement.packing import Floats, Packing
 from distill.planning.placement.search import Problem, Share
-from distill.planning.plan import Costs, Span, boundaries_of, teacher_seconds
+from distill.planning.plan import Costs, Span, in_order, teacher_seconds
+from distill.planning.unit import boundaries_of
 
 
 def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teacher_ranks: int = 1) -> Problem:
     """Return what a placement costs where the first `teacher_ranks` ranks run the teacher for everybody in turn."""
-    spans = sorted(spans, key=lambda span: span.unit)
+    spans = in_order(spans)
     teacher_s = teacher_seconds(costs, spans)
     sizes = costs.boundary_bytes
     price = [_price_of_serving(costs, rank, teacher_ranks) for rank in range(world_size)]
 
     def share(owned: Sequence[Span], rank: int) -> Share:
-        size = sum(sizes[boundary] for boundary in boundaries_of(span.unit for span in owned))
+        size = sum(sizes[boundary] for boundary in boundaries_of(owned))
         wire = max((span.steps for span in owned), default=0) * size * price[rank]
         return sum(costs.student_s[span.unit] * span.steps for span in owned), wire
 
@@ -50,7 +51,7 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
         packing=Packing(
             work_s=np.array([costs.student_s[span.unit] * span.steps for span in spans]),
             reach_s=np.zeros(len(spans)),
-            wire_s=np.array([sum(sizes[span.unit : span.unit + 2]) * span.steps for span in spans], float),
+            wire_s=np.array([(sizes[span.input] + sizes[span.target]) * span.steps for span in spans], float),
             shared_s=np.array(_shared(sizes, spans)),
             slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
             base_s=np.array(bases),
@@ -74,8 +75,8 @@ def _limits(costs: Costs, spans: Sequence[Span], sends: Sequence[bool]) -> tuple
 
 def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
     """Return for every span the bytes that it does not need of its own where the span before it is on its rank."""
-    neighbours = ((min(a.steps, b.steps) * sizes[b.unit], b.unit - a.unit == 1) for a, b in pairwise(spans))
-    return [0.0 for _ in spans[:1]] + [float(size) if adjacent else 0.0 for size, adjacent in neighbours]
+    common = ((min(a.steps, b.steps), boundaries_of([a]) & boundaries_of([b])) for a, b in pairwise(spans))
+    return [0.0 for _ in spans[:1]] + [float(steps * sum(sizes[k] for k in shared)) for steps, shared in common]
 
 
 def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:
@@ -96,14 +97,14 @@ def replicate_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
         return costs.student_s[span.unit] * span.steps
 
     prefix = [0.0, *accumulate(costs.teacher_s)]
-    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.unit + 1] * span.steps)
+    return _independent(costs, spans, world_size, share, work, reach=lambda span: prefix[span.target] * span.steps)
 
 
 def cached_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> Problem:
     """Return what a placement costs where every rank reads its blocks' boundaries, neighbours' common ones once."""
 
     def share(owned: Sequence[Span], _rank: int) -> Share:
-        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(span.unit for span in owned))
+        size = sum(costs.boundary_bytes[boundary] for boundary in boundaries_of(owned))
         read_s = max((span.steps for span in owned), default=0) * size * costs.read_s_per_byte
         return sum(map(work, owned)) + read_s, 0.0
 
@@ -118,7 +119,7 @@ def layerwise_problem(costs: Costs, spans: Sequence[Span], world_size: int) -> P
     prefix = [0.0, *accumulate(costs.teacher_s)]
 
     def work(span: Span) -> float:
-        return span.steps * (costs.student_s[span.unit] + prefix[span.unit + 1])
+        return span.steps * (costs.student_s[span.unit] + prefix[span.target])
 
     return _independent(costs, spans, world_size, lambda owned, _rank: (sum(map(work, owned)), 0.0), work)
 
@@ -133,7 +134,7 @@ def _independent(
     reach: Callable[[Span], float] = lambda _: 0.0,
 ) -> Problem:
     """Return the problem of ranks that have nothing to do with each other."""
-    spans = sorted(spans, key=lambda span: span.unit)
+    spans = in_order(spans)
     bytes_needed, room = _limits(costs, spans, [False] * world_size)
     return Problem(
         spans=spans,

@@ -31,10 +31,10 @@ class Price:
         return (1 - 1 / ranks) * self.moved + (ranks - 1) * self.hop
 
 
-def price_of_student(costs: Costs, block: int, world_size: int) -> Price:
-    """Return what sharing one step of a block's student costs."""
-    size = costs.student_bytes[block] if costs.student_bytes else 0
-    fixed = costs.student_fixed_s[block] if costs.student_fixed_s else 0.0
+def price_of_student(costs: Costs, unit: int, world_size: int) -> Price:
+    """Return what sharing one step of a unit costs."""
+    size = costs.student_bytes[unit] if costs.student_bytes else 0
+    fixed = costs.student_fixed_s[unit] if costs.student_fixed_s else 0.0
     link = costs.network.hop
     copied = 2 * size * link.sender_s_per_byte
     return Price(fixed + copied, 2 * size / link.bytes_per_s, 2 * costs.network.hop_latency_s(world_size))
@@ -57,12 +57,12 @@ def as_single_ranks(plan: Plan, costs: Costs) -> tuple[Plan, Costs]:
         for block in range(plan.starts[rank], end):
             teacher[block] = teacher[block] / ranks + price_of_teacher(costs, block).computing_s(ranks)
             computing += teacher[block]
-            if block in plan.owners[rank]:
-                price = price_of_student(costs, block, plan.world_size)
-                student[block] = student[block] / ranks + price.computing_s(ranks)
-                computing += student[block]
-                averaging += price.averaging_s(ranks)
-                heaviest = max(heaviest, student[block])
+        for unit in plan.owners[rank]:
+            price = price_of_student(costs, unit, plan.world_size)
+            student[unit] = student[unit] / ranks + price.computing_s(ranks)
+            computing += student[unit]
+            averaging += price.averaging_s(ranks)
+            heaviest = max(heaviest, student[unit])
         student[plan.owners[rank][-1]] += max(0.0, heaviest + averaging - computing)  # what nothing hides
     for (_, before), (rank, after) in pairwise(zip(firsts, sizes, strict=True)):
         boundaries[plan.starts[rank]] //= min(before, after)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.planning.plan import Costs, Plan, Span
+from distill.planning.plan import Costs, Plan, Span, in_order
 from distill.planning.relay.groups import price_of_student, price_of_teacher
 from distill.planning.relay.ranges import RangeCosts, best_ranges
 from distill.planning.traffic import over_links
@@ -16,8 +16,8 @@ def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """Every rank owns a contiguous range of blocks: it receives its first boundary from the rank before, runs the
     teacher over its range, passes the last boundary on and trains its students. Exact, by dynamic programming over
     (ranks used, blocks covered); O(ranks * blocks^2)."""
-    ordered = tuple(sorted(spans, key=lambda span: span.unit))
-    depth = max((span.unit for span in ordered), default=-1) + 1
+    ordered = in_order(spans)
+    depth = max((span.target for span in ordered), default=0)
     seconds = _range_seconds(costs, ordered, depth)
     best = np.full((world_size + 1, depth + 1), np.inf)
     best[0, 0] = 0.0
@@ -31,7 +31,7 @@ def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
         ends.append(int(cut[rank, ends[-1]]))
     ends.reverse()  # rank r covers the blocks from ends[r] up to ends[r + 1]
     ranges = [range(ends[rank], ends[rank + 1]) for rank in range(world_size)]
-    owners = tuple(tuple(s.unit for s in ordered if s.unit in owned) for owned in ranges)
+    owners = tuple(tuple(s.unit for s in ordered if s.input in owned) for owned in ranges)
     loads = tuple(float(seconds[r.start, r.stop]) * costs.slowness_of(rank) for rank, r in enumerate(ranges))
     busy = [r for r in ranges if len(r)]
     fill = sum(sum(costs.teacher_s[block] for block in owned) for owned in busy[:-1])  # until the last rank begins
@@ -42,17 +42,17 @@ def plan_relay(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
 def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """A relay whose ranges may each have a group of consecutive ranks, which share out the rows of every batch and
     average their gradients. A share of a batch is taken to cost that share."""
-    ordered = tuple(sorted(spans, key=lambda span: span.unit))
-    depth = max((span.unit for span in ordered), default=-1) + 1
+    ordered = in_order(spans)
+    depth = max((span.target for span in ordered), default=0)
     shared, moved, hops, students = np.zeros((4, depth + 1))
     for block in range(depth):
         shared[block + 1] = price_of_teacher(costs, block).shared * _steps_from(ordered, block)
     for span in ordered:
         price = price_of_student(costs, span.unit, world_size)
-        shared[span.unit + 1] += price.shared * span.steps
-        moved[span.unit + 1] = price.moved * span.steps
-        hops[span.unit + 1] = price.hop * span.steps
-        students[span.unit + 1] = costs.student_s[span.unit] * span.steps
+        shared[span.target] += price.shared * span.steps
+        moved[span.target] += price.moved * span.steps
+        hops[span.target] += price.hop * span.steps
+        students[span.target] = max(students[span.target], costs.student_s[span.unit] * span.steps)
     range_costs = RangeCosts(
         divided=_range_seconds(costs, ordered, depth),
         shared=_between(shared),
@@ -67,7 +67,7 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     for found in ranges:
         ranks = range(found.first, found.first + found.ranks)
         seconds = float(range_costs.seconds(found.ranks)[found.start, found.end])
-        owners[found.first] = tuple(s.unit for s in ordered if found.start <= s.unit < found.end)
+        owners[found.first] = tuple(s.unit for s in ordered if found.start <= s.input < found.end)
         for rank in ranks:
             starts[rank], loads[rank] = found.start, seconds * max(slowness[r] for r in ranks)
         if found.end < depth:
@@ -79,7 +79,8 @@ def plan_groups(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
 
 
 def _between(by_block: np.ndarray) -> np.ndarray:
-    """Return an array [start, end] of sums over blocks; `by_block[k + 1]` is block k's."""
+    """Return an array [start, end] of sums over blocks; `by_block[k + 1]` is block k's and that of all that ends with
+    it."""
     total = np.cumsum(by_block)
     sums: np.ndarray = total[None, :] - total[:, None]
     return sums
@@ -105,8 +106,8 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
         teacher[block + 1] = costs.teacher_s[block] * steps
         passed_on[block] = costs.boundary_bytes[block] * steps
     for span in spans:
-        student[span.unit + 1] += costs.student_s[span.unit] * span.steps
-        trained[span.unit + 1] += 1
+        student[span.target] += costs.student_s[span.unit] * span.steps
+        trained[span.target] += 1
     passed_on[0] = 0.0  # the images are everybody's own
     hop = costs.network.hop
     seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
@@ -116,16 +117,18 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     if costs.memory is not None and costs.memory.limit is not None:
         room, sizes = costs.memory.room(sends=False), np.zeros(depth + 1)
         for span in spans:
-            sizes[span.unit + 1] = costs.memory.unit(span.unit)
+            sizes[span.target] += costs.memory.unit(span.unit)
         seconds[_between(np.array(sizes)) > room] = np.inf
+    inside = sorted({boundary for span in spans for boundary in range(span.input + 1, span.target)})
+    seconds[inside, :] = seconds[:, inside] = np.inf  # a unit is not cut in two
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
     return seconds
 
 
 def _steps_from(spans: Sequence[Span], block: int) -> int:
-    """The number of batches that some block at or behind `block` trains on."""
-    deeper = sorted((s.first, s.budget) for s in spans if s.unit >= block and s.steps > 0)
+    """The number of batches that some unit trains on which ends behind the block `block`."""
+    deeper = sorted((s.first, s.budget) for s in spans if s.target > block and s.steps > 0)
     total, reached = 0, 0
     for first, budget in deeper:
         total += max(0, budget - max(first, reached))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from distill.blocks.cut import Chain, Granularity, HookedChain, TracedChain, cut
 from distill.errors import ConfigError
-from distill.planning.plan import Costs, Span, boundaries_of
+from distill.planning.plan import Costs, Span
 from distill.planning.strategies import plan_broadcast
-from distill.planning.unit import Unit
+from distill.planning.unit import Unit, boundaries_of
 from distill.profiling.block_costs import Students, count_flops, flop_costs, measured_costs
 from distill.recipes import SeparableX2, replace_convolutions
 from distill.teachers import build_architecture
@@ -167,4 +167,4 @@ def test_every_block_has_a_measured_price_and_the_plan_trains_each_student_once(
     assert sorted(block for owned in plan.owners for block in owned) == students
     # The gaps before the deepest student are the teacher's work, the one behind it is nobody's.
     assert plan.predicted_rank_s[0] >= 10 * sum(found.teacher[:-1])
-    assert boundaries_of(students) == set(range(1, len(chain.blocks)))
+    assert boundaries_of(plan.spans) == set(range(1, len(chain.blocks)))

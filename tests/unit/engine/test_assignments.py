@@ -197,8 +197,8 @@ def test_a_moved_block_is_announced_before_new_edges_and_more_batches_may_wait_f
     assert [stage.edges[rank, 0].closed for rank in (1, 2)] == [True, True]
     assert (stage.more[1, 1], stage.more[2, 1]) == (0, Stage.BACKLOG)
     announced = [stage.store[f"assignment/{rank}/1"] for rank in (1, 2)]
-    assert [found["blocks"] for found in announced] == [(1,), (0,)]
-    assert [found["moves"][0]["block"] for found in announced] == [0, 0]
+    assert [found["units"] for found in announced] == [(1,), (0,)]
+    assert [found["moves"][0]["unit"] for found in announced] == [0, 0]
 
 
 def test_a_taker_is_waited_for_again_once_it_has_the_state_and_has_caught_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,4 +249,4 @@ def test_at_the_end_every_rank_is_let_go_and_has_taken_its_last_batch(monkeypatc
     stage.found.finish()
     assert all(edge.joined for edge in stage.edges.values())
     for rank in (1, 2):
-        assert stage.store[f"assignment/{rank}/1"] == {"blocks": (), "moves": ()}
+        assert stage.store[f"assignment/{rank}/1"] == {"units": (), "moves": ()}

@@ -78,7 +78,7 @@ def test_the_giver_says_from_which_step_on_and_keeps_what_it_needs_itself() -> N
         given, arrived = after_steps(giver, taker)
         assert given == arrived == [Move(0, given[0].unit, 0, 1, 20)]
         assert taker.span_of(given[0]) == Span(given[0].unit, 20, 120)
-        assert stealing.left_of(control, 0).blocks == 3
+        assert stealing.left_of(control, 0).units == 3
 
 
 def refused(giver: Giver, taker: Taker, spans: tuple[Span, ...] = SPANS) -> bool:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from distill.planning.network import Link, Network
 from distill.planning.placement.problems import broadcast_problem
-from distill.planning.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.planning.plan import Costs, Plan, Span, teacher_seconds
 from distill.planning.strategies import plan_broadcast
+from distill.planning.unit import boundaries_of
 
 
 def priced(sender_s_per_byte: float) -> Network:
@@ -108,7 +109,7 @@ class TestPlacement:
     def test_neighbours_share_a_rank_where_that_saves_traffic_and_no_time(self) -> None:
         plan = plan_broadcast(costs([0.0] * 4, [1.0] * 4, wire=1e-6), whole(10, 4), 2)
         assert sorted(map(sorted, plan.owners)) in ([[0, 1], [2, 3]], [[0, 3], [1, 2]])
-        assert len(boundaries_of(plan.owners[1])) == 3
+        assert len(boundaries_of(plan.spans_of(1))) == 3
 
     def test_no_block_left_to_train_is_a_plan_of_nothing(self) -> None:
         plan = plan_broadcast(costs([1.0], [1.0]), [], 2)
@@ -196,7 +197,7 @@ class TestPlan:
         assert [span.unit for span in plan.spans_of(0)] == [0, 2]
 
     def test_boundaries_shared_by_neighbours_are_named_once(self) -> None:
-        assert boundaries_of([1, 2, 5]) == {1, 2, 3, 5, 6}
+        assert boundaries_of([Span(1, 0, 9), Span(2, 0, 9), Span(5, 0, 9), Span(9, 0, 9, 1, 6)]) == {1, 2, 3, 5, 6}
 
 
 def test_the_start_of_decoding_counts_once_or_for_every_pass_of_a_rank() -> None:

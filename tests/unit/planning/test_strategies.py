@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distill.planning.network import Link, Network
 from distill.planning.placement.problems import layerwise_problem, replicate_problem
 from distill.planning.placement.search import Problem
-from distill.planning.plan import Costs, Plan, Span, boundaries_of, teacher_seconds
+from distill.planning.plan import Costs, Plan, Span, teacher_seconds
 from distill.planning.relay.relay_plans import plan_relay
 from distill.planning.strategies import (
     PLANNERS,
@@ -27,6 +27,7 @@ from distill.planning.strategies import (
     rank_plans,
     teacher_ranks_needed,
 )
+from distill.planning.unit import boundaries_of
 
 Instance = tuple[Costs, list[Span], int]
 seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda value: round(value, 3))
@@ -207,7 +208,7 @@ def test_teacher_ranks_share_the_teacher_and_all_that_it_sends() -> None:
     plan = plan_broadcast(priced, spans, 4, 2)
     assert plan.teacher_ranks == 2
     assert plan.label == "broadcast with 2 teacher ranks"
-    bytes_of = [12 * 10 * len(boundaries_of(owned)) for owned in plan.owners]
+    bytes_of = [12 * 10 * len(boundaries_of(plan.spans_of(rank))) for rank in range(plan.world_size)]
     for rank, owned in enumerate(plan.owners):
         sent = sum(size / 2 for other, size in enumerate(bytes_of) if other != rank) if rank < 2 else 0.0
         taught = 12 * 20 / 2 if rank < 2 else 0.0

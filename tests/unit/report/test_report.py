@@ -13,6 +13,7 @@ from rich.console import Console
 from distill.errors import DistillError
 from distill.planning.plan import Costs, Span
 from distill.planning.strategies import plan_broadcast
+from distill.planning.unit import Unit
 from distill.report import plan_table, result_table, write_report
 from distill.report.headline import go_on_command
 from distill.report.run import Run
@@ -405,7 +406,7 @@ def test_names_of_blocks_are_whole_on_80_columns() -> None:
     plan = plan_broadcast(Costs((0.1,) * 3, (0.9,) * 3, (10,) * 4), [Span(block, 0, 46_890) for block in range(3)], 2)
     costs, sizes = Costly([0.1213] * 3, [1.0123] * 3), Sized([2_360_000] * 3, [231e6] * 3)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(plan_table(plan, names, sizes=(sizes, sizes), costs=costs))
+    console.print(plan_table(plan, names, (), sizes=(sizes, sizes), costs=costs))
     rows = console.export_text().splitlines()[3:6]
     assert [row.split()[0] for row in rows] == names
     figures = ["0-46890", "2.36", "M", "2.36", "M", "231", "M", "231", "M", "121.3", "1012.3"]
@@ -418,12 +419,20 @@ def test_plan_table_shows_what_is_trained_what_it_saves_and_what_it_costs() -> N
     )
     teacher, student = Sized([100, 9000, 9000], [1e6, 2e6, 2e6]), Sized([None, 1000, 2000], [None, 3e5, 4e5])
     costs = Costly([0.001] * 3, [0.0, 0.004, 0.005])
-    text = shown(plan_table(plan, ["stem", "layer1", "layer2"], sizes=(teacher, student), costs=costs))
+    text = shown(plan_table(plan, ["stem", "layer1", "layer2"], (), sizes=(teacher, student), costs=costs))
     assert "plan: broadcast on 2 ranks" in text
     assert "of one image in use, 2 per multiply-add" in " ".join(text.split())
     assert re.search(r"stem +- +- +100 +- +1.00 M +- +1\.0 +-", text)
     assert re.search(r"layer1 +[01] +0-9 +9.00 k +1.00 k +2.00 M +300 k +1\.0 +4\.0", text)
     assert re.search(r"layer2 +[01] +5-9 +9.00 k +2.00 k +2.00 M +400 k +1\.0 +5\.0", text)
     assert re.search(r"all blocks +18.1 k +3.10 k +5.00 M +1.70 M +3\.0 +9\.0", text), "the stem stays the teacher's"
-    between = plan_table(plan, ["a", "b", "c"], sizes=(Sized([None, 9, 9], [1, 2, 2]), student), costs=costs)
+    units = [*map(Unit.of_block, (1, 2), ("layer1", "layer2")), Unit(3, "layer1..layer2:one", 1, 3, "one")]
+    more = Costly(costs.teacher, [*costs.student, 0.0079])
+    sized = Sized([*student.params, 500], [*student.flops, 1e5])
+    both = shown(plan_table(plan, ["stem", "layer1", "layer2"], units, sizes=(teacher, sized), costs=more))
+    assert re.search(r"\n   \.\.layer2:one +- +- +500 +100 k +7\.9", both)
+    assert [line for line in text.splitlines() if "all" in line] == [
+        line for line in both.splitlines() if "all" in line
+    ]
+    between = plan_table(plan, ["a", "b", "c"], (), sizes=(Sized([None, 9, 9], [1, 2, 2]), student), costs=costs)
     assert re.search(r"all blocks +- +- +5", shown(between))
