@@ -26,7 +26,8 @@ def network(**changes: Any) -> dict[str, Any]:
 def block(index: int, name: str, **changes: Any) -> dict[str, Any]:
     return {
         "unit": index, "block": index, "name": name, "rank": index % 2, "steps": 200, "status": "finished",
-        "rel_error_first": 0.9,        "rel_error_last": 0.1234, "seconds": 3.5, "finished_at_s": 9.0, "sha256": "ab" * 32, "generation": 1,
+        "rel_error_first": 0.9,
+        "rel_error_last": 0.1234, "seconds": 3.5, "finished_at_s": 9.0, "sha256": "ab" * 32, "generation": 1,
     } | changes  # fmt: skip
 
 
