@@ -31,7 +31,8 @@ from distill.planning.unit import Unit
 from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
 from distill.training.graphed_teacher import GraphedChain
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 
 NETWORKS = {"resnet50": Granularity.residual, "vgg16_bn": Granularity.conv}
 

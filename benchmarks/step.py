@@ -37,7 +37,8 @@ from distill.planning.unit import Unit
 from distill.recipes import Separable, replace_convolutions
 from distill.teachers import build_architecture
 from distill.training.graphed_teacher import GraphedChain
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 
 NETWORK = "cifar_resnet20"
 IMAGE_SIZE = 32

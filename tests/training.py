@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from distill.cuda.lanes import Lane
 from distill.planning.unit import Unit
-from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer, Reading
 
 CPU = torch.device("cpu")
 

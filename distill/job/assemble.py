@@ -14,7 +14,7 @@ from distill.errors import DistillError
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.reuse import TEACHER
-from distill.report.markup import show_count
+from distill.observability.numbers import show_count
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes

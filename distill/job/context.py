@@ -13,8 +13,9 @@ from rich.console import Console
 
 from distill.config.schema import JobConfig
 from distill.distributed.store import Control
+from distill.observability.perfetto import write_perfetto
 from distill.observability.tensorboard import Scalars
-from distill.observability.trace import Trace, write_perfetto
+from distill.observability.trace import Trace
 from distill.storage.run_directory import RunDirectory
 
 log = logging.getLogger("distill")

@@ -16,7 +16,7 @@ from distill.errors import ConfigError, DistillError
 from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.report.markup import show, show_count
+from distill.observability.numbers import show, show_count
 from distill.report.tables import STUDENTS
 from distill.student.evaluate import Hits, best_of, count_hits
 

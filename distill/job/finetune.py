@@ -20,7 +20,7 @@ from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
 from distill.job.reuse import TEACHER
-from distill.report.markup import show, show_count
+from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.finetune import Epoch, FitOptions, Team, distillation_loss, fit
 

@@ -47,7 +47,8 @@ from distill.report import plan_table
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.files import write_json
 from distill.storage.ledger import Ledger
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from distill.blocks.chain import Chain
 from distill.config.fingerprint import TEST, fingerprint
 from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.report.markup import show_count
+from distill.observability.numbers import show_count
 from distill.storage.files import DamagedFileError, read_bytes, write_bytes
 from distill.storage.ledger import Entry, Ledger
 from distill.storage.run_directory import RunDirectory

@@ -24,7 +24,7 @@ from distill.job.context import Context
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
 from distill.job.reuse import TEACHER, take_teacher
 from distill.job.suitability import refuse_unshrinkable
-from distill.report.markup import show_count
+from distill.observability.numbers import show_count
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import CheckpointFolder, contiguous
 from distill.storage.files import write_bytes

@@ -13,8 +13,9 @@ from rich.console import Group
 from rich.table import Table
 
 from distill.observability.energy.joules import job_joules
+from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
 from distill.report.energy import show_joules
-from distill.report.markup import Markup, finite, join, section, show, show_count, show_seconds, show_short, table, tag
+from distill.report.markup import Markup, join, section, table, tag
 from distill.report.page import document
 from distill.report.plot import Axis, chart, point
 from distill.report.run import NoRunError, Run

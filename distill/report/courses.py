@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill.report.markup import Markup, finite, folded, join, show, show_count, tag
+from distill.observability.numbers import finite, show, show_count
+from distill.report.markup import Markup, folded, join, tag
 from distill.report.plot import Axis, chart, curve, stretched, tick_label
 from distill.report.run import Run, UnitState
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill.observability.energy.joules import job_joules, joules_per_image
-from distill.report.markup import Markup, finite, join, show, table, tag
+from distill.observability.numbers import finite, show
+from distill.report.markup import Markup, join, table, tag
 from distill.report.plot import bar, legend
 from distill.report.run import STAGES, Run
 

@@ -9,20 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.observability.energy.joules import job_joules
+from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
 from distill.report.energy import show_joules
-from distill.report.markup import (
-    Markup,
-    finite,
-    folded,
-    join,
-    section,
-    show,
-    show_count,
-    show_seconds,
-    show_short,
-    table,
-    tag,
-)
+from distill.report.markup import Markup, folded, join, section, table, tag
 from distill.report.plot import bar
 from distill.report.run import STAGES, Run
 

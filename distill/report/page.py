@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from distill.observability.numbers import show, show_seconds
 from distill.report.courses import block_courses, fit_courses
 from distill.report.energy import energy_section
 from distill.report.headline import headline, what_stopped
-from distill.report.markup import Markup, facts, folded, join, section, show, show_seconds, table, tag
+from distill.report.markup import Markup, facts, folded, join, section, table, tag
 from distill.report.predictions import predictions
 from distill.report.run import Run
 from distill.report.style import STYLE

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.report.markup import Markup, finite, join, show, show_seconds, table, tag
+from distill.observability.numbers import finite, show, show_seconds
+from distill.report.markup import Markup, join, table, tag
 from distill.report.plot import bar, legend
 from distill.report.run import Run
 

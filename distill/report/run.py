@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from distill.errors import DistillError
 from distill.observability.energy.joules import summarize
+from distill.observability.numbers import finite
 from distill.observability.trace import RankTrace
 from distill.observability.trace import read as read_traces
-from distill.report.markup import finite
 from distill.storage.files import DamagedFileError, read_bytes, read_json, read_lines
 
 STAGES = ("teacher", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")

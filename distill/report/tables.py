@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
+from distill.observability.numbers import finite, show, show_count, show_short
 from distill.planning.plan import Plan
 from distill.planning.unit import Unit
-from distill.report.markup import finite, show, show_count, show_short
 
 
 class Size(Protocol):

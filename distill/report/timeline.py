@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from distill.observability.numbers import show_count, show_seconds
 from distill.observability.trace import RankTrace, TimeSpan
-from distill.report.markup import Markup, escape, join, show_count, show_seconds, table, tag
+from distill.report.markup import Markup, escape, join, table, tag
 from distill.report.plot import SPAN, Axis, bar, legend, stretched, tick_label
 from distill.report.run import Run
 

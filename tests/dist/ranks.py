@@ -38,7 +38,8 @@ from distill.planning.unit import Unit
 from distill.recipes import Separable, replace_convolutions
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.ledger import Entry, Ledger
-from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer, Reading
 from tests.opened import opened
 
 TIMEOUT_S = 30.0

@@ -16,7 +16,8 @@ from distill.data import Dataset
 from distill.planning.unit import Unit
 from distill.teachers import build_architecture
 from distill.training.graphed_teacher import GraphedChain
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 from tests.dist.ranks import run_ranks
 from tests.opened import opened
 

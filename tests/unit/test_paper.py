@@ -17,7 +17,7 @@ from distill.job.blocks import cut_blocks
 from distill.job.plan import step_budget, trainer_options
 from distill.job.teacher import architecture_of
 from distill.teachers import build_architecture
-from distill.training.trainer import make_optimizer
+from distill.training.optim import make_optimizer
 from tests.documents import fenced
 
 

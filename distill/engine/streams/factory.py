@@ -17,7 +17,7 @@ from distill.distributed.edges.sender import BoundarySender
 from distill.distributed.edges.wire import Wire
 from distill.distributed.store import Control
 from distill.distributed.transport import Averager, Edge
-from distill.engine.completion import Announcement, Announcements
+from distill.engine.announcements import Announcement, Announcements
 from distill.engine.rebalance.assignments import Assignments, Balancer
 from distill.engine.rebalance.handover import HandOver
 from distill.engine.rebalance.moves import Move, Room

@@ -16,7 +16,8 @@ from distill.planning.unit import Unit, boundaries_of
 from distill.profiling.block_costs import Students, count_flops, flop_costs, measured_costs
 from distill.recipes import SeparableX2, replace_convolutions
 from distill.teachers import build_architecture
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 
 UNITS = {"cifar_resnet20": 9, "resnet18": 8, "resnet50": 16}
 PATTERN = ["layer*.*.conv2"]

@@ -25,7 +25,8 @@ from distill.recipes import replace_convolutions
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.student.assemble import assemble, in_a_row, recalibrate
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 from tests.unit.blocks import odd_networks as odd
 from tests.unit.blocks.odd_networks import CLASSES, SIZE, Net, conv
 

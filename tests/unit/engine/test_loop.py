@@ -20,7 +20,8 @@ from distill.planning.schedule import Address, Checks
 from distill.planning.unit import Proposal, Unit, number_units
 from distill.storage.checkpoint import Checkpoint, CheckpointFolder, unit_name
 from distill.storage.ledger import Entry
-from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer, Reading
 from tests.training import NotedLane
 
 BUDGET = 12

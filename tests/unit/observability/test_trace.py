@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from distill.observability.trace import MAX_SPANS, WHOLE_STEPS, Trace, read, write_perfetto
+from distill.observability.perfetto import write_perfetto
+from distill.observability.trace import MAX_SPANS, WHOLE_STEPS, Trace, read
 
 
 def steps_of(trace: Any, kind: str) -> list[int]:

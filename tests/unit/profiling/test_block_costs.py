@@ -27,7 +27,8 @@ from distill.profiling.block_costs import (
     sustained_costs,
 )  # fmt: skip
 from distill.profiling.sizes import Sizes, block_sizes
-from distill.training.trainer import BlockTrainer, Reading, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer, Reading
 from tests.training import NotedLane
 
 BATCH, SIZE = 4, 6

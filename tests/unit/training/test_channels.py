@@ -8,7 +8,8 @@ from torch import nn
 
 from distill.planning.unit import Channels, Unit
 from distill.training.channels import ChannelMap
-from distill.training.trainer import BlockTrainer, TrainerOptions
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
 from tests.training import CPU
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.planning.unit import Unit
-from distill.training.trainer import BlockTrainer, TrainerOptions, learning_rate
+from distill.training.optim import TrainerOptions, learning_rate
+from distill.training.trainer import BlockTrainer
 from tests.training import CPU, batch, look, module, same_bits, train, trainer, weights
 
 
