@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from distill.engine.completion import Collector, Deliverer
 from distill.engine.loop import Attempt, Outlets, distill
 from distill.engine.rebalance.handover import HandOver
-from distill.engine.rebalance.moves import Move, Room
+from distill.engine.rebalance.moves import Headroom, Move
 from distill.engine.rebalance.pace import PaceKeeper
-from distill.engine.rebalance.stealing import say_room
+from distill.engine.rebalance.stealing import say_headroom
 from distill.engine.streams.broadcast import Stream
 from distill.engine.streams.factory import News, Setting, Streams
 from distill.planning.plan import Span, memory_of
@@ -99,7 +99,7 @@ class Session(Setting):
             trace=self.trace,
         )
         if self.steals:
-            say_room(self.control, self._room)
+            say_headroom(self.control, self._headroom)
         reports = {
             0: self._work(
                 trainers,
@@ -143,9 +143,9 @@ class Session(Setting):
         return self.plan.has_work(rank) or self.steals
 
     @property
-    def _room(self) -> Room | None:
+    def _headroom(self) -> Headroom | None:
         """What memory leaves to units that ranks take from one another."""
-        return None if self.memory is None else Room.beside(self.memory, memory_of(self.plan, self.memory))
+        return None if self.memory is None else Headroom.beside(self.memory, memory_of(self.plan, self.memory))
 
     @property
     def _owns(self) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.observability.numbers import show, show_seconds
-from distill.report.courses import block_courses, fit_courses
 from distill.report.energy import energy_section
 from distill.report.headline import headline, what_stopped
+from distill.report.loss_curves import block_curves, fit_curves
 from distill.report.markup import Markup, facts, folded, join, section, table, tag
 from distill.report.predictions import predictions
 from distill.report.run import Run
@@ -51,13 +51,13 @@ def run_page(run: Run) -> Markup:
     """Return the sections of a run's page, those left out that its directory has nothing for."""
     metrics = run.metrics
     results = table(("", "teacher", "student", "ratio"), result_rows(metrics)) if run.finished else Markup()
-    fits = fit_courses(run)
+    fits = fit_curves(run)
     top = join(headline(run), what_stopped(run))
     rest = join(
         section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
         section("Exports", _exports(metrics.get("exports")),
                 note="Each file was loaded afresh and compared with the student."),
-        section("Errors of the blocks", block_courses(run),
+        section("Errors of the blocks", block_curves(run),
                 note="Every block learns alone to give the teacher's output; all plots share one scale."),
         section("What the ranks did", time_line(run), note="The distill stage, by each host's own clock."),
         section("Predicted against measured", predictions(run),

@@ -42,7 +42,7 @@ class HeldError(DistillError):
 
 
 class LostError(DistillError):
-    """Another process has taken the lease, because this one gave no sign of life."""
+    """Another process has taken the lease, because this one gave no heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Lease:
         holder = self._read()
         if isinstance(holder, Holder) and holder.token != self.token:
             raise LostError(
-                f"{self._record}: taken by {holder}, because this one ({self._holder}) gave no sign of life for "
+                f"{self._record}: taken by {holder}, because this one ({self._holder}) gave no heartbeat for "
                 f"{STALE_S:g} s; this one ends, that one goes on"
             )
 
@@ -131,7 +131,7 @@ class Lease:
 
     def _refuse_living(self) -> None:
         """Raise HeldError where the record's process lives, as far as can be seen; that of another host has STALE_S for
-        a sign of life."""
+        a heartbeat."""
         holder = self._read()
         if holder is None or (isinstance(holder, Holder) and holder.alive is False):
             return
@@ -140,7 +140,7 @@ class Lease:
         os.utime(self._handle)
         if os.fstat(self._handle).st_mtime - self._renewed() > STALE_S:
             return
-        log.warning("%s: waiting up to %g s for a sign of life of %s", self._record, STALE_S, holder)
+        log.warning("%s: waiting up to %g s for a heartbeat of %s", self._record, STALE_S, holder)
         before, deadline = self._renewed(), time.monotonic() + STALE_S
         while time.monotonic() < deadline:
             time.sleep(POLL_S)

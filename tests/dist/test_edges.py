@@ -1,4 +1,4 @@
-"""Both ends of one edge, here in one process: window, wake-ups, signs of life, large tensors and deadlines."""
+"""Both ends of one edge, here in one process: window, wake-ups, heartbeats, large tensors and deadlines."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_window_of_two_is_full_with_two_batches_until_one_is_taken() -> None:
     assert not sending.ready
     taking = receiver(store, edge)
     assert taking.next() is not None
-    assert freed.acquire(timeout=10), "nobody is told that the window has room"
+    assert freed.acquire(timeout=10), "nobody is told that the window has headroom"
     assert sending.ready
     sending.close()
     taking.take_the_rest()
@@ -110,7 +110,7 @@ def test_signs_of_life_are_no_arrival_and_take_no_slot() -> None:
     arrival = threading.Event()
     sending, taking = sender(store, edge), receiver(store, edge, on_arrival=arrival.set)
     for _ in range(RING_SLOTS + 1):
-        assert arrival.wait(10), "no sign of life, or no slot for it"
+        assert arrival.wait(10), "no heartbeat, or no slot for it"
         arrival.clear()
         assert not taking.arrived
     sending.send(Address(7), BATCH)
@@ -138,7 +138,7 @@ def test_signs_of_life_while_a_slot_is_in_use_change_no_batch(shared_memory: boo
             got.append(delivery.boundaries[0].mean().item())
         for _ in range(1 + first % 2):  # while the last batch is in use
             arrival.clear()
-            assert arrival.wait(10), "no sign of life"
+            assert arrival.wait(10), "no heartbeat"
             assert not taking.arrived
         assert delivery.boundaries[0].mean().item() == got[-1]
     assert got == [*map(float, range(4 * RING_SLOTS))]

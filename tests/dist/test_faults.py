@@ -195,7 +195,7 @@ def store_goes(rank: int, world_size: int, environment: Mapping[str, str], port:
     own = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     control = connect(rank, world_size, {**environment, **own})
     if rank == 0:
-        assert control.wait("here", peer=1, purpose="sign of life")
+        assert control.wait("here", peer=1, purpose="heartbeat")
         os._exit(0)
     control.set("here", True)
     with pytest.raises(LeaderFailedError, match=r"rank 1: the job's store is gone.*logs/rank0.log"):

@@ -73,7 +73,7 @@ def test_groups_come_close_to_one_rank_and_their_members_are_equal(
 
 def notes_rows(rank: int, world_size: int, environment: Mapping[str, str], toy: Toy) -> None:
     """Every rank writes down its share in averages, its rows of the first batch of images, and how many rows it has
-    room for from each rank before it."""
+    headroom for from each rank before it."""
     average, receive = factory.Averager, factory.BoundaryReceiver
     noted: dict[str, Any] = {"share": None, "images": [], "received": []}
 

@@ -64,7 +64,7 @@ def open_receiver(edge: Edge, store: torch.distributed.Store, shared_memory: boo
 
 
 def exchange(rank: int, world_size: int, environment: Mapping[str, str], how: str, log: str) -> None:
-    """Rank 0 streams batches with pauses long enough for signs of life; rank 1 must see exactly them, where `how`
+    """Rank 0 streams batches with pauses long enough for heartbeats; rank 1 must see exactly them, where `how`
     says."""
     logging.basicConfig(filename=log if rank else None, level=logging.INFO)
     if rank == 1 and how == "another host":

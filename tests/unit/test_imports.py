@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "profiling": {"blocks", "cuda", "planning", "training"},
     "training": {"blocks", "cuda", "data", "distributed", "errors", "planning", "storage"},
     "distributed": {"blocks", "cuda", "errors", "machine", "observability", "planning"},
-    "launch": {"__init__", "config", "errors", "machine", "report", "storage"},
+    "launch": {"__init__", "config", "errors", "machine", "observability", "report", "storage"},
     "report": {"errors", "observability", "planning", "storage"},
     "cache": {"blocks", "errors", "machine", "storage"},
     "config": {"errors", "storage", "teachers"},

@@ -154,7 +154,7 @@ class BoundaryReceiver:
 
     def _receive(self, headers: PairGroup, data: PairGroup) -> Delivery | None:
         """Return the next batch, in the slot that has been free for longest: the sender counts on their turns, so that
-        signs of life must take none."""
+        heartbeats must take none."""
         slot, consumed = self._free.get()
         while True:
             header = torch.empty(self._header_size, dtype=torch.int64)
@@ -169,7 +169,7 @@ class BoundaryReceiver:
                 )
             if count:
                 break
-            self._ready.put(Delivery(Address(step, check), {}))  # only a sign of life
+            self._ready.put(Delivery(Address(step, check), {}))  # only a heartbeat
             self._on_arrival()
         if consumed is not None:
             consumed.synchronize()

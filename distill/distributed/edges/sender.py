@@ -132,7 +132,7 @@ class BoundarySender:
     ) -> None:
         rows = next(iter(boundaries.values())).shape[0]
         self._send_header(headers, address, rows, boundaries)
-        slot = self._num_batches % RING_SLOTS  # batches take turns; signs of life take none
+        slot = self._num_batches % RING_SLOTS  # batches take turns; heartbeats take none
         self._num_batches += 1
         tensors = list(boundaries.values())
         self.bytes_sent += sum(tensor.nbytes for tensor in tensors)

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.distributed.edges.sender import BoundarySender
 from distill.distributed.store import Control
 from distill.engine.rebalance.handover import HandOver, taken
-from distill.engine.rebalance.moves import Load, Move, Room, Work, chosen_moves, expected_steps
+from distill.engine.rebalance.moves import Headroom, Load, Move, Work, chosen_moves, expected_steps
 from distill.engine.rebalance.pace import paces_of
 from distill.planning.plan import Plan, Span
 from distill.planning.schedule import Address, Schedule
@@ -183,19 +183,19 @@ class Balancer:
         schedule: Schedule,
         plan: Plan,
         moves_units: bool,
-        room: Room | None,
+        headroom: Headroom | None,
         plateau: bool,
         teacher_s: Callable[[], float],
     ) -> None:
-        """Without `moves_units` units stay where they are, and where there is no `room`; `plateau` says that they may
-        stop before their budget, `teacher_s` what a teacher pass takes."""
+        """Without `moves_units` units stay where they are, and where there is no `headroom`; `plateau` says that they
+        may stop before their budget, `teacher_s` what a teacher pass takes."""
         self._control, self._schedule, self._plan = control, schedule, plan
         self._moves_units, self._plateau, self._teacher_s = moves_units, plateau, teacher_s
-        self._room = room
+        self._headroom = headroom
 
     def moves(self, dry: Collection[int]) -> list[tuple[int, int, int]]:
         """Return (unit, source, target) of the moves to ranks that have run `dry` that must happen now, and take their
-        room: none where somebody's pace is not known yet, or where the busiest rank is in the middle of a look."""
+        headroom: none where somebody's pace is not known yet, or where the busiest rank is in the middle of a look."""
         feeds = self._schedule.feeds
         if not any(self.could_take(rank) for rank in dry):
             return []
@@ -208,23 +208,23 @@ class Balancer:
         for rank, spans in left.items():
             works = tuple(Work(span.unit, self._steps(span), *paces[rank][span.unit]) for span in spans)
             loads[rank] = Load(works, 0.0 if rank else passes * self._teacher_s(), self._plan.slowness_of(rank))
-        moves = chosen_moves(loads, dry, self._room)
+        moves = chosen_moves(loads, dry, self._headroom)
         givers = [feeds[source].cursor for _, source, _ in moves]
         if not all(address is not None and address.is_training for address in givers):
             return []
         for unit, _, target in moves:
-            self._room = self._room and self._room.after(unit, target)
+            self._headroom = self._headroom and self._headroom.after(unit, target)
         return moves
 
     def could_take(self, rank: int) -> bool:
         """Whether a unit could ever be better off on `rank`: where another has several, or one beside the teacher or
-        on a slower machine, and there is room for it."""
+        on a slower machine, and there is headroom for it."""
         if not self._moves_units:
             return False
         slowness = self._plan.slowness_of
         others = {other: feed.remaining for other, feed in self._schedule.feeds.items() if other != rank}
         return any(
-            self._room is None or self._room.fits(span.unit, rank)
+            self._headroom is None or self._headroom.fits(span.unit, rank)
             for other, spans in others.items()
             for span in spans
             if len(spans) > 1 or other == 0 or slowness(other) > slowness(rank)

@@ -57,7 +57,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Room:
+class Headroom:
     """Memory for moves, in bytes: what every rank has `left`, and what a unit takes, by the bounds that placements
     keep to. It only gets less: what finished units, and those that were given away, leave free is not counted on."""
 
@@ -66,41 +66,41 @@ class Room:
     on_rank_0: tuple[int, ...]  # by unit: its batches that wait while its state is on the way
 
     @staticmethod
-    def of(memory: Memory | None, owners: Sequence[Collection[int]], *, backlog: int) -> Room | None:
-        """Return the room beside the units that the ranks have by the plan, where up to `backlog` batches wait for a
-        state; None where memory has no limit."""
+    def of(memory: Memory | None, owners: Sequence[Collection[int]], *, backlog: int) -> Headroom | None:
+        """Return the headroom beside the units that the ranks have by the plan, where up to `backlog` batches wait for
+        a state; None where memory has no limit."""
         if memory is None or memory.limit is None:
             return None
         units = range(len(memory.student))
-        rooms = [memory.room(sends=rank == 0) or 0 for rank in range(len(owners))]
-        return Room(
-            tuple(room - sum(map(memory.unit, owned)) for room, owned in zip(rooms, owners, strict=True)),
+        headrooms = [memory.room(sends=rank == 0) or 0 for rank in range(len(owners))]
+        return Headroom(
+            tuple(headroom - sum(map(memory.unit, owned)) for headroom, owned in zip(headrooms, owners, strict=True)),
             tuple(map(memory.unit, units)),
             tuple(backlog * memory.activations([unit]) for unit in units),
         )
 
     @staticmethod
-    def beside(memory: Memory, needed: Sequence[int]) -> Room | None:
-        """Return the room beside the bytes that every rank needs by the plan, where a rank that takes a unit runs the
-        teacher for it; None where memory has no limit."""
+    def beside(memory: Memory, needed: Sequence[int]) -> Headroom | None:
+        """Return the headroom beside the bytes that every rank needs by the plan, where a rank that takes a unit runs
+        the teacher for it; None where memory has no limit."""
         if memory.limit is None:
             return None
         units = range(len(memory.student))
-        return Room(
+        return Headroom(
             tuple(memory.limit - bytes_ for bytes_ in needed),
             tuple(memory.alone([unit]) - memory.resident for unit in units),
             (0,) * len(units),
         )
 
-    def after(self, unit: int, target: int) -> Room:
-        """Return the room that a move leaves."""
+    def after(self, unit: int, target: int) -> Headroom:
+        """Return the headroom that a move leaves."""
         left = list(self.left)
         left[target] -= self.on_target[unit]
         left[0] -= self.on_rank_0[unit]
         return replace(self, left=tuple(left))
 
     def fits(self, unit: int, target: int) -> bool:
-        """Whether rank `target` and rank 0 have the room for a move of `unit`."""
+        """Whether rank `target` and rank 0 have the headroom for a move of `unit`."""
         left = self.after(unit, target).left
         return left[target] >= 0 and left[0] >= 0
 
@@ -112,24 +112,24 @@ def expected_steps(span: Span, *, plateau: bool) -> int:
 
 
 def chosen_moves(
-    loads: Mapping[int, Load], dry: Collection[int], room: Room | None = None
+    loads: Mapping[int, Load], dry: Collection[int], headroom: Headroom | None = None
 ) -> list[tuple[int, int, int]]:
     """Return (unit, source, target) of the moves to `dry` ranks, which have no units left, that are worth their price
-    and fit in `room`, one after another.
+    and fit in `headroom`, one after another.
 
     Each takes a unit from the rank that is busiest by then and shortens what it and the target have left by at least
     LEAST_GAIN; no unit is moved twice.
     """
     after, moves = dict(loads), list[tuple[int, int, int]]()
-    while (move := _best_move(after, dry, room, moved={unit for unit, _, _ in moves})) is not None:
+    while (move := _best_move(after, dry, headroom, moved={unit for unit, _, _ in moves})) is not None:
         moves.append(move)
         after |= _carried_out(after, *move)
-        room = room and room.after(move[0], move[2])
+        headroom = headroom and headroom.after(move[0], move[2])
     return moves
 
 
 def _best_move(
-    loads: Mapping[int, Load], dry: Collection[int], room: Room | None, moved: Collection[int]
+    loads: Mapping[int, Load], dry: Collection[int], headroom: Headroom | None, moved: Collection[int]
 ) -> tuple[int, int, int] | None:
     source = max(loads, key=lambda rank: loads[rank].seconds)
     before = loads[source].seconds
@@ -137,7 +137,7 @@ def _best_move(
         (max(load.seconds for load in _carried_out(loads, work.unit, source, target).values()), work.unit, target)
         for work in loads[source].works
         for target in dry
-        if work.unit not in moved and (room is None or room.fits(work.unit, target))
+        if work.unit not in moved and (headroom is None or headroom.fits(work.unit, target))
     ]
     left_s, unit, target = min(choices, default=(before, -1, -1))
     return (unit, source, target) if left_s < (1 - LEAST_GAIN) * before else None

@@ -1,8 +1,8 @@
 """Work stealing, where ranks run the teacher themselves: a rank that has run dry asks one that has much left, which
 gives it units from its own next step on, or says no. Nobody else takes part, and nobody waits for a rank that asks.
 
-In the store: `remaining/RANK`, what a rank says of what it has left; `wish/RANK/N` and `answer/RANK/N`, the N-th wish
-that a rank has heard and its answer; what comes of it is in distill.handover.
+In the store: `remaining/RANK`, what a rank says of what it has left; `request/RANK/N` and `answer/RANK/N`, the N-th
+request that a rank has heard and its answer; what comes of it is in handover.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 
 from distill.distributed.store import POLL_S, Control
 from distill.engine.rebalance.handover import HandOver, announce_stolen
-from distill.engine.rebalance.moves import Load, Move, Room, Work, chosen_moves, expected_steps
+from distill.engine.rebalance.moves import Headroom, Load, Move, Work, chosen_moves, expected_steps
 from distill.engine.rebalance.pace import Pace, paces_of
 from distill.errors import DistillError
 from distill.planning.plan import Plan, Span
 
-LISTEN_S = 0.25  # between two looks for wishes: each takes a moment from this rank's training
+LISTEN_S = 0.25  # between two looks for requests: each takes a moment from this rank's training
 SAY_S = 0.5  # how often a rank says what it has left
 AGAIN_S = 1.0  # how long a rank that was refused waits before it asks again
 PROBED = 8  # ranks that are compared before one of them is asked, drawn by chance where there are more
@@ -39,7 +39,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """A rank that would take units over, the units that it has taken so far, and the first rank of a relay whose
     stretch of the teacher it would have to run for more."""
 
@@ -54,13 +54,13 @@ def left_of(control: Control, rank: int) -> Left | None:
     return None if found is None else Left(**found)
 
 
-def say_room(control: Control, room: Room | None) -> None:
+def say_headroom(control: Control, headroom: Headroom | None) -> None:
     """Rank 0 says what memory the ranks have left for units that they take."""
-    control.set("room", {"limited": room is not None, "room": room and asdict(room)})
+    control.set("headroom", {"limited": headroom is not None, "headroom": headroom and asdict(headroom)})
 
 
 class Giver:
-    """A rank's side that gives: wishes are heard in a thread and answered between two of its training steps."""
+    """A rank's side that gives: requests are heard in a thread and answered between two of its training steps."""
 
     def __init__(self, control: Control, plan: Plan, *, pass_s: Callable[[], float], plateau: bool) -> None:
         """`pass_s` returns what a pass through this rank's stretch of the teacher has taken so far, `plateau` says that
@@ -70,12 +70,12 @@ class Giver:
         self._group = len(plan.group_of(self._rank))
         # what a group trains stays with it
         self._own = {span.unit for span in plan.spans_of(self._rank)} if self._group == 1 else set()
-        self._wishes: queue.SimpleQueue[tuple[int, Wish]] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[int, Request]] = queue.SimpleQueue()
         self._said_at = -SAY_S
         self._error: DistillError | None = None
         self._closed = threading.Event()
         if len(self._own) > 1:  # the last one stays, so no other rank is ever asked
-            threading.Thread(target=self._listen, name="wishes", daemon=True).start()
+            threading.Thread(target=self._listen, name="requests", daemon=True).start()
 
     def moves(self, remaining: Sequence[Span]) -> list[Move]:
         """Return the moves of units away from this rank that happen now, before its next training step, where
@@ -86,9 +86,9 @@ class Giver:
         if time.monotonic() - self._said_at >= SAY_S:
             self._say(mine)
         moves: list[Move] = []
-        while not self._wishes.empty():
-            number, wish = self._wishes.get()
-            granted = [announce_stolen(self._control, *move) for move in self._chosen(wish, mine)]
+        while not self._requests.empty():
+            number, request = self._requests.get()
+            granted = [announce_stolen(self._control, *move) for move in self._chosen(request, mine)]
             self._control.set(f"answer/{self._rank}/{number}", [asdict(move) for move in granted])
             mine = [span for span in mine if span.unit not in {move.unit for move in granted}]
             moves += granted
@@ -116,44 +116,44 @@ class Giver:
     def _steps(self, span: Span) -> int:
         return expected_steps(span, plateau=self._plateau)
 
-    def _chosen(self, wish: Wish, spans: Sequence[Span]) -> list[tuple[int, int, int, int]]:
+    def _chosen(self, request: Request, spans: Sequence[Span]) -> list[tuple[int, int, int, int]]:
         """Return (unit, source, target, step) of the moves that are worth it; one unit stays."""
-        room, load = self._control.get("room"), self._load(spans, paces_of(self._control, self._rank))
-        pass_s = self._pass_of(wish)
-        if len(spans) < 2 or load is None or room is None or pass_s is None:
+        headroom, load = self._control.get("headroom"), self._load(spans, paces_of(self._control, self._rank))
+        pass_s = self._pass_of(request)
+        if len(spans) < 2 or load is None or headroom is None or pass_s is None:
             return []
-        left = Room(**room["room"]) if room["limited"] else None
-        for unit in wish.taken:
-            left = left and left.after(unit, wish.rank)
-        taker = Load((), slowness=self._plan.slowness_of(wish.rank), pass_s=pass_s)
-        chosen = chosen_moves({self._rank: load, wish.rank: taker}, [wish.rank], left)
+        left = Headroom(**headroom["headroom"]) if headroom["limited"] else None
+        for unit in request.taken:
+            left = left and left.after(unit, request.rank)
+        taker = Load((), slowness=self._plan.slowness_of(request.rank), pass_s=pass_s)
+        chosen = chosen_moves({self._rank: load, request.rank: taker}, [request.rank], left)
         first = {span.unit: span.first for span in spans}
         return [(*move, first[move[0]]) for move in chosen[: len(spans) - 1]]
 
-    def _pass_of(self, wish: Wish) -> float | None:
-        """Seconds of the passes through the teacher that this rank's units would take the wishing rank; None where a
+    def _pass_of(self, request: Request) -> float | None:
+        """Seconds of the passes through the teacher that this rank's units would take the requesting rank; None where a
         stretch of it has not been timed yet."""
         stretches = [self._rank]
         if self._plan.starts:
-            ranks = range(wish.first_stretch, self._rank + 1)
+            ranks = range(request.first_stretch, self._rank + 1)
             stretches = [rank for rank in ranks if self._plan.spans_of(rank)]
         slowness, total = self._plan.slowness_of, 0.0
         for rank in stretches:
             left = left_of(self._control, rank)
             if left is None or not left.pass_s:
                 return None
-            total += left.pass_s * slowness(wish.rank) / slowness(rank)
+            total += left.pass_s * slowness(request.rank) / slowness(rank)
         return total
 
     def _listen(self) -> None:
         try:
             control, heard = self._control.second(), 0
             while not self._closed.wait(LISTEN_S):
-                for number in range(heard, control.count(f"wishes/{self._rank}")):
-                    found = control.get(f"wish/{self._rank}/{number}")
+                for number in range(heard, control.count(f"requests/{self._rank}")):
+                    found = control.get(f"request/{self._rank}/{number}")
                     if found is None:
                         break  # counted, and not said yet
-                    self._wishes.put((number, Wish(**found)))
+                    self._requests.put((number, Request(**found)))
                     heard = number + 1
         except Exception as error:  # whatever it is, the main thread must hear of it
             self._error = DistillError(
@@ -252,13 +252,13 @@ class Taker:
         if not known:
             return []
         giver = max(known, key=lambda rank: known[rank])
-        number = control.count(f"wishes/{giver}", 1) - 1
-        wish = Wish(control.rank, tuple(self._taken), self._first_stretch)
-        control.set(f"wish/{giver}/{number}", asdict(wish))
+        number = control.count(f"requests/{giver}", 1) - 1
+        request = Request(control.rank, tuple(self._taken), self._first_stretch)
+        control.set(f"request/{giver}/{number}", asdict(request))
         while True:
             left = left_of(control, giver)  # before the answer, so that none is overlooked
             answer = control.get(f"answer/{giver}/{number}")
             if answer is not None or (left and left.closed):
                 return [Move(**move) for move in answer or []]
-            control.expect(giver, purpose="answer to the wish for blocks")
+            control.expect(giver, purpose="answer to the request for blocks")
             time.sleep(POLL_S)

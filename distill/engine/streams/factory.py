@@ -20,7 +20,7 @@ from distill.distributed.transport import Averager, Edge
 from distill.engine.announcements import Announcement, Announcements
 from distill.engine.rebalance.assignments import Assignments, Balancer
 from distill.engine.rebalance.handover import HandOver
-from distill.engine.rebalance.moves import Move, Room
+from distill.engine.rebalance.moves import Headroom, Move
 from distill.engine.rebalance.stealing import Giver, Taker
 from distill.engine.streams.broadcast import RemoteStream, Stream, TeacherStream
 from distill.engine.streams.recording import CachedStream, Recorded
@@ -241,7 +241,7 @@ class Streams:
             schedule=schedule,
             plan=plan,
             moves_units=setting.moves_units,
-            room=Room.of(setting.memory, plan.owners, backlog=backlog),
+            headroom=Headroom.of(setting.memory, plan.owners, backlog=backlog),
             plateau=setting.checks.every > 0,
             teacher_s=self._pass_s,
         )

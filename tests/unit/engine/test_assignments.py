@@ -8,7 +8,7 @@ import pytest
 
 from distill.engine.rebalance import assignments
 from distill.engine.rebalance.assignments import Assignments, Balancer
-from distill.engine.rebalance.moves import Move, Room
+from distill.engine.rebalance.moves import Headroom, Move
 from distill.errors import DistillError
 from distill.planning.plan import Plan, Span
 from distill.planning.schedule import Checks, Feed, Schedule
@@ -38,7 +38,7 @@ def balancer(
     settings: dict[str, Any] = {
         "control": Said({rank: dict.fromkeys(owned, EVEN) for rank, owned in enumerate(owners)}),
         "moves_units": True,
-        "room": None,
+        "headroom": None,
         "plateau": False,
         "teacher_s": lambda: 0.0,
     }
@@ -81,8 +81,8 @@ def test_no_block_leaves_a_rank_in_the_middle_of_a_look() -> None:
 
 
 def test_room_that_a_move_has_taken_stays_taken() -> None:
-    room = Room((50, 50, 10), on_target=(10, 10), on_rank_0=(0, 0))
-    found, _ = balancer((), (0, 1), (), spans=HUNDRED, room=room)
+    headroom = Headroom((50, 50, 10), on_target=(10, 10), on_rank_0=(0, 0))
+    found, _ = balancer((), (0, 1), (), spans=HUNDRED, headroom=headroom)
     assert found.could_take(2)
     assert found.moves([2]) == [(0, 1, 2)]
     assert not found.could_take(2)
@@ -130,7 +130,7 @@ class Edge:
         self.joined = True
 
 
-class Wishes:
+class Requests:
     """A balancer that wants what the test says, once, and remembers who was dry."""
 
     def __init__(self, *moves: tuple[int, int, int]) -> None:
@@ -164,15 +164,15 @@ class Stage:
     BACKLOG = 4
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, *owners: tuple[int, ...], wishes: tuple[tuple[int, int, int], ...] = ()
+        self, monkeypatch: pytest.MonkeyPatch, *owners: tuple[int, ...], requests: tuple[tuple[int, int, int], ...] = ()
     ) -> None:
         monkeypatch.setattr(assignments, "CONSIDER_EVERY_S", 0.0)
         spans = [[Span(block, 0, 100) for block in owned] for owned in owners]
         self.schedule = Schedule((Feed(rank, owned, Checks()) for rank, owned in enumerate(spans)), home=0)
-        self.store, self.wishes, self.incoming = Store(), Wishes(*wishes), Incoming()
+        self.store, self.requests, self.incoming = Store(), Requests(*requests), Incoming()
         self.edges: dict[tuple[int, int], Edge] = {}
         self.more: dict[tuple[int, int], int] = {}
-        whatever: dict[str, Any] = {"control": self.store, "balancer": self.wishes, "hand_over": self.incoming}
+        whatever: dict[str, Any] = {"control": self.store, "balancer": self.requests, "hand_over": self.incoming}
         self.found = Assignments(
             schedule=self.schedule, open_edge=self._open, backlog=self.BACKLOG, moved=lambda _: None, **whatever
         )
@@ -190,10 +190,10 @@ class Stage:
 def test_a_moved_block_is_announced_before_new_edges_and_more_batches_may_wait_for_its_taker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = Stage(monkeypatch, (), (0, 1), (2,), wishes=((0, 1, 2),))
+    stage = Stage(monkeypatch, (), (0, 1), (2,), requests=((0, 1, 2),))
     stage.schedule.finish(2)
     assert stage.look() == []
-    assert stage.wishes.dry == [[0, 2]]
+    assert stage.requests.dry == [[0, 2]]
     assert [stage.edges[rank, 0].closed for rank in (1, 2)] == [True, True]
     assert (stage.more[1, 1], stage.more[2, 1]) == (0, Stage.BACKLOG)
     announced = [stage.store[f"assignment/{rank}/1"] for rank in (1, 2)]
@@ -202,7 +202,7 @@ def test_a_moved_block_is_announced_before_new_edges_and_more_batches_may_wait_f
 
 
 def test_a_taker_is_waited_for_again_once_it_has_the_state_and_has_caught_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(monkeypatch, (), (0, 1), (2,), wishes=((0, 1, 2),))
+    stage = Stage(monkeypatch, (), (0, 1), (2,), requests=((0, 1, 2),))
     stage.schedule.finish(2)
     noted = list[int]()
     monkeypatch.setattr(stage.schedule, "taken", noted.append)
@@ -217,7 +217,7 @@ def test_a_taker_is_waited_for_again_once_it_has_the_state_and_has_caught_up(mon
 def test_rank_0_computes_no_more_than_the_backlog_ahead_for_a_block_that_is_on_its_way_to_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stage = Stage(monkeypatch, (3,), (0, 1), wishes=((0, 1, 0),))
+    stage = Stage(monkeypatch, (3,), (0, 1), requests=((0, 1, 0),))
     stage.schedule.finish(3)
     assert stage.look() == []
     assert stage.found.awaiting
@@ -226,7 +226,7 @@ def test_rank_0_computes_no_more_than_the_backlog_ahead_for_a_block_that_is_on_i
     (move,) = stage.incoming.expected
     stage.schedule.finish(0)
     assert stage.look() == []
-    assert stage.wishes.dry[-1] == [], "a rank with a block on its way to it is not dry, even if that has ended"
+    assert stage.requests.dry[-1] == [], "a rank with a block on its way to it is not dry, even if that has ended"
     stage.incoming.here = True
     assert stage.look() == [move]
     assert not stage.found.awaiting

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.engine.rebalance.moves import LEAST_GAIN, SET_UP_S, STATE_BYTES_PER_S, Load, Room, Work, chosen_moves
+from distill.engine.rebalance.moves import LEAST_GAIN, SET_UP_S, STATE_BYTES_PER_S, Headroom, Load, Work, chosen_moves
 from distill.planning.memory_model import Memory
 
 MEGABYTE = 1_000_000
@@ -51,7 +51,7 @@ def test_the_last_moments_are_not_worth_a_move() -> None:
     assert chosen_moves({0: Load(works(SET_UP_S, SET_UP_S)), 1: Load(())}, {1}) == []
 
 
-ROOM = Room(left=(100, 50, 50), on_target=(60, 40, 40, 10), on_rank_0=(1, 1, 1, 1))
+ROOM = Headroom(left=(100, 50, 50), on_target=(60, 40, 40, 10), on_rank_0=(1, 1, 1, 1))
 
 
 def test_a_block_goes_only_where_there_is_room_for_it() -> None:
@@ -72,21 +72,21 @@ def test_room_that_a_move_takes_is_gone_for_the_next() -> None:
 
 def test_rank_0_needs_room_for_batches_that_wait_while_a_state_is_on_its_way() -> None:
     loads = {0: Load(()), 1: Load(()), 2: Load(works(10.0, 10.0))}
-    assert chosen_moves(loads, {1}, Room((9, 99, 99), (5, 5), (9, 9))) == [(0, 2, 1)]
-    assert chosen_moves(loads, {1}, Room((8, 99, 99), (5, 5), (9, 9))) == []
-    assert chosen_moves(loads, {0}, Room((14, 99, 99), (5, 5), (9, 9))) == [(0, 2, 0)]
-    assert chosen_moves(loads, {0}, Room((13, 99, 99), (5, 5), (9, 9))) == []
+    assert chosen_moves(loads, {1}, Headroom((9, 99, 99), (5, 5), (9, 9))) == [(0, 2, 1)]
+    assert chosen_moves(loads, {1}, Headroom((8, 99, 99), (5, 5), (9, 9))) == []
+    assert chosen_moves(loads, {0}, Headroom((14, 99, 99), (5, 5), (9, 9))) == [(0, 2, 0)]
+    assert chosen_moves(loads, {0}, Headroom((13, 99, 99), (5, 5), (9, 9))) == []
 
 
 def test_room_is_what_the_limit_leaves_beside_all_that_ranks_have_by_the_plan() -> None:
     memory = Memory(resident=1000, student=(10, 20, 30), step=(5, 7, 6), boundary=(100, 10, 1, 2), window=4)
     owners = ((0,), (1, 2))
-    assert Room.of(None, owners, backlog=6) is None
-    assert Room.of(memory, owners, backlog=6) is None
-    room = Room.of(replace(memory, limit=5000), owners, backlog=6)
+    assert Headroom.of(None, owners, backlog=6) is None
+    assert Headroom.of(memory, owners, backlog=6) is None
+    headroom = Headroom.of(replace(memory, limit=5000), owners, backlog=6)
     teaching, sending = 3 * 100, (4 + 2) * 113
     taken = (10 + 3 * 110, 20 + 3 * 11, 30 + 3 * 3)
-    assert room == Room(
+    assert headroom == Headroom(
         left=(4000 - 7 - teaching - sending - taken[0], 4000 - 7 - taken[1] - taken[2]),
         on_target=taken,
         on_rank_0=(6 * 110, 6 * 11, 6 * 3),

@@ -1,4 +1,4 @@
-"""Wishes and answers of work stealing, without training: two ranks' sides in one process."""
+"""Requests and answers of work stealing, without training: two ranks' sides in one process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from distill.distributed.store import Control, PeerLostError
 from distill.engine.rebalance import stealing
-from distill.engine.rebalance.moves import Move, Room
+from distill.engine.rebalance.moves import Headroom, Move
 from distill.engine.rebalance.pace import Pace
-from distill.engine.rebalance.stealing import Giver, Taker, say_room
+from distill.engine.rebalance.stealing import Giver, Taker, say_headroom
 from distill.planning.memory_model import Memory
 from distill.planning.plan import Plan, Span
 from tests.dist.ranks import stop_heart, two_controls
@@ -51,7 +51,7 @@ def both(
     """Rank 0 that gives and rank 1 that takes; yields both, and rank 0's control plane."""
     with two_controls(timeout_s=5.0) as (here, there):
         here.set("pace/0", {block: Pace(step_s, 0) for block in range(3)})
-        say_room(here, memory and Room.beside(memory, (15, 0)))
+        say_headroom(here, memory and Headroom.beside(memory, (15, 0)))
         giver = Giver(here, plan, pass_s=lambda: pass_s, plateau=False)
         taker = Taker(there, plan, Arrived())  # type: ignore[arg-type]
         yield giver, taker, here
@@ -82,7 +82,7 @@ def test_the_giver_says_from_which_step_on_and_keeps_what_it_needs_itself() -> N
 
 
 def refused(giver: Giver, taker: Taker, spans: tuple[Span, ...] = SPANS) -> bool:
-    """Whether a wish is answered, and with nothing."""
+    """Whether a request is answered, and with nothing."""
     taker.seek()
     control: Control = giver._control
     until(lambda: giver.moves(spans) or control.get("answer/0/0") is not None)
@@ -101,7 +101,7 @@ def test_nothing_is_given_for_the_last_steps() -> None:
 
 
 def test_memory_is_kept_to_and_what_was_taken_before_counts() -> None:
-    enough = replace(ENOUGH, limit=20)  # rank 1 has room for four blocks
+    enough = replace(ENOUGH, limit=20)  # rank 1 has headroom for four blocks
     with both(memory=enough) as (giver, taker, _):
         assert after_steps(giver, taker)[1]
     with both(memory=replace(ENOUGH, student=(25,) * 3)) as (giver, taker, _):
@@ -122,11 +122,11 @@ def test_a_relay_counts_every_stretch_of_the_teacher_that_the_taker_would_have_t
     plan = replace(PLAN, strategy="relay", owners=((0, 1, 2), ()), starts=(0, 3))
     with both(plan) as (giver, _, control):
         giver.moves(SPANS)
-        wish = stealing.Wish(1, (), 0)
-        assert giver._pass_of(wish) == pytest.approx(0.01)
-        assert giver._pass_of(replace(wish, first_stretch=1)) == 0.0
+        request = stealing.Request(1, (), 0)
+        assert giver._pass_of(request) == pytest.approx(0.01)
+        assert giver._pass_of(replace(request, first_stretch=1)) == 0.0
         slow = Giver(control, replace(plan, slowness=(1.0, 2.0)), pass_s=lambda: 0.01, plateau=False)
-        assert slow._pass_of(wish) == pytest.approx(0.02)
+        assert slow._pass_of(request) == pytest.approx(0.02)
         slow.close()
 
 
@@ -134,7 +134,7 @@ def test_a_closed_giver_is_not_waited_for() -> None:
     with both() as (giver, taker, _):
         giver.moves(SPANS)
         taker.seek()
-        until(lambda: giver._control.count("wishes/0"))
+        until(lambda: giver._control.count("requests/0"))
         giver.close()
         assert taker.wait(lambda: False) == []
 
@@ -149,10 +149,10 @@ def test_a_giver_that_falls_silent_is_named() -> None:
     with both() as (giver, taker, control):
         giver.moves(SPANS)
         taker.seek()
-        until(lambda: control.count("wishes/0"))
+        until(lambda: control.count("requests/0"))
         stop_heart(control)
         with pytest.raises(
-            PeerLostError, match=r"rank 1: no answer to the wish for blocks from rank 0.*logs/rank0.log"
+            PeerLostError, match=r"rank 1: no answer to the request for blocks from rank 0.*logs/rank0.log"
         ):
             taker.wait(lambda: False)
 

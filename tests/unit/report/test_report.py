@@ -180,7 +180,7 @@ class TestFinishedRun:
         assert "nproc_per_node: 2" in page.words
         assert "fingerprint 0123456789abcdef" in page.words
 
-    def test_fine_tuning_and_the_teacher_have_their_courses(self, tmp_path: Path) -> None:
+    def test_fine_tuning_and_the_teacher_have_their_curves(self, tmp_path: Path) -> None:
         epochs = [{"epoch": n, "loss": 1 / n, "seconds": 2.0} for n in (1, 2, 3)]
         run_directory(tmp_path, metrics(finetune={"epochs": epochs, "seconds": 6.0}))
         (tmp_path / "stages").mkdir()

@@ -14,8 +14,8 @@ MOST_OPEN = 24  # more blocks than this have their own plots folded away
 MOST_NAMED = 12  # more curves than this share one legend from first to last
 
 
-def block_courses(run: Run) -> Markup:
-    """Return all blocks' courses in one plot with one scale, then each block's own on the same scale."""
+def block_curves(run: Run) -> Markup:
+    """Return all blocks' loss curves in one plot with one scale, then each block's own on the same scale."""
     blocks = [block for block in run.units if _drawable(block)]
     silent = [block.name for block in run.units if not _drawable(block)]
     if not blocks:
@@ -68,7 +68,7 @@ def _small(index: int, block: UnitState, x: Axis, y: Axis) -> Markup:
     return tag("figure", caption, drawing)
 
 
-def fit_courses(run: Run) -> Markup:
+def fit_curves(run: Run) -> Markup:
     """Return the loss by epoch of the teacher (where the job trained it) and of fine-tuning."""
     return join(
         *(
