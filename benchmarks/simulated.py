@@ -20,8 +20,8 @@ from typing import Any
 from measure import ROOT, write
 
 from distill.job.simulate import imagined_costs
-from distill.planning.plan import Costs, Span
-from distill.planning.strategies import PLANNERS
+from distill.planning.costs import Costs, Span
+from distill.planning.plan import STRATEGIES
 from distill.simulation.command import CHOSEN_FROM, IMAGINED, planned
 from distill.simulation.hardware import Device, load_cluster
 from distill.simulation.simulator import Simulation, simulate
@@ -74,7 +74,7 @@ def _scaling(job: Sequence[str], cluster_name: str, ranks: Sequence[int], steps:
     def on(number: int) -> Costs:
         return replace(costs, network=cluster.network(number))
 
-    alone = simulate(PLANNERS["broadcast"](on(1), spans, 1), on(1)).makespan_s
+    alone = simulate(STRATEGIES["broadcast"].plan(on(1), spans, 1), on(1)).makespan_s
     return {
         "one_rank_s": alone,
         "teacher_ms": 1e3 * sum(costs.teacher_s),
@@ -129,7 +129,7 @@ def _on_four(
     by_flops = prefix[-1] / (prefix[-1] + step[-1])
     blocks = range(len(layer_s))
     method = Costs((0.0,) * len(layer_s), tuple(layer_s), sizes)
-    exact = PLANNERS["layerwise"](method, [Span(block, 0, 1) for block in blocks], 4)
+    exact = STRATEGIES["layerwise"].plan(method, [Span(block, 0, 1) for block in blocks], 4)
     ours = {}
     for name, share in (("none", 0.0), ("half", 0.5), ("by FLOPs", by_flops)):
         best = _ours(layer_s, [share * layer_s[-1] * flops / prefix[-1] for flops in prefix], sizes, batch, cluster)
@@ -157,7 +157,8 @@ def _ours(
     )
     spans = [Span(block, 0, steps) for block in range(len(layer_s))]
     return min(
-        (simulate(PLANNERS[name](costs, spans, 4), costs) for name in CHOSEN_FROM), key=lambda one: one.makespan_s
+        (simulate(STRATEGIES[name].plan(costs, spans, 4), costs) for name in CHOSEN_FROM),
+        key=lambda one: one.makespan_s,
     )
 
 

@@ -31,7 +31,7 @@ from distill.cuda.lanes import Lane, lanes
 from distill.data import Augment, Dataset, open_dataset
 from distill.engine.streams.relay import OwnBatches, RelayStream
 from distill.observability.trace import Trace
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.schedule import Checks, Feed
 from distill.planning.unit import Unit
 from distill.recipes import Separable, replace_convolutions

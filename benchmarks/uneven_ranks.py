@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from measure import finish, process_tree, random_weights, read, start, summary, write
 
+from distill.planning.costs import Costs
 from distill.planning.placement.problems import broadcast_problem
 from distill.planning.placement.search import Problem
-from distill.planning.plan import Costs
 from distill.simulation.command import measured
 
 SETUPS = ("measured", "flops")  # values of plan.cost

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill.planning.plan import Costs, Span
+    from distill.planning.costs import Costs, Span
     from distill.simulation.hardware import Device
 
 

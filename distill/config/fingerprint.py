@@ -16,6 +16,7 @@ from distill.config.choices import Cache, DataName, TeacherSource
 from distill.config.schema import JobConfig
 from distill.config.sources import describe_module
 from distill.errors import ConfigError
+from distill.planning.plan import STRATEGIES
 from distill.storage.contents import describe_cifar, describe_file, describe_images, describe_tables
 from distill.storage.image_files import USUAL_TEST_SPLITS
 from distill.storage.paths import expanded
@@ -35,7 +36,10 @@ _NOT_IN_FINGERPRINT = {
 # Of those the ones whose place does not count, but what is there.
 _BY_CONTENT = {"data.root"}
 # Of those the ones with a value that computes otherwise: ranks that share a batch come close, but not to the same bits.
-_COMPUTES_OTHERWISE = {"plan.strategy": "ddp", "plan.groups": True}
+_COMPUTES_OTHERWISE: dict[str, set[Any]] = {
+    "plan.strategy": {name for name, strategy in STRATEGIES.items() if strategy.shares_batches},
+    "plan.groups": {True},
+}
 # Settings that came after others had run: left out at the value that computes what was computed without them.
 _NOT_IN_FINGERPRINT_AT = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
@@ -143,7 +147,7 @@ def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _tells_apart(path: str, value: Any) -> bool:
     if (path, value) in _NOT_IN_FINGERPRINT_AT:
         return False
-    return _is_decisive(path) or (path in _COMPUTES_OTHERWISE and _COMPUTES_OTHERWISE[path] == value)
+    return _is_decisive(path) or value in _COMPUTES_OTHERWISE.get(path, set[Any]())
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:

@@ -41,6 +41,8 @@ from distill.config.choices import (
 from distill.config.errors import explain
 from distill.config.paths import make_absolute
 from distill.errors import ConfigError
+from distill.planning import plan as planning
+from distill.planning.plan import STRATEGIES
 
 
 def setting(default: Any, explanation: str) -> Any:
@@ -259,14 +261,33 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
-        if self.teacher_ranks is not None and self.strategy not in (Strategy.auto, Strategy.broadcast):
+        if self.teacher_ranks is not None and not self._understands("teacher_ranks"):
             raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
-        if self.groups and self.strategy not in (Strategy.auto, Strategy.relay):
+        if self.groups and not self._understands("groups"):
             raise ConfigError("plan.groups", True, f"false with plan.strategy={self.strategy.name}")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ConfigError("plan.memory_gib", self.memory_gib, "a number > 0, or null")
         if self.link_gbit is not None and not 0 < self.link_gbit < math.inf:
             raise ConfigError("plan.link_gbit", self.link_gbit, "a number > 0, or null")
+
+    @property
+    def strategies(self) -> list[planning.Strategy]:
+        """What the plan is chosen from."""
+        every = STRATEGIES.values() if self.strategy is Strategy.auto else [STRATEGIES[self.strategy.name]]
+        asked = [one for one in every if one.automatic or self.strategy is not Strategy.auto]
+        return [
+            candidate
+            for one in asked
+            for candidate in one.configured(teacher_ranks=self.teacher_ranks, groups=self.groups)
+        ]
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether ranks may share the rows of a batch."""
+        return any(one.shares_batches for one in self.strategies)
+
+    def _understands(self, name: str) -> bool:
+        return any(name in one.settings for one in self.strategies)
 
 
 @dataclass(kw_only=True)
@@ -381,8 +402,8 @@ class JobConfig:
         return std
 
     def __post_init__(self) -> None:
-        if self.distill.stop is Stop.plateau and (self.plan.groups or self.plan.strategy is Strategy.ddp):
-            setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", "ddp")
+        if self.distill.stop is Stop.plateau and self.plan.shares_batches:
+            setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", self.plan.strategy.name)
             raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
         if self.teacher.cache is not Cache.off:
             self._check_cached()
@@ -395,7 +416,7 @@ class JobConfig:
         if self.data.augment is not AugmentName.none and self.distill.views is None:
             allowed = "off while every epoch is augmented afresh; or distill.views=N, or data.augment=none"
             raise ConfigError("teacher.cache", cache, allowed)
-        if self.plan.strategy not in (Strategy.broadcast, Strategy.auto):
+        if self.plan.strategy not in (Strategy.broadcast, Strategy.auto):  # the default, and what leaves it open
             allowed = f"auto with teacher.cache={cache}: every rank reads what its blocks need"
             raise ConfigError("plan.strategy", self.plan.strategy.name, allowed)
         if self.plan.wire_dtype is not WireDtype.fp32:

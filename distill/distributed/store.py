@@ -60,10 +60,22 @@ class Control:
     """This rank's view of the control plane. Keys live under torchrun's restart count and the run's
     generation, so that a process left over from an earlier attempt is neither heard nor believed."""
 
-    def __init__(self, address: StoreAddress, *, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: StoreAddress,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        local_rank: int = 0,
+        local_world_size: int = 1,
+    ) -> None:
+        """The rank's number among the `local_world_size` ranks that were started on its node is `local_rank`."""
         self.address = address
         self.rank = rank
         self.world_size = world_size
+        self.local_rank = local_rank
+        self.local_world_size = local_world_size
         self.timeout_s = timeout_s
         self.generation = 0
         self._store = address.connect()

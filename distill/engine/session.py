@@ -18,7 +18,8 @@ from distill.engine.rebalance.pace import PaceKeeper
 from distill.engine.rebalance.stealing import say_headroom
 from distill.engine.streams.broadcast import Stream
 from distill.engine.streams.factory import News, Setting, Streams
-from distill.planning.plan import Span, memory_of
+from distill.planning.costs import Span
+from distill.planning.plan import memory_of
 from distill.profiling.peak_memory import PeakMemory
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.ledger import Entry, Ledger
@@ -110,7 +111,7 @@ class Session(Setting):
                 moved=moved,
             )
         }
-        collector.wait(all_fed=self.plan.strategy == "broadcast" and self.plan.teacher_ranks == 1)
+        collector.wait(all_fed=self.plan.how.fed_by_one(self.plan))
         makespan_s = time.monotonic() - started
         for rank in ranks:
             if self._takes_part(rank):
@@ -193,7 +194,7 @@ class Session(Setting):
             )
 
         groups: list[Sequence[BlockTrainer]] = [[trainer] for trainer in trainers]
-        if not self.plan.one_by_one:
+        if not self.plan.how.one_by_one:
             groups = [trainers] if self.plan.has_work(self.control.rank) else []
         for group in groups:
             train(streams.of([trainer.unit.number for trainer in group]), group)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +21,14 @@ from distill.config.choices import Amp, Cache, Stop, WireDtype
 from distill.config.fingerprint import fingerprint
 from distill.config.schema import CacheConfig, JobConfig
 from distill.data import Dataset
-from distill.distributed.store import Control
+from distill.distributed.roll_call import RollCall
 from distill.engine.streams.recording import Contents, Recorded, record
 from distill.errors import ConfigError
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.reuse import tensors_digest
-from distill.machine.host import host_identity
-from distill.planning.plan import Costs, Plan, Span
-from distill.planning.strategies import plan_cached
+from distill.planning.costs import Costs, Span
+from distill.planning.plan import Plan
 from distill.planning.unit import Stretch, boundaries_of
 from distill.storage.paths import expanded
 
@@ -62,27 +59,39 @@ class Caching:
     def __init__(self, context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:
         self._context, self._teacher, self._blocks = context, teacher, blocks
         self._contents = _contents(context.config, dataset)
-        self._hosts = _hosts(context.control)
+        self._hosts = _hosts(context.roll_call)
         self._host = next(host for host in self._hosts if context.rank in host.ranks)
         self._seconds = 0.0  # that recording has taken
 
-    def plan(self, costs: Costs, spans: Sequence[Span], *, without: Plan) -> Plan:
-        """Return the plan of this run, with the time that recording takes; `without` is the plan without a cache. Tells
-        the user what it comes to. Rank 0 calls this."""
-        layout = self._layout(spans) if spans else None
-        if layout is None:
-            return plan_cached(costs, spans, self._context.world_size)
+    def price(self, costs: Costs, spans: Sequence[Span]) -> Costs:
+        """Return the costs with what recording, and reading what was recorded, takes on this host."""
+        if not spans:
+            return costs
+        layout = self._layout(spans)
         prices = self._prices(layout)
-        plan = plan_cached(replace(costs, read_s_per_byte=prices.read_s), spans, self._context.world_size)
-        if not self._place(layout).complete:
-            deepest = max(layout.forms)
-            dataset = self._contents.dataset
-            batch_s = sum(costs.teacher_s[:deepest]) + prices.write_s * layout.row_bytes * dataset.batch_size
-            passes = math.ceil(self._contents.num_batches / min(len(host.ranks) for host in self._hosts))
-            slowest = max(costs.slowness_of(rank) for rank in range(self._context.world_size))
-            plan = replace(plan, recording_s=passes * batch_s * slowest)
-        self._tell(layout, plan, without)
-        return plan
+        costs = replace(costs, read_s_per_byte=prices.read_s)
+        if self._place(layout).complete:
+            return costs
+        dataset = self._contents.dataset
+        batch_s = sum(costs.teacher_s[: max(layout.forms)]) + prices.write_s * layout.row_bytes * dataset.batch_size
+        passes = math.ceil(self._contents.num_batches / min(len(host.ranks) for host in self._hosts))
+        slowest = max(costs.slowness_of(rank) for rank in range(self._context.world_size))
+        return replace(costs, recording_s=passes * batch_s * slowest)
+
+    def tell(self, plan: Plan, without: Plan) -> None:
+        """Tell the user what the plan comes to, and what it would be without a cache."""
+        if not plan.spans:
+            return
+        context, layout, dataset = self._context, self._layout(plan.spans), self._contents.dataset
+        context.say(
+            f"cache: {layout.nbytes / GIB:.2f} GiB in {context.config.teacher.cache.name} on each host, for "
+            f"{len(layout.forms)} boundaries of {dataset.num_train} images in {dataset.num_views} views as "
+            f"{context.config.cache.dtype.name}"
+        )
+        context.say(
+            f"cache: recording {plan.recording_s:.1f} s and the stage {plan.predicted_makespan_s:.1f} s are predicted; "
+            f"without a cache {without.label} {without.predicted_makespan_s:.1f} s"
+        )
 
     def record(self, plan: Plan) -> Recorded | None:
         """Return the recorded activations, after all of this host's ranks have recorded their shares; None where no
@@ -166,18 +175,6 @@ class Caching:
             "torch": torch.__version__,
         }
 
-    def _tell(self, layout: Layout, plan: Plan, without: Plan) -> None:
-        context, dataset = self._context, self._contents.dataset
-        context.say(
-            f"cache: {layout.nbytes / GIB:.2f} GiB in {context.config.teacher.cache.name} on each host, for "
-            f"{len(layout.forms)} boundaries of {dataset.num_train} images in {dataset.num_views} views as "
-            f"{context.config.cache.dtype.name}"
-        )
-        context.say(
-            f"cache: recording {plan.recording_s:.1f} s and the stage {plan.predicted_makespan_s:.1f} s are predicted; "
-            f"without a cache {without.label} {without.predicted_makespan_s:.1f} s"
-        )
-
 
 def tell_unused(context: Context) -> None:
     """Say which settings of the cache were given and change nothing. They are not refused: a sweep over teacher.cache
@@ -225,19 +222,13 @@ def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _hosts(control: Control) -> list[Host]:
-    """Return which ranks can share memory: those on one machine that see one another's processes."""
-    own = [socket.gethostname(), f"{host_identity()} {os.readlink('/proc/self/ns/pid')}"]
-    control.set(f"cache/host/{control.rank}", own)
-    if control.rank == 0:
-        ranks = range(control.world_size)
-        control.set("cache/hosts", [control.wait(f"cache/host/{r}", peer=r, purpose="host") for r in ranks])
-    found = control.wait("cache/hosts", peer=0, purpose="hosts of all ranks")
-    groups: dict[tuple[str, str], list[int]] = {}
-    for rank, (name, memory) in enumerate(found):
-        groups.setdefault((name, memory), []).append(rank)
-    names = [name for name, _ in groups]
+def _hosts(roll_call: RollCall) -> list[Host]:
+    """Return which ranks share memory. A host's name is that of its first rank, with a number where several have it."""
+    ranks_of: dict[int, list[int]] = {}
+    for rank, number in enumerate(roll_call.sharing):
+        ranks_of.setdefault(number, []).append(rank)
+    names = [roll_call.seats[ranks[0]].host for ranks in ranks_of.values()]
     return [
         Host(name if names.count(name) == 1 else f"{name}-{number}", ranks)
-        for number, ((name, _), ranks) in enumerate(groups.items())
+        for (number, ranks), name in zip(ranks_of.items(), names, strict=True)
     ]

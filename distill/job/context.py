@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from distill.config.schema import JobConfig
+from distill.distributed.roll_call import RollCall
 from distill.distributed.store import Control
 from distill.observability.perfetto import write_perfetto
 from distill.observability.tensorboard import Scalars
@@ -23,13 +24,14 @@ log = logging.getLogger("distill")
 
 @dataclass(frozen=True)
 class Context:
-    """This rank's place in the job. `console` is used by rank 0 only; `identity` is what decides the job's results;
-    `watchers` accompany every stage by its name."""
+    """This rank's place in the job. `roll_call` says where all ranks run; `console` is used by rank 0 only; `identity`
+    is what decides the job's results; `watchers` accompany every stage by its name."""
 
     config: JobConfig
     control: Control
     run: RunDirectory
     device: torch.device
+    roll_call: RollCall
     console: Console
     trace: Trace
     scalars: Scalars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from typing import Any
 
@@ -11,16 +10,15 @@ from torch import nn
 
 from distill.config.choices import Stage, Stop
 from distill.data import Dataset
-from distill.distributed.store import ranks_of
-from distill.distributed.transport import wire_backend
 from distill.engine.rebalance.moves import Move
 from distill.engine.session import Session, SessionReport
 from distill.job.blocks import Blocks
 from distill.job.cache import Caching, is_cached, students_dtype
 from distill.job.context import Context
 from distill.job.metrics import Readings, latest_readings
-from distill.job.plan import Trainers, make_plan, step_budget
+from distill.job.plan import make_plan
 from distill.job.reuse import TEACHER, take_units, unit_identities
+from distill.job.trainers import Trainers, step_budget
 from distill.observability.display import Display, UnitLine
 from distill.planning.plan import Plan
 from distill.planning.schedule import Checks
@@ -63,7 +61,7 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
             budget=budget,
             checks=checks,
             wire_dtype=students_dtype(config),
-            wire_backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+            wire_backend=context.roll_call.wire_backend,
             shared_memory=config.plan.shared_memory,
             take_over=config.plan.take_over,
             device=context.device,

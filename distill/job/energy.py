@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
+from distill.distributed.roll_call import RollCall
 from distill.distributed.store import Control, PeerLostError
-from distill.machine.host import BOOT_ID
 from distill.observability.energy.counters import open_counters
 from distill.observability.energy.joules import describe, summarize
 from distill.observability.energy.meter import Meter, Place, by_host
@@ -26,14 +22,13 @@ Watcher = Callable[[str], AbstractContextManager[None]]
 
 
 @contextmanager
-def metering(control: Control, run_dir: Path, device: torch.device) -> Iterator[tuple[Watcher, ...]]:
+def metering(control: Control, run_dir: Path, roll_call: RollCall) -> Iterator[tuple[Watcher, ...]]:
     """Measure energy while this is open; every rank must enter. Yields what is to watch this rank's stages.
 
     The first rank of each host reads for all of it. A stage is rank 0's: the others' ranks leave the distill stage one
     by one, and what a host spends until its last rank is done belongs to it. Rank 0 ends with one line of joules.
     """
-    places = _roll_call(control, device)
-    hosts = by_host(places)
+    hosts = by_host([Place(seat.rank, seat.host, seat.machine, seat.gpu) for seat in roll_call.seats])
     mine = next((host for host, group in hosts.items() if group[0].rank == control.rank), None)
     if mine is None:
         yield ()
@@ -48,18 +43,6 @@ def metering(control: Control, run_dir: Path, device: torch.device) -> Iterator[
                     yield ()
     if control.rank == 0:
         log.info("%s", describe(summarize(run_dir)))
-
-
-def _roll_call(control: Control, device: torch.device) -> list[Place]:
-    """Return where every rank runs."""
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    host = socket.gethostname()
-    machine = BOOT_ID.read_text().strip() if BOOT_ID.exists() else host
-    control.set(f"place/{control.rank}", asdict(Place(control.rank, host, machine, uuid)))
-    if control.rank == 0:
-        ranks = range(control.world_size)
-        control.set("places", [control.wait(f"place/{r}", peer=r, purpose="host and device") for r in ranks])
-    return [Place(**place) for place in control.wait("places", peer=0, purpose="hosts and devices of all ranks")]
 
 
 def _leading(control: Control, meter: Meter, *, announce: bool) -> Watcher:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 from torch import nn
 
-from distill.config.choices import Stage, Strategy
+from distill.config.choices import Stage
 from distill.config.schema import JobConfig
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
-from distill.distributed.store import ranks_of
-from distill.distributed.transport import wire_backend
 from distill.errors import ConfigError
 from distill.job.assemble import load_student_state, save_network
 from distill.job.blocks import Blocks
@@ -32,8 +29,10 @@ def refuse_ranks_without_rows(config: JobConfig, *, world_size: int) -> None:
     if config.data.batch_size >= world_size:
         return
     least = f"at least {world_size}, an image for each rank"
-    if config.plan.strategy is Strategy.ddp and config.stage in (Stage.all, Stage.distill):
-        raise ConfigError("data.batch_size", config.data.batch_size, f"{least} with plan.strategy=ddp; or fewer ranks")
+    shared = all(strategy.shares_batches for strategy in config.plan.strategies)
+    if shared and config.stage in (Stage.all, Stage.distill):
+        allowed = f"{least} with plan.strategy={config.plan.strategy.name}; or fewer ranks"
+        raise ConfigError("data.batch_size", config.data.batch_size, allowed)
     if config.finetune.epochs > 0 and config.stage is Stage.all:
         allowed = f"{least} that fine-tunes; or fewer ranks, or finetune.epochs=0"
         raise ConfigError("data.batch_size", config.data.batch_size, allowed)
@@ -115,6 +114,6 @@ def _team(context: Context) -> Team:
         rank=context.rank,
         world_size=context.world_size,
         store=context.control.store_for("finetune") if context.world_size > 1 else None,
-        backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+        backend=context.roll_call.wire_backend,
         timeout_s=context.config.plan.timeout_s,
     )

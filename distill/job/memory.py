@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -14,14 +13,14 @@ from distill.blocks.chain import Chain
 from distill.config.choices import OptimizerName, Stop
 from distill.config.schema import JobConfig
 from distill.cuda.lanes import NUM_LANES
-from distill.distributed.store import ranks_of
 from distill.errors import ConfigError
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.machine.host import available_memory
+from distill.planning.costs import Costs, Span
 from distill.planning.memory_model import Memory
-from distill.planning.plan import Costs, Plan, Span, memory_of
-from distill.planning.strategies import DoesNotFitError, rank_plans
+from distill.planning.plan import Plan, Strategy, memory_of
+from distill.planning.strategies.choice import DoesNotFitError, rank_plans
 from distill.planning.unit import Unit
 from distill.profiling.block_costs import Students, step_bytes
 from distill.profiling.peak_memory import used_memory
@@ -93,7 +92,7 @@ def _gib(size: int) -> str:
 
 def memory_limit(context: Context) -> int:
     """Return the bytes that this rank may have: as asked for, its share of its GPU's, or of the host's spare ones."""
-    num_local = ranks_of(os.environ)[3]
+    num_local = context.control.local_world_size
     wanted = context.config.plan.memory_gib
     if wanted is not None:
         return int(wanted * 2**30)
@@ -103,11 +102,10 @@ def memory_limit(context: Context) -> int:
     return used_memory(context.device) + available_memory() // num_local
 
 
-def fitting_plans(context: Context, names: Sequence[str], costs: Costs, spans: Sequence[Span]) -> list[Plan]:
+def fitting_plans(context: Context, strategies: Sequence[Strategy], costs: Costs, spans: Sequence[Span]) -> list[Plan]:
     """Return the plans that fit, the fastest first. Raises ConfigError where none does."""
     try:
-        teacher_ranks = context.config.plan.teacher_ranks
-        return rank_plans(names, costs, spans, context.world_size, teacher_ranks=teacher_ranks)
+        return rank_plans(strategies, costs, spans, context.world_size)
     except DoesNotFitError as error:
         assert costs.memory is not None
         assert costs.memory.limit is not None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from distill.config.choices import Cost
 from distill.distributed.edges.probe import Arrivals, copy_price, probe_from, probe_to
 from distill.distributed.edges.wire import Wire
-from distill.distributed.store import ranks_of
-from distill.distributed.transport import Edge, wire_backend
+from distill.distributed.transport import Edge
 from distill.job.context import Context
-from distill.machine.host import host_identity
 from distill.planning.network import Link, Network
 
 MOST_HOSTS = 8  # whose links to rank 0's host are probed; each takes about a second
@@ -22,7 +19,7 @@ def find_network(context: Context) -> Network:
     """Return what joins the ranks: probed with plan.cost=measured, otherwise links without limits on which sending
     costs a copy. Every rank must call; only rank 0's answer is whole."""
     copied = Link(sender_s_per_byte=_price(context, copy_price()))
-    network = Network(copied, copied, _hosts(context))
+    network = Network(copied, copied, context.roll_call.hosts)
     if context.config.plan.cost is Cost.measured:
         network = _probed(context, network)
     gbit = context.config.plan.link_gbit
@@ -33,15 +30,6 @@ def find_network(context: Context) -> Network:
     elif gbit is not None:
         context.say(f"plan: plan.link_gbit={gbit:g} changes nothing here: all ranks are on one host")
     return network
-
-
-def _hosts(context: Context) -> tuple[int, ...]:
-    """Return the number of every rank's host, in the order in which ranks come upon them."""
-    control = context.control
-    control.set(f"host/{context.rank}", host_identity())
-    ranks = range(context.world_size)
-    names = [control.wait(f"host/{rank}", peer=rank, purpose="host") for rank in ranks]
-    return tuple(sorted(set(names), key=names.index).index(name) for name in names)
 
 
 def _probed(context: Context, unprobed: Network) -> Network:
@@ -76,7 +64,7 @@ def _probe(context: Context, source: int, target: int) -> Link | None:
         edge = Edge(source, target, control.generation, context.config.plan.timeout_s, name="probe")
         wire = Wire(
             device=context.device,
-            backend=wire_backend(context.device, local_world_size=ranks_of(os.environ)[3]),
+            backend=context.roll_call.wire_backend,
             shared_memory=context.config.plan.shared_memory,
         )
         store = control.store_for("probe")

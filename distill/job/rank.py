@@ -25,6 +25,7 @@ from distill.config.fingerprint import identity, run_directory
 from distill.config.schema import JobConfig, from_yaml, to_yaml
 from distill.cuda.clock import DeviceClock
 from distill.data import Dataset
+from distill.distributed.roll_call import call_roll
 from distill.distributed.store import Control, LeaderFailedError, StoreAddress, ranks_of
 from distill.errors import ConfigError, DistillError
 from distill.job.assemble import assemble_student
@@ -58,9 +59,16 @@ FAREWELL_S = 2.0  # how long a failing rank 0 waits for the others to hear of it
 def run_rank(overrides: Sequence[str]) -> int:
     """Run this process's part of the job; return the exit status (0, or 1 after an error that has been told)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the launcher speaks for all ranks
-    rank, world_size, _, _ = ranks_of(os.environ)
+    rank, world_size, local_rank, local_world_size = ranks_of(os.environ)
     address = StoreAddress(rank=rank, world_size=world_size, environment=os.environ, timeout_s=EXCHANGE_S)
-    control = Control(address, rank=rank, world_size=world_size, timeout_s=EXCHANGE_S)
+    control = Control(
+        address,
+        rank=rank,
+        world_size=world_size,
+        timeout_s=EXCHANGE_S,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+    )
     with ExitStack() as ending:
         return _run_and_tell(control, overrides, ending)
 
@@ -144,14 +152,14 @@ def _let_peers_know(control: Control) -> None:
 
 
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> None:
-    device = _device(config)
-    torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(ranks_of(os.environ)[3]))
+    device = _device(config, control.local_rank)
+    torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))
     facts, run = _agree_on_identity(config, control)
     ending.callback(run.release)
     if config.stage is Stage.deliver:
         refuse_unfinished(config, facts, run)
     refuse_ranks_without_rows(config, world_size=control.world_size)
-    with open_data(config, device) as dataset:
+    with open_data(config, device, ranks_here=control.local_world_size) as dataset:
         if control.rank == 0 and config.stage is Stage.all:
             refuse_unjudged(config, dataset)
         teacher = build_teacher(config, dataset, device)
@@ -167,7 +175,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
         context.say(f"run directory: {context.run.path} (attempt {control.generation})")
         for damage in run.mended:
             log.warning("%s", damage)
-        with context.recording(), metering(control, context.run.path, device) as meters:
+        with context.recording(), metering(control, context.run.path, context.roll_call) as meters:
             context = replace(context, watchers=(context.trace.stage, *meters))
             tell_unused(context)
             if context.leads and config.stage is Stage.all:
@@ -215,17 +223,18 @@ def _claim(
     clock = DeviceClock(device) if device.type == "cuda" else None
     trace = Trace(control.rank, control.generation, device_clock=clock)
     scalars = Scalars(run.path / "tensorboard" / f"rank{control.rank}")
-    context = Context(config, control, run, device, console(), trace, scalars, facts)
+    roll_call = call_roll(control, device)
+    context = Context(config, control, run, device, roll_call, console(), trace, scalars, facts)
     _log_to(context)
     return context
 
 
-def _device(config: JobConfig) -> torch.device:
+def _device(config: JobConfig, local_rank: int) -> torch.device:
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "cpu or auto: PyTorch finds no CUDA device here")
     if config.device is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", ranks_of(os.environ)[2] % torch.cuda.device_count())
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 

@@ -17,9 +17,9 @@ from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.cache import is_cached, students_dtype
-from distill.job.plan import trainer_options
 from distill.job.teacher import architecture_of
-from distill.planning.plan import Costs, Span
+from distill.job.trainers import trainer_options
+from distill.planning.costs import Costs, Span
 from distill.planning.unit import Unit
 from distill.recipes import replace_convolutions
 from distill.simulation.hardware import Device, Operation

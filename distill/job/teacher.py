@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,6 @@ from distill.config.choices import AugmentName, CropMode, TeacherSource
 from distill.config.schema import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
-from distill.distributed.store import ranks_of
 from distill.errors import ConfigError
 from distill.job.context import Context
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
@@ -41,8 +39,8 @@ from distill.training.finetune import Epoch, FitOptions, Team, fit, label_loss
 log = logging.getLogger(__name__)
 
 
-def open_data(config: JobConfig, device: torch.device) -> Dataset:
-    """Open the configured images; nothing is written."""
+def open_data(config: JobConfig, device: torch.device, *, ranks_here: int) -> Dataset:
+    """Open the configured images, for one of `ranks_here` ranks on this host; nothing is written."""
     data = config.data
     augment = {name: Augment[name.name] for name in AugmentName}[data.augment]
     return open_dataset(
@@ -60,7 +58,7 @@ def open_data(config: JobConfig, device: torch.device) -> Dataset:
         std=config.std,
         device=device,
         num_workers=data.num_workers,
-        ranks_here=ranks_of(os.environ)[3],
+        ranks_here=ranks_here,
         memory_limit_gib=data.memory_limit_gib,
         max_bad_images=data.max_bad_images,
         download=data.download,

@@ -14,10 +14,16 @@ SHARED = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers and network namespaces of a machine
 
 
+def machine_identity() -> str:
+    """Return what all that run on one machine have in common since it started, whatever they call it; where that is
+    not to be had, the host's name."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
+
+
 def host_identity() -> int:
     """Return a positive number that ranks have in common where they run on one machine under one host name."""
-    boot = BOOT_ID.read_text() if BOOT_ID.exists() else ""
-    return int.from_bytes(hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).digest()[:7], "big") + 1
+    named = f"{socket.gethostname()} {machine_identity()}"
+    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:7], "big") + 1
 
 
 def available_cores() -> int:

@@ -84,3 +84,13 @@ class Network:
     def hop_latency_s(self, ranks: int) -> float:
         """Return the mean latency between neighbours among that many ranks: those of a group talk in a ring."""
         return sum(self.link(rank, rank + 1).latency_s for rank in range(ranks - 1)) / max(1, ranks - 1)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Bytes that one rank sends another over the whole plan, a part of them with each of `batches` batches."""
+
+    source: int
+    target: int
+    size: float
+    batches: int

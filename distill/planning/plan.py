@@ -1,77 +1,30 @@
-"""What a plan is: which rank trains which student blocks, and how long that should take. No torch here.
+"""What a plan is: which rank trains which units, and how long that should take; and what a strategy says of its plans.
+No torch here.
 
-Words and arithmetic are those of docs/architecture.md: T_k teacher forward seconds of block k, S_k seconds of one
-student step, b_k bytes of boundary k (the input of block k and the target of block k - 1).
+Words and arithmetic are those of docs/architecture.md: T_k teacher forward seconds of block k, S_u seconds of one step
+of unit u, b_k bytes of boundary k.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
 
+from distill.planning.costs import Costs, Span
 from distill.planning.memory_model import Memory
-from distill.planning.network import Network
-from distill.planning.unit import Unit
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Per-batch costs in seconds: `teacher_s` by block, `student_s` by the number of a unit (0 where none has it);
-    `boundary_bytes` has one entry more than blocks.
-
-    Rank r takes `slowness[r]` times as long as that (1 for every rank that is not listed).
-    """
-
-    teacher_s: tuple[float, ...]
-    student_s: tuple[float, ...]
-    boundary_bytes: tuple[int, ...]
-    student_bytes: tuple[int, ...] = ()  # of a unit's parameters, by its number
-    slowness: tuple[float, ...] = ()
-    network: Network = field(default_factory=Network)
-    batch_size: int | None = None  # images of a batch, where ranks may share them out
-    memory: Memory | None = None
-    teacher_fixed_s: tuple[float, ...] = ()  # of those seconds, what a share of the batch costs as much as all of it
-    student_fixed_s: tuple[float, ...] = ()
-    read_s_per_byte: float = 0.0  # of recorded boundaries
-
-    def slowness_of(self, rank: int) -> float:
-        return self.slowness[rank] if rank < len(self.slowness) else 1.0
-
-
-@dataclass(frozen=True)
-class Span:
-    """The steps that unit number `unit` has still to do, `first` to `budget` - 1, and the boundaries that it needs for
-    them; where they are not given, those of the block with the unit's number."""
-
-    unit: int
-    first: int
-    budget: int
-    input: int = -1
-    target: int = -1
-
-    def __post_init__(self) -> None:
-        if self.target < 0:
-            object.__setattr__(self, "input", self.unit)
-            object.__setattr__(self, "target", self.unit + 1)
-
-    @classmethod
-    def of(cls, unit: Unit, first: int, budget: int) -> Span:
-        return cls(unit.number, first, budget, unit.input, unit.target)
-
-    @property
-    def steps(self) -> int:
-        return self.budget - self.first
+from distill.planning.network import Flow
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rank owns which blocks (`owners[rank]`), from which step on (`spans`), and the prediction.
+    """Which rank owns which units (`owners[rank]`), from which step on (`spans`), and the prediction.
 
     In a relay rank r receives boundary `starts[r]` (rank 0: the images) and runs the teacher from there up to the start
-    of the next rank that owns blocks. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
-    take the batches in turn. The ranks of one of the `groups` train the blocks of its first rank together, each on its
+    of the next rank that owns units. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
+    take the batches in turn. The ranks of one of the `groups` train the units of its first rank together, each on its
     rows of every batch; a rank that is in none of them is on its own. `gap` is by how much the prediction may exceed
     that of the best placement under this strategy, relatively: 0 where none is better, None where nothing is proven.
     Rank r takes `slowness[r]` times as long as a usual rank (1 for every rank that is not listed).
@@ -93,9 +46,12 @@ class Plan:
     @property
     def label(self) -> str:
         """The strategy with what distinguishes this plan within it."""
-        if self.strategy == "broadcast" and self.teacher_ranks > 1:
-            return f"broadcast with {self.teacher_ranks} teacher ranks"
-        return "relay in groups" if self.starts and self.groups else self.strategy
+        return self.how.label(self)
+
+    @property
+    def how(self) -> Strategy:
+        """What its strategy says of it."""
+        return STRATEGIES[self.strategy]
 
     @property
     def world_size(self) -> int:
@@ -105,30 +61,23 @@ class Plan:
         return self.slowness[rank] if rank < len(self.slowness) else 1.0
 
     def spans_of(self, rank: int) -> tuple[Span, ...]:
-        """The spans of the blocks that `rank` owns, in block order."""
+        """The spans of the units that `rank` owns."""
         return tuple(span for span in self.spans if span.unit in self.owners[rank])
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether a rank trains its blocks one after another, each with a teacher pass of its own."""
-        return self.strategy in ("serial", "layerwise", "ddp")
 
     def group_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that share every batch of `rank`, itself included; the first owns what they train."""
         return next((group for group in self.groups if rank in group), (rank,))
 
     def trained_by(self, rank: int) -> tuple[Span, ...]:
-        """The spans of the blocks that `rank` trains, in block order."""
+        """The spans of the units that `rank` trains."""
         return self.spans_of(self.group_of(rank)[0])
 
     def teaches(self, rank: int) -> bool:
         """Whether a rank runs the teacher or a part of it."""
-        if self.strategy == "cached":
-            return False
-        return rank < self.teacher_ranks if self.strategy == "broadcast" else bool(self.trained_by(rank))
+        return self.how.teaches(self, rank)
 
     def has_work(self, rank: int) -> bool:
-        """Whether a rank takes part: it has blocks to train, or runs the teacher for others."""
+        """Whether a rank takes part: it has units to train, or runs the teacher for others."""
         return bool(self.trained_by(rank)) or self.teaches(rank)
 
     def group_before(self, rank: int) -> tuple[int, ...]:
@@ -143,20 +92,18 @@ class Plan:
         return () if owner is None else self.group_of(owner)
 
     def units_behind(self, rank: int) -> frozenset[int]:
-        """The blocks of all ranks behind `rank` and its group in a relay."""
+        """The units of all ranks behind `rank` and its group in a relay."""
         later = range(self.group_of(rank)[-1] + 1, self.world_size) if self.starts else ()
         return frozenset(span.unit for r in later for span in self.spans_of(r))
 
     def taught_elsewhere(self, rank: int) -> frozenset[int]:
-        """The blocks of other ranks that `rank` computes activations for."""
-        if self.strategy != "broadcast":
-            return self.units_behind(rank)
-        return frozenset(s.unit for s in self.spans if self.teaches(rank) and s.unit not in self.owners[rank])
+        """The units of other ranks that `rank` computes activations for."""
+        return self.how.taught_elsewhere(self, rank)
 
     def started_in(self, seconds: float) -> Plan:
         """This plan where the first batch of a pass over the images takes so long to come."""
         passes = max((len(self.trained_by(rank)) for rank in range(self.world_size)), default=0)
-        start_s = seconds * (passes if self.one_by_one else min(passes, 1))
+        start_s = seconds * (passes if self.how.one_by_one else min(passes, 1))
         return replace(self, predicted_makespan_s=self.predicted_makespan_s + start_s, start_s=start_s)
 
     def to_json(self) -> str:
@@ -190,38 +137,68 @@ def _span(*, unit: int | None = None, block: int | None = None, **steps: int) ->
 
 def memory_of(plan: Plan, memory: Memory) -> tuple[int, ...]:
     """Return the most bytes that every rank of a plan needs."""
-    return tuple(_rank_memory(plan, memory, rank) for rank in range(plan.world_size))
+    return tuple(plan.how.memory(plan, memory, rank) for rank in range(plan.world_size))
 
 
-def _rank_memory(plan: Plan, memory: Memory, rank: int) -> int:
-    units = [span.unit for span in plan.trained_by(rank)]
-    if plan.strategy == "broadcast":
-        elsewhere = [span.unit for r in range(plan.world_size) if r != rank for span in plan.spans_of(r)]
-        needed = memory.resident + memory.students(units)
-        if rank >= plan.teacher_ranks or plan.teacher_ranks > 1:
-            needed += memory.receiving(memory.activations(units))
-        if rank < plan.teacher_ranks:
-            needed += memory.teaching(memory.activations([*units, *elsewhere]))
-            needed += memory.sending(memory.activations(elsewhere)) if elsewhere else 0
-        return needed
-    if not plan.starts or not units:
-        return memory.alone(units)
-    after = min((start for start in plan.starts if start > plan.starts[rank]), default=None)
-    received = memory.receiving(memory.boundary[plan.starts[rank]]) if plan.starts[rank] else 0
-    return memory.alone(units) + received + (memory.sending(memory.boundary[after]) if after is not None else 0)
+class Source(Enum):
+    """Where a rank's batches come from: the engine has a kind of stream for each."""
+
+    served = "ranks that run the whole teacher serve everybody"
+    stretch = "the rank's own stretch of the teacher, from the images or from what another rank passes on"
+    recorded = "what was recorded before"
 
 
-def in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Return spans as their units follow one another in the network."""
-    return tuple(sorted(spans, key=lambda span: (span.input, span.target, span.unit)))
+class Strategy(ABC):
+    """A way to spread teacher and units over ranks: makes plans, and says what follows from one of its own.
+
+    A new one is a file in planning/strategies/ and a line in the registry there; a word of config/choices.py makes it
+    a choice of plan.strategy. Only where its batches come from nowhere that `Source` knows does the engine need a new
+    stream (engine/streams/factory.py).
+    """
+
+    name: str
+    source: Source
+    passes_on = False  # ranks pass what they have computed on to the next, in a row
+    one_by_one = False  # a rank trains its units one after another, each with teacher passes of its own
+    steals = False  # a rank that runs dry may take units from others and run the teacher for them itself
+    automatic = False  # plan.strategy=auto may choose it; the others exist to be measured against
+    divides = False  # the teacher must be a chain whose blocks can run alone
+    shares_batches = False  # ranks share the rows of a batch: results are close, not bitwise those of one rank
+    settings: tuple[str, ...] = ()  # of the section plan, those that only it understands
+
+    @abstractmethod
+    def plan(self, costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
+        """Return the best plan that it finds. Where nothing fits in memory, the makespan is infinite, or the plan needs
+        more than there is: who chooses among plans looks."""
+
+    def configured(self, *, teacher_ranks: int | None, groups: bool) -> list[Strategy]:
+        """Return what to choose from under these settings, those that it does not understand left aside."""
+        del teacher_ranks, groups
+        return [self]
+
+    def label(self, plan: Plan) -> str:
+        """Name a plan, with what distinguishes it from others of the strategy."""
+        return plan.strategy
+
+    def fed_by_one(self, plan: Plan) -> bool:
+        """Whether rank 0 alone feeds everybody, and so may move units to a rank that has run dry."""
+        return False
+
+    def teaches(self, plan: Plan, rank: int) -> bool:
+        """Whether a rank runs the teacher or a part of it."""
+        return bool(plan.trained_by(rank))
+
+    def taught_elsewhere(self, plan: Plan, rank: int) -> frozenset[int]:
+        """Return the units of other ranks that `rank` computes activations for."""
+        return plan.units_behind(rank)
+
+    def memory(self, plan: Plan, memory: Memory, rank: int) -> int:
+        """Return the most bytes that a rank needs."""
+        return memory.alone([span.unit for span in plan.trained_by(rank)])
+
+    def flows(self, plan: Plan, costs: Costs) -> list[Flow]:
+        """Return the activations that are sent; gradients travel within groups and are part of their prices."""
+        return []
 
 
-def teacher_seconds(costs: Costs, spans: Iterable[Span]) -> float:
-    """Seconds of teacher forward passes: each batch once, only as deep as the deepest unit that still trains on it."""
-    remaining = sorted((span for span in spans if span.steps > 0), key=lambda span: span.first)
-    edges = sorted({edge for span in remaining for edge in (span.first, span.budget)})
-    total = 0.0
-    for low, high in pairwise(edges):
-        deepest = max((span.target for span in remaining if span.first <= low < span.budget), default=0)
-        total += (high - low) * sum(costs.teacher_s[:deepest])
-    return total
+STRATEGIES: dict[str, Strategy] = {}  # by name; planning/strategies/ fills it

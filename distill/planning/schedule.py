@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.unit import boundaries_of
 
 TRAIN = -1  # Address.check of a training batch

@@ -143,11 +143,12 @@ class Run:
     def units(self) -> list[UnitState]:
         """Everything that is trained, in order: a student for every block that gets one, and other units after them."""
         states: dict[int, UnitState] = {}
-        blocks, units = self.costs.get("blocks", []), _mapping(self.costs.get("units"))
+        blocks = self.costs.get("blocks", [])
+        units = {unit["number"]: unit["name"] for unit in self.costs.get("units", [])}
 
         def state(number: int) -> UnitState:
             name = blocks[number] if number < len(blocks) else f"block {number}"
-            return states.setdefault(number, UnitState(number, units.get(str(number), name)))
+            return states.setdefault(number, UnitState(number, units.get(number, name)))
 
         for span in self.plan.get("spans", []):
             if (number := _unit_of(span)) is not None:

@@ -15,16 +15,16 @@ from typing import Any
 from rich.table import Table
 
 from distill.errors import ConfigError, DistillError
+from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
-from distill.planning.plan import Costs, Plan, Span
-from distill.planning.strategies import PLANNERS
+from distill.planning.plan import STRATEGIES, Plan, Source
 from distill.report import console, write_scaling
 from distill.simulation.hardware import Cluster, Device, described, load_cluster
 from distill.simulation.simulator import Simulation, simulate
 from distill.storage.files import DamagedFileError, read_json
 
-CHOSEN_FROM = ("broadcast", "relay", "replicate")  # the others exist to be measured against
-SHARED_OUT = ("groups", "ddp")  # all ranks have a part, however few the blocks
+CHOSEN_FROM = tuple(name for name, strategy in STRATEGIES.items() if strategy.automatic)
+COMPARED = tuple(name for name, strategy in STRATEGIES.items() if strategy.source is not Source.recorded)
 ENOUGH = 2  # ranks a block: one that trains it, and one that runs the teacher
 IMAGINED = (*CHOSEN_FROM, "groups")  # what sharing out a batch costs is known of described devices alone
 CLUSTER = "cluster="
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
     try:
         subject = _subject(options, imagine)
         out.print(_preamble(subject), soft_wrap=True)
-        alone = simulate(PLANNERS["broadcast"](subject.on(1), subject.spans, 1), subject.on(1))
+        alone = simulate(STRATEGIES["broadcast"].plan(subject.on(1), subject.spans, 1), subject.on(1))
         found = [
             (name, simulate(planned(name, costs, subject.spans, ranks), costs))
             for ranks in options.ranks
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str], imagine: Imagine) -> int:
 def planned(name: str, costs: Costs, spans: Sequence[Span], ranks: int) -> Plan:
     """Return a planner's plan for that many ranks that are all alike. Only groups can make use of more than a few a
     block; further ranks are left idle here, not searched."""
-    few = ranks if name in SHARED_OUT else min(ranks, ENOUGH * len(spans))
+    few = ranks if STRATEGIES[name].shares_batches else min(ranks, ENOUGH * len(spans))
     network = replace(costs.network, hosts=costs.network.hosts[:few])
     plan = _plan(name, replace(costs, network=network), tuple(spans), few)
     idle = ranks - few
@@ -111,7 +111,7 @@ def planned(name: str, costs: Costs, spans: Sequence[Span], ranks: int) -> Plan:
 
 @cache
 def _plan(name: str, costs: Costs, spans: tuple[Span, ...], ranks: int) -> Plan:
-    return PLANNERS[name](costs, spans, ranks)
+    return STRATEGIES[name].plan(costs, spans, ranks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=_at_least_one, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of ranks"
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=PLANNERS, metavar="NAME",
-        help=f"of {', '.join(PLANNERS)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
+        "--strategies", nargs="+", choices=COMPARED, metavar="NAME",
+        help=f"of {', '.join(COMPARED)} (default: {' '.join(CHOSEN_FROM)}, of described devices also groups)",
     )  # fmt: skip
     parser.add_argument(
         "--gbit", type=_positive, help="bandwidth of every rank's link in Gbit/s (default: as in the run)"
@@ -208,7 +208,9 @@ def measured(run_dir: Path, *, speed: float, steps: int | None) -> tuple[Costs, 
         raise DistillError(
             f"{run_dir}/costs.json: written by an older version; plan again (stage=plan run.dir=NEW ...)"
         )
-    students = [block for block, seconds in enumerate(costs["seconds"]["student"]) if seconds > 0]
+    blocks = range(len(costs["seconds"]["teacher"]))  # earlier versions had one unit a block, and none of their own
+    known = costs.get("units") or [{"number": block, "input": block, "target": block + 1} for block in blocks]
+    units = [unit for unit in known if costs["seconds"]["student"][unit["number"]] > 0]
     budget = steps or max((span["budget"] for span in plan["spans"]), default=1)
     return (
         Costs(
@@ -218,7 +220,7 @@ def measured(run_dir: Path, *, speed: float, steps: int | None) -> tuple[Costs, 
             student_bytes=tuple(costs["student_bytes"]),
             network=_network_of(costs["network"], speed=speed),
         ),
-        [Span(block, 0, budget) for block in students],
+        [Span(unit["number"], 0, budget, unit["input"], unit["target"]) for unit in units],
     )
 
 

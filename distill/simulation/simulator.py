@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from distill.planning.costs import Costs
 from distill.planning.network import RING_SLOTS, Link
-from distill.planning.plan import Costs, Plan
+from distill.planning.plan import Plan, Source
 from distill.planning.relay.groups import as_single_ranks, gradient_bytes
 from distill.planning.schedule import Address, Checks, Feed, Schedule, Service, Turns
 
@@ -64,13 +65,13 @@ def _shortened(plan: Plan, share: float) -> Plan:
 
 
 def _simulate(plan: Plan, costs: Costs, window: int) -> Simulation:
-    if plan.strategy == "broadcast":
+    if plan.how.source is Source.served:
         return _broadcast(plan, costs, window)
-    if plan.strategy == "relay":
+    if plan.how.passes_on:
         return _relay_of_groups(plan, costs, window) if plan.groups else _relay(plan, costs, window)
-    passes = sum(span.steps for span in plan.spans) if plan.one_by_one else 0
-    if not plan.one_by_one:
-        passes = sum(max((span.steps for span in plan.spans_of(rank)), default=0) for rank in range(plan.world_size))
+    together = sum if plan.how.one_by_one else max  # of a rank's units
+    owned = [[span.steps for span in plan.spans_of(rank)] for rank in range(plan.world_size)]
+    passes = sum(together(steps) for steps in owned if steps)
     return Simulation(plan, max(plan.predicted_rank_s), plan.predicted_rank_s, 0, passes)
 
 

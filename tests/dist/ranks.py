@@ -31,8 +31,9 @@ from distill.engine.rebalance.moves import Move
 from distill.engine.session import Session, SessionReport
 from distill.engine.streams.recording import Contents, Recorded, record
 from distill.observability.trace import Trace
+from distill.planning.costs import Span
 from distill.planning.memory_model import Memory
-from distill.planning.plan import Plan, Span
+from distill.planning.plan import Plan
 from distill.planning.schedule import Checks
 from distill.planning.unit import Unit
 from distill.recipes import Separable, replace_convolutions

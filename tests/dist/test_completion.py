@@ -17,7 +17,8 @@ from distill.engine.rebalance.handover import announce_stolen
 from distill.engine.streams.factory import News
 from distill.errors import DistillError
 from distill.observability.trace import Trace
-from distill.planning.plan import Plan, Span
+from distill.planning.costs import Span
+from distill.planning.plan import Plan
 from distill.storage.ledger import Entry, Ledger
 from tests.dist.ranks import stop_heart, two_controls
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.job import energy as metering
+from distill.distributed.roll_call import call_roll
+from distill.job.energy import metering
+from distill.machine import host
 from distill.observability.energy.joules import summarize
 from tests.dist.ranks import TIMEOUT_S, connect, run_ranks
 from tests.nvml import Board, FakeNvml
@@ -23,9 +25,9 @@ def rank(rank: int, world_size: int, environment: Mapping[str, str], run_dir: st
     with pytest.MonkeyPatch.context() as patch:
         FakeNvml([Board(hosts[rank], pace=1_000)]).install(patch)
         patch.setattr(socket, "gethostname", lambda: hosts[rank])
-        patch.setattr(metering, "BOOT_ID", Path(run_dir) / "none")
+        patch.setattr(host, "BOOT_ID", Path(run_dir) / "none")
         control = connect(rank, world_size, environment)
-        with metering.metering(control, Path(run_dir), torch.device("cpu")) as watchers:
+        with metering(control, Path(run_dir), call_roll(control, torch.device("cpu"))) as watchers:
             assert len(watchers) == (1 if rank == 0 else 0)
             for stage in ("teacher", "distill"):
                 if rank == 0:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"__init__", "config", "errors", "machine", "observability", "report", "storage"},
     "report": {"errors", "observability", "planning", "storage"},
     "cache": {"blocks", "errors", "machine", "storage"},
-    "config": {"errors", "storage", "teachers"},
+    "config": {"errors", "planning", "storage", "teachers"},
     "teachers": {"blocks", "errors", "extensions", "storage"},
     "data": {"errors", "machine", "storage"},
     "observability": {"errors", "storage"},

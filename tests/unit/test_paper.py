@@ -14,8 +14,8 @@ from distill.config.choices import AugmentName, BlockLoss, OptimizerName, Recipe
 from distill.config.compose import compose
 from distill.config.schema import JobConfig
 from distill.job.blocks import cut_blocks
-from distill.job.plan import step_budget, trainer_options
 from distill.job.teacher import architecture_of
+from distill.job.trainers import step_budget, trainer_options
 from distill.teachers import build_architecture
 from distill.training.optim import make_optimizer
 from tests.documents import fenced

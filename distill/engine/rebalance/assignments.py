@@ -19,7 +19,8 @@ from distill.distributed.store import Control
 from distill.engine.rebalance.handover import HandOver, taken
 from distill.engine.rebalance.moves import Headroom, Load, Move, Work, chosen_moves, expected_steps
 from distill.engine.rebalance.pace import paces_of
-from distill.planning.plan import Plan, Span
+from distill.planning.costs import Span
+from distill.planning.plan import Plan
 from distill.planning.schedule import Address, Schedule
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from distill.planning.costs import Span
 from distill.planning.memory_model import Memory
-from distill.planning.plan import Span
 
 SET_UP_S = 0.1  # of a hand-over: two edges anew, one for the state, and a trainer to be made
 STATE_BYTES_PER_S = 1e8  # at which a state travels; a little less than gigabit Ethernet carries

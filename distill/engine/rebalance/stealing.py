@@ -19,7 +19,8 @@ from distill.engine.rebalance.handover import HandOver, announce_stolen
 from distill.engine.rebalance.moves import Headroom, Load, Move, Work, chosen_moves, expected_steps
 from distill.engine.rebalance.pace import Pace, paces_of
 from distill.errors import DistillError
-from distill.planning.plan import Plan, Span
+from distill.planning.costs import Span
+from distill.planning.plan import Plan
 
 LISTEN_S = 0.25  # between two looks for requests: each takes a moment from this rank's training
 SAY_S = 0.5  # how often a rank says what it has left

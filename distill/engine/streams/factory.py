@@ -28,9 +28,10 @@ from distill.engine.streams.relay import Next, OwnBatches, Part, PassedOn, Relay
 from distill.engine.streams.rows import overlaps, rows_of
 from distill.engine.streams.teacher_turns import MergedStream, Merger, OwnTurns, TeacherInTurn
 from distill.observability.trace import Trace
+from distill.planning.costs import Span
 from distill.planning.memory_model import Memory
 from distill.planning.network import RING_SLOTS
-from distill.planning.plan import Plan, Span
+from distill.planning.plan import Plan, Source
 from distill.planning.schedule import Checks, Feed, Schedule, Turns
 from distill.planning.unit import boundaries_of
 
@@ -85,18 +86,17 @@ class Setting:
     timeout_s: float
     trace: Trace
     memory: Memory | None = None  # on rank 0: what take-overs have to keep to
-    recorded: Recorded | None = None  # under a plan of the strategy `cached`
+    recorded: Recorded | None = None  # under a plan that reads what was recorded
 
     @property
     def moves_units(self) -> bool:
-        """Whether rank 0, which feeds everybody, may move blocks to a rank that has run dry."""
-        plan = self.plan
-        return self.take_over and plan.strategy == "broadcast" and plan.teacher_ranks == 1 and plan.world_size > 1
+        """Whether rank 0, which feeds everybody, may move units to a rank that has run dry."""
+        return self.take_over and self.plan.how.fed_by_one(self.plan) and self.plan.world_size > 1
 
     @property
     def steals(self) -> bool:
         """Whether a rank that has run dry may take blocks from others and run the teacher for them itself."""
-        return self.take_over and self.plan.strategy in ("relay", "replicate") and self.plan.world_size > 1
+        return self.take_over and self.plan.how.steals and self.plan.world_size > 1
 
 
 class Streams:
@@ -133,20 +133,20 @@ class Streams:
     def bytes_sent(self) -> int:
         return sum(sender.bytes_sent for sender in self._senders)
 
-    def of(self, blocks: Sequence[int]) -> Stream:
-        """Return the stream for these blocks of this rank."""
-        plan = self._setting.plan
-        if plan.strategy == "cached":
-            return self._cached()
-        if plan.strategy != "broadcast":
-            return self._relay(blocks)
-        if plan.teacher_ranks > 1:
+    def of(self, units: Sequence[int]) -> Stream:
+        """Return the stream for these units of this rank."""
+        openers = {Source.served: self._served, Source.stretch: self._relay, Source.recorded: self._cached}
+        return openers[self._setting.plan.how.source](units)
+
+    def _served(self, units: Sequence[int]) -> Stream:
+        """A rank of a broadcast."""
+        if self._setting.plan.teacher_ranks > 1:
             return self._merged()
         if self._rank == 0:
             return self._broadcast()
         return RemoteStream(
             self._setting.control,
-            units=blocks,
+            units=units,
             open_edge=lambda number, units: self._receiver(0, self._boundaries(units), number),
             trace=self._setting.trace,
         )
@@ -195,7 +195,7 @@ class Streams:
     def _boundaries(self, units: Collection[int]) -> frozenset[int]:
         return boundaries_of(span for span in self._setting.plan.spans if span.unit in units)
 
-    def _cached(self) -> CachedStream:
+    def _cached(self, _: Sequence[int]) -> CachedStream:
         setting = self._setting
         assert setting.recorded is not None, "a cached plan needs what was recorded"
         feed = Feed(self._rank, setting.plan.spans_of(self._rank), setting.checks)
@@ -268,13 +268,13 @@ class Streams:
             "trace": setting.trace,
         }
 
-    def _relay(self, blocks: Sequence[int]) -> RelayStream:
+    def _relay(self, units: Sequence[int]) -> RelayStream:
         """A stretch of the teacher: all of it from the images, or in a relay this rank's own."""
         setting, plan, rank = self._setting, self._setting.plan, self._rank
         before, after = plan.group_before(rank), plan.group_after(rank)
         first = plan.starts[rank] if before else 0
         rows = self._rows
-        own = Feed(rank, [span for span in plan.trained_by(rank) if span.unit in blocks], setting.checks)
+        own = Feed(rank, [span for span in plan.trained_by(rank) if span.unit in units], setting.checks)
         following = None
         if after:
             behind = plan.units_behind(rank)
@@ -356,7 +356,7 @@ class Streams:
         """The end of an edge from `source`; of every batch `num_rows` come, or all."""
         setting = self._setting
         forms = {k: setting.chain.boundaries[k].of_rows(num_rows) for k in boundaries}
-        if setting.plan.strategy != "relay":  # which passes on what was computed
+        if not setting.plan.how.passes_on:  # else it is what was computed
             forms = {k: replace(form, dtype=setting.wire_dtype) for k, form in forms.items()}
         return BoundaryReceiver(
             Edge(source, self._rank, setting.control.generation, setting.timeout_s, f"boundaries{number}"),

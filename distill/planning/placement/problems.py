@@ -10,9 +10,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from distill.planning.costs import Costs, Span, in_order, teacher_seconds
 from distill.planning.placement.packing import Floats, Packing
 from distill.planning.placement.search import Problem, Share
-from distill.planning.plan import Costs, Span, in_order, teacher_seconds
 from distill.planning.unit import boundaries_of
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.planning.costs import Span
 from distill.planning.placement.improve import EFFORT, improve
 from distill.planning.placement.lower_bound import LowerBound
 from distill.planning.placement.packing import Packing
 from distill.planning.placement.served_bound import served_bound
-from distill.planning.plan import Span
 
 TOLERANCE = 1e-4  # a makespan this near to a bound, relatively, counts as optimal; costs are never known better
 SEARCHED_BLOCKS = 9  # up to this many all placements are searched,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from distill.planning.costs import Costs
 from distill.planning.network import Network
-from distill.planning.plan import Costs, Plan
+from distill.planning.plan import Plan
 
 
 @dataclass(frozen=True)

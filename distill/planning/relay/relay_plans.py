@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.planning.plan import Costs, Plan, Span, in_order
+from distill.planning.costs import Costs, Span, in_order
+from distill.planning.plan import Plan
 from distill.planning.relay.groups import price_of_student, price_of_teacher
 from distill.planning.relay.ranges import RangeCosts, best_ranges
 from distill.planning.traffic import over_links

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distill.blocks.cut import Chain, Granularity, HookedChain, TracedChain, cut
 from distill.errors import ConfigError
-from distill.planning.plan import Costs, Span
-from distill.planning.strategies import plan_broadcast
+from distill.planning.costs import Costs, Span
+from distill.planning.placement.plans import plan_broadcast
 from distill.planning.unit import Unit, boundaries_of
 from distill.profiling.block_costs import Students, count_flops, flop_costs, measured_costs
 from distill.recipes import SeparableX2, replace_convolutions

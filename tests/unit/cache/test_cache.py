@@ -22,9 +22,9 @@ from distill.config.compose import compose
 from distill.config.fingerprint import identity
 from distill.errors import ConfigError
 from distill.job.cache import Caching
+from distill.planning.costs import Costs, Span
+from distill.planning.placement.plans import plan_cached
 from distill.planning.placement.problems import cached_problem
-from distill.planning.plan import Costs, Span
-from distill.planning.strategies import plan_cached
 from distill.storage.files import DamagedFileError, write_json
 from tests.unit.planning.test_strategies import Instance, brute_force, instances
 

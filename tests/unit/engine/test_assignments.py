@@ -10,7 +10,8 @@ from distill.engine.rebalance import assignments
 from distill.engine.rebalance.assignments import Assignments, Balancer
 from distill.engine.rebalance.moves import Headroom, Move
 from distill.errors import DistillError
-from distill.planning.plan import Plan, Span
+from distill.planning.costs import Span
+from distill.planning.plan import Plan
 from distill.planning.schedule import Checks, Feed, Schedule
 
 EVEN = 1.0  # seconds of a step

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from distill.engine.session import RankReport, Session, SessionReport
-from distill.planning.plan import Plan, Span
+from distill.planning.costs import Span
+from distill.planning.plan import Plan
 
 
 def test_a_rank_is_idle_while_it_waits_and_once_it_has_left() -> None:

@@ -15,8 +15,9 @@ from distill.engine.rebalance import stealing
 from distill.engine.rebalance.moves import Headroom, Move
 from distill.engine.rebalance.pace import Pace
 from distill.engine.rebalance.stealing import Giver, Taker, say_headroom
+from distill.planning.costs import Span
 from distill.planning.memory_model import Memory
-from distill.planning.plan import Plan, Span
+from distill.planning.plan import Plan
 from tests.dist.ranks import stop_heart, two_controls
 
 LIMIT_S = 15.0

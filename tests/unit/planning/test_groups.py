@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
-from distill.planning.plan import Costs, Plan, Span
+from distill.planning.placement.plans import plan_broadcast
+from distill.planning.plan import Plan
 from distill.planning.relay.groups import as_single_ranks, gradient_bytes, price_of_student, price_of_teacher
 from distill.planning.relay.relay_plans import plan_groups, plan_relay
-from distill.planning.strategies import plan_broadcast
 from distill.simulation.simulator import simulate
 
 COSTS = Costs((1.0, 2.0, 1.0), (3.0, 20.0, 4.0), (0, 80, 40, 0), student_bytes=(10, 20, 30), batch_size=64)

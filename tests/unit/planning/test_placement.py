@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
 from distill.planning.placement.lower_bound import LowerBound
 from distill.planning.placement.packing import Packing
+from distill.planning.placement.plans import plan_broadcast, plan_layerwise, plan_replicate
 from distill.planning.placement.problems import broadcast_problem, layerwise_problem, replicate_problem
 from distill.planning.placement.search import Problem, largest_first, place
-from distill.planning.plan import Costs, Plan, Span
-from distill.planning.strategies import plan_broadcast, plan_layerwise, plan_replicate
+from distill.planning.plan import Plan
 
 LAYER_TIMES = Path(__file__).parents[4] / "shared" / "data" / "vgg_layer_seconds.csv"
 PROBLEMS = {"broadcast": broadcast_problem, "layerwise": layerwise_problem, "replicate": replicate_problem}

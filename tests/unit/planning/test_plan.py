@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.planning.costs import Costs, Span, teacher_seconds
 from distill.planning.network import Link, Network
+from distill.planning.placement.plans import plan_broadcast
 from distill.planning.placement.problems import broadcast_problem
-from distill.planning.plan import Costs, Plan, Span, teacher_seconds
-from distill.planning.strategies import plan_broadcast
+from distill.planning.plan import Plan
 from distill.planning.unit import boundaries_of
 
 

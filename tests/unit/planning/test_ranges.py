@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
-from distill.planning.plan import Costs, Plan, Span
+from distill.planning.plan import Plan
 from distill.planning.relay.ranges import Range, RangeCosts, best_ranges
 from distill.planning.relay.relay_plans import plan_groups, plan_relay
 

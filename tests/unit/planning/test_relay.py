@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill.engine.streams.relay import Next, OwnBatches
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.schedule import Address, Checks, Feed
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.schedule import Address, Checks, Feed, Schedule, Service
 from tests.feeding import NEVER, walk
 

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.schedule import TRAIN, Address, Checks, Feed, Turns
 from tests.feeding import NEVER, walk
 

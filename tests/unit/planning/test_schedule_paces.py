@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.schedule import Address, Feed, Schedule
 from tests.feeding import NEVER
 

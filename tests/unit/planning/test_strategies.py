@@ -12,21 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.planning.costs import Costs, Span, teacher_seconds
 from distill.planning.network import Link, Network
-from distill.planning.placement.problems import layerwise_problem, replicate_problem
-from distill.planning.placement.search import Problem
-from distill.planning.plan import Costs, Plan, Span, teacher_seconds
-from distill.planning.relay.relay_plans import plan_relay
-from distill.planning.strategies import (
-    PLANNERS,
+from distill.planning.placement.plans import (
     plan_broadcast,
     plan_layerwise,
     plan_replicate,
     plan_serial,
     plan_teachers,
-    rank_plans,
     teacher_ranks_needed,
 )
+from distill.planning.placement.problems import layerwise_problem, replicate_problem
+from distill.planning.placement.search import Problem
+from distill.planning.plan import STRATEGIES, Plan
+from distill.planning.relay.relay_plans import plan_relay
+from distill.planning.strategies.broadcast import Broadcast
+from distill.planning.strategies.choice import rank_plans
 from distill.planning.unit import boundaries_of
 
 Instance = tuple[Costs, list[Span], int]
@@ -129,7 +130,7 @@ def test_a_slow_rank_gets_less() -> None:
     costs = Costs((0.0,) * 6, (1.0,) * 6, (0,) * 7, slowness=(1.0, 2.0))
     spans = [Span(block, 0, 1) for block in range(6)]
     for name in ("broadcast", "replicate", "layerwise", "relay"):
-        plan = PLANNERS[name](costs, spans, 2)
+        plan = STRATEGIES[name].plan(costs, spans, 2)
         assert [len(owned) for owned in plan.owners] == [4, 2], name
         assert plan.predicted_makespan_s == 4.0
 
@@ -138,10 +139,10 @@ def test_the_ranking_begins_with_the_fastest() -> None:
     cheap_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5)
     dear_wire = Costs((1.0,) * 4, (1.0,) * 4, (1,) * 5, network=wire(100.0))
     spans = [Span(block, 0, 10) for block in range(4)]
-    names = ("broadcast", "replicate", "relay")
-    assert rank_plans(names, cheap_wire, spans, 4, teacher_ranks=1)[0].strategy == "relay"
-    assert rank_plans(names, cheap_wire, spans, 4)[0].label.startswith("broadcast with")
-    ranking = rank_plans(names, dear_wire, spans, 4)
+    asked = [STRATEGIES[name] for name in ("broadcast", "replicate", "relay")]
+    assert rank_plans([Broadcast(1), *asked[1:]], cheap_wire, spans, 4)[0].strategy == "relay"
+    assert rank_plans(asked, cheap_wire, spans, 4)[0].label.startswith("broadcast with")
+    ranking = rank_plans(asked, dear_wire, spans, 4)
     assert ranking[0].strategy == "replicate"
     makespans = [plan.predicted_makespan_s for plan in ranking]
     assert makespans == sorted(makespans)
@@ -150,7 +151,8 @@ def test_the_ranking_begins_with_the_fastest() -> None:
 
 def test_of_plans_predicted_as_good_as_equal_the_one_that_sends_least_comes_first() -> None:
     costs = Costs((0.01, 0.01), (10.0, 10.0), (100, 1, 1))
-    plans = rank_plans(("broadcast", "relay", "replicate"), costs, [Span(block, 0, 10) for block in range(2)], 2)
+    asked = [STRATEGIES[name] for name in ("broadcast", "relay", "replicate")]
+    plans = rank_plans(asked, costs, [Span(block, 0, 10) for block in range(2)], 2)
     assert [plan.strategy for plan in plans] == ["replicate", "relay", "broadcast"]
     seconds = [plan.predicted_makespan_s for plan in plans]
     assert seconds[1] < seconds[0] < 1.02 * seconds[1]
@@ -179,7 +181,7 @@ def test_teacher_of_a_replica_is_only_as_deep_as_its_own_blocks() -> None:
 def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
     costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, network=wire(0.01), student_bytes=(100, 50))
     spans = [Span(0, 0, 10), Span(1, 0, 10)]
-    plan = PLANNERS["ddp"](costs, spans, 2)
+    plan = STRATEGIES["ddp"].plan(costs, spans, 2)
     assert plan.owners == ((0, 1), ())
     assert plan.trained_by(1) == plan.trained_by(0) == tuple(spans)
     assert plan.predicted_makespan_s == pytest.approx(10 * (1 + 2 + 2 + 2) / 2 + 0.01 * 150 * 10)
@@ -188,7 +190,7 @@ def test_ranks_that_share_a_block_pay_for_its_gradients() -> None:
 @pytest.mark.parametrize("slowness", [(1.0, 2.0), (2.0, 1.0), (2.0, 2.0)])
 def test_ranks_that_share_a_block_go_as_fast_as_the_slowest(slowness: tuple[float, float]) -> None:
     costs = Costs((1.0, 1.0), (2.0, 2.0), (0,) * 3, slowness=slowness, student_bytes=(0, 0))
-    plan = PLANNERS["ddp"](costs, [Span(0, 0, 10), Span(1, 0, 10)], 2)
+    plan = STRATEGIES["ddp"].plan(costs, [Span(0, 0, 10), Span(1, 0, 10)], 2)
     assert plan.predicted_rank_s == pytest.approx([10 * (1 + 2 + 2 + 2) / 2 * 2.0] * 2)
 
 

@@ -8,16 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.planning.network import Link, Network
-from distill.planning.plan import Costs, Plan, Span
+from distill.planning.costs import Costs, Span
+from distill.planning.network import Flow, Link, Network
+from distill.planning.placement.plans import plan_broadcast
+from distill.planning.plan import STRATEGIES, Plan
 from distill.planning.relay.relay_plans import plan_groups, plan_relay
-from distill.planning.strategies import PLANNERS, plan_broadcast, rank_plans
-from distill.planning.traffic import Flow, busiest_line_s, flows, over_links
+from distill.planning.strategies.choice import rank_plans
+from distill.planning.traffic import busiest_line_s, over_links
 from distill.simulation.simulator import simulate
 
 COSTS = Costs((1.0, 1.0, 1.0, 1.0), (4.0, 4.0, 4.0, 4.0), (40, 30, 20, 10, 5), student_bytes=(8,) * 4)
 STEPS = 50
 SPANS = tuple(Span(block, 0, STEPS) for block in range(4))
+
+
+def flows_of(plan: Plan, costs: Costs) -> list[Flow]:
+    return plan.how.flows(plan, costs)
 
 
 def between(bytes_per_s: float, *, latency_s: float = 0.0, hosts: tuple[int, ...] = (0, 1)) -> Costs:
@@ -31,18 +37,18 @@ def plan(strategy: str, owners: tuple[tuple[int, ...], ...], starts: tuple[int, 
 
 def test_a_broadcast_sends_every_boundary_that_another_rank_needs_once() -> None:
     placed = plan("broadcast", ((0,), (1, 3), (2,)))
-    assert flows(placed, COSTS) == [Flow(0, 1, STEPS * (30 + 20 + 10 + 5), STEPS), Flow(0, 2, STEPS * 30, STEPS)]
-    shared = flows(replace(placed, teacher_ranks=2), COSTS)
+    assert flows_of(placed, COSTS) == [Flow(0, 1, STEPS * (30 + 20 + 10 + 5), STEPS), Flow(0, 2, STEPS * 30, STEPS)]
+    shared = flows_of(replace(placed, teacher_ranks=2), COSTS)
     assert [(f.source, f.target) for f in shared] == [(1, 0), (0, 1), (0, 2), (1, 2)]
     assert sum(f.size for f in shared if f.target == 2) == STEPS * 30
 
 
 def test_a_relay_sends_one_boundary_a_hop_and_a_group_its_rows() -> None:
     placed = plan("relay", ((0, 1), (), (2, 3), ()), (0, 0, 2, 2))
-    assert flows(placed, COSTS) == [Flow(0, 2, STEPS * 20, STEPS)]
+    assert flows_of(placed, COSTS) == [Flow(0, 2, STEPS * 20, STEPS)]
     grouped = replace(placed, owners=((0, 1), (2, 3), ()), starts=(0, 2, 2), groups=((1, 2),))
-    assert flows(grouped, COSTS) == [Flow(0, 1, STEPS * 10, STEPS), Flow(0, 2, STEPS * 10, STEPS)]
-    assert flows(plan("replicate", ((0, 1), (2, 3))), COSTS) == []
+    assert flows_of(grouped, COSTS) == [Flow(0, 1, STEPS * 10, STEPS), Flow(0, 2, STEPS * 10, STEPS)]
+    assert flows_of(plan("replicate", ((0, 1), (2, 3))), COSTS) == []
 
 
 def test_all_that_leaves_a_host_shares_its_line_and_what_stays_does_not() -> None:
@@ -84,18 +90,17 @@ def test_a_relay_is_cut_where_its_boundary_comes_through() -> None:
 
 
 def test_gradients_go_over_the_slowest_link_while_the_next_teacher_prefix_computes() -> None:
-    here = PLANNERS["ddp"](COSTS, SPANS, 2).predicted_makespan_s
-    there = PLANNERS["ddp"](between(4.0, latency_s=0.1), SPANS, 2).predicted_makespan_s
+    here = STRATEGIES["ddp"].plan(COSTS, SPANS, 2).predicted_makespan_s
+    there = STRATEGIES["ddp"].plan(between(4.0, latency_s=0.1), SPANS, 2).predicted_makespan_s
     averaging_s, prefixes_s = 8 / 4.0 + 2 * 0.1, [0.5, 1.0, 1.5, 2.0]
     assert there - here == pytest.approx(STEPS * sum(averaging_s - prefix for prefix in prefixes_s))
-    assert PLANNERS["ddp"](between(400.0), SPANS, 2).predicted_makespan_s == here
+    assert STRATEGIES["ddp"].plan(between(400.0), SPANS, 2).predicted_makespan_s == here
 
 
 def test_the_slower_the_link_the_less_the_best_strategy_sends() -> None:
-    chosen = [
-        rank_plans(("broadcast", "replicate", "relay"), between(speed), SPANS, 2)[0] for speed in (1e6, 2.0, 0.05)
-    ]
+    asked = [STRATEGIES[name] for name in ("broadcast", "replicate", "relay")]
+    chosen = [rank_plans(asked, between(speed), SPANS, 2)[0] for speed in (1e6, 2.0, 0.05)]
     assert chosen[-1].strategy == "replicate"
-    sent = [sum(flow.size for flow in flows(one, COSTS)) for one in chosen]
+    sent = [sum(flow.size for flow in flows_of(one, COSTS)) for one in chosen]
     assert sent == sorted(sent, reverse=True)
     assert sent[0] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.planning.plan import Span
+from distill.planning.costs import Span
 from distill.planning.unit import Proposal, Unit, number_units
 
 NAMES = ["stem", "one", "two"]

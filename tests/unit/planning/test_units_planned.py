@@ -9,15 +9,20 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from distill.planning.costs import Costs, Span, in_order, teacher_seconds
 from distill.planning.memory_model import Memory
-from distill.planning.plan import Costs, Plan, Span, in_order, memory_of, teacher_seconds
+from distill.planning.network import Flow
+from distill.planning.placement.plans import plan_broadcast, plan_cached, plan_ddp, plan_layerwise, plan_replicate
+from distill.planning.plan import Plan, memory_of
 from distill.planning.relay.relay_plans import plan_groups, plan_relay
 from distill.planning.schedule import Checks, Feed
-from distill.planning.strategies import plan_broadcast, plan_cached, plan_ddp, plan_layerwise, plan_replicate
-from distill.planning.traffic import flows
 from distill.simulation.simulator import simulate
 
 Instance = tuple[Costs, list[Span], int]
+
+
+def flows_of(plan: Plan, costs: Costs) -> list[Flow]:
+    return plan.how.flows(plan, costs)
 
 
 @st.composite
@@ -108,7 +113,7 @@ def test_a_broadcast_sends_a_rank_a_boundary_once_however_many_candidates_want_i
     spans = [Span(0, 0, 5), Span(1, 0, 5), Span(3, 0, 5, 1, 2), Span(4, 0, 5, 1, 3)]
     plan = Plan("broadcast", ((0,), (1, 3, 4)), tuple(spans), 1.0, (1.0, 1.0))
     costs = Costs((1.0,) * 3, (1.0,) * 5, (1, 10, 100, 1000))
-    assert [flow.size for flow in flows(plan, costs)] == [5 * (10 + 100 + 1000)]
+    assert [flow.size for flow in flows_of(plan, costs)] == [5 * (10 + 100 + 1000)]
 
 
 def test_a_feed_s_boundaries_are_those_of_its_units() -> None:

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from distill.errors import DistillError
-from distill.planning.plan import Costs, Span
-from distill.planning.strategies import plan_broadcast
+from distill.planning.costs import Costs, Span
+from distill.planning.placement.plans import plan_broadcast
 from distill.planning.unit import Unit
 from distill.report import plan_table, result_table, write_report
 from distill.report.headline import go_on_command

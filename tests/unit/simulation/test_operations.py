@@ -8,9 +8,9 @@ import torch
 from distill.config.compose import compose
 from distill.errors import ConfigError
 from distill.job.blocks import cut_blocks, make_recipe
-from distill.job.plan import trainer_options
 from distill.job.simulate import imagined_costs
-from distill.planning.plan import Span
+from distill.job.trainers import trainer_options
+from distill.planning.costs import Span
 from distill.planning.unit import Unit
 from distill.profiling.block_costs import flop_costs
 from distill.recipes import replace_convolutions

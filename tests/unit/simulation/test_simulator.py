@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
-from distill.planning.plan import Costs, Span
+from distill.planning.placement.plans import plan_broadcast
+from distill.planning.plan import STRATEGIES
 from distill.planning.relay.relay_plans import plan_groups, plan_relay
-from distill.planning.strategies import PLANNERS, plan_broadcast
 from distill.simulation.command import ENOUGH, main, measured, planned
 from distill.simulation.hardware import DESCRIBED, Device, load_device
 from distill.simulation.simulator import SAMPLE_STEPS, simulate
@@ -36,7 +37,7 @@ def whole(steps: int, blocks: int = 4) -> list[Span]:
 
 @pytest.mark.parametrize("strategy", ["broadcast", "relay", "replicate", "layerwise", "serial"])
 def test_one_rank_alone_takes_exactly_what_its_plan_says(strategy: str) -> None:
-    plan = PLANNERS[strategy](COSTS, whole(20), 1)
+    plan = STRATEGIES[strategy].plan(COSTS, whole(20), 1)
     found = simulate(plan, COSTS)
     assert found.makespan_s == pytest.approx(plan.predicted_makespan_s)
     assert found.mean_idle_share == pytest.approx(0.0, abs=1e-9)
@@ -236,7 +237,7 @@ def test_without_a_given_link_the_runs_own_are_reckoned_with(
     costs, spans = measured(run, speed=1.0, steps=None)
     for row, ranks in zip(rows_of(shown), (2, 4), strict=True):
         joined = replace(costs, network=RUNS_LINKS.resized(ranks))
-        expected = simulate(PLANNERS["broadcast"](joined, spans, ranks), joined).makespan_s
+        expected = simulate(STRATEGIES["broadcast"].plan(joined, spans, ranks), joined).makespan_s
         assert float(row[2].replace(",", "")) == pytest.approx(expected, abs=0.06)
 
 

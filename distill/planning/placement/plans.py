@@ -1,31 +1,18 @@
-"""Costs of blocks -> a plan, one function a strategy, and the choice among them. No torch here."""
+"""Plans whose units may be on any rank: one function a strategy, around one search. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from math import isfinite
 
+from distill.planning.costs import Costs, Span
 from distill.planning.placement.problems import broadcast_problem, cached_problem, layerwise_problem, replicate_problem
 from distill.planning.placement.search import Placement, Problem, largest_first, place
-from distill.planning.plan import Costs, Plan, Span, memory_of
-from distill.planning.relay.groups import gradient_bytes, price_of_student
-from distill.planning.relay.relay_plans import plan_groups, plan_relay
-from distill.planning.traffic import busiest_line_s, flows, over_links
+from distill.planning.plan import Plan
+from distill.planning.relay.groups import price_of_student
+from distill.planning.traffic import busiest_line_s, over_links
 
-
-class DoesNotFitError(Exception):
-    """No plan fits in the memory of the ranks; the one that comes nearest needs `bytes_needed` on one of them."""
-
-    def __init__(self, bytes_needed: int) -> None:
-        super().__init__(bytes_needed)
-        self.bytes_needed = bytes_needed
-
-
-Planner = Callable[[Costs, Sequence[Span], int], Plan]
 DEARER = (0.25, 0.5, 1.0)  # shares of a byte's time on a slow line by which placements are guided
-CLOSE = 0.02  # makespans that differ by less are predicted equal: then what is sent, which disturbs, decides
 WORTH = 0.05  # by how much a further teacher rank must shorten the makespan: costs are not known better
 
 
@@ -118,40 +105,3 @@ def _on(strategy: str, problem: Problem, found: Placement) -> Plan:
     ranks = range(problem.world_size)
     owners = tuple(tuple(sorted(b for b, r in found.rank_of.items() if r == rank)) for rank in ranks)
     return Plan(strategy, owners, tuple(problem.spans), max(found.rank_s), found.rank_s, gap=found.gap)
-
-
-PLANNERS: Mapping[str, Planner] = {
-    "broadcast": plan_teachers,
-    "relay": plan_relay,
-    "groups": plan_groups,
-    "replicate": plan_replicate,
-    "layerwise": plan_layerwise,
-    "serial": plan_serial,
-    "ddp": plan_ddp,
-}
-
-
-def rank_plans(
-    names: Sequence[str], costs: Costs, spans: Sequence[Span], world_size: int, *, teacher_ranks: int | None = None
-) -> list[Plan]:
-    """Return the plans of these planners that fit in memory by predicted makespan, but first of all, among those within
-    CLOSE of the fastest, the one that sends least. A broadcast has `teacher_ranks`, or as many as pay.
-
-    Raises DoesNotFitError where none of them fits.
-    """
-    planners = dict(PLANNERS)
-    if teacher_ranks is not None:
-        planners["broadcast"] = partial(plan_broadcast, teacher_ranks=teacher_ranks)
-    plans = [replace(planners[name](costs, spans, world_size), slowness=costs.slowness) for name in names]
-    memory = costs.memory
-    if memory is not None and memory.limit is not None:
-        needed = [max(memory_of(plan, memory)) for plan in plans]
-        known = [isfinite(plan.predicted_makespan_s) for plan in plans]  # no range of a relay may fit
-        plans = [p for p, most, is_known in zip(plans, needed, known, strict=True) if is_known and most <= memory.limit]
-        if not plans:
-            raise DoesNotFitError(min(needed))
-    ranked = sorted(plans, key=lambda plan: plan.predicted_makespan_s)
-    close_s = (1 + CLOSE) * ranked[0].predicted_makespan_s
-    close = [plan for plan in ranked if plan.predicted_makespan_s <= close_s]
-    chosen = min(close, key=lambda plan: gradient_bytes(plan, costs) + sum(flow.size for flow in flows(plan, costs)))
-    return [chosen, *(plan for plan in ranked if plan is not chosen)]

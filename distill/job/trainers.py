@@ -1,0 +1,101 @@
+"""Trainers of units: fresh, or at their last checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+
+import torch
+
+from distill.blocks.memory_format import to_channels_last
+from distill.config.choices import Stop
+from distill.config.schema import JobConfig
+from distill.cuda.lanes import Lane, lanes
+from distill.data import Dataset
+from distill.data.addressing import derive_seed
+from distill.job.blocks import Blocks
+from distill.job.context import Context
+from distill.planning.costs import Span
+from distill.profiling.block_costs import (
+    Students,
+)  # fmt: skip
+from distill.recipes import replace_convolutions
+from distill.storage.checkpoint import CheckpointFolder, unit_name
+from distill.training.optim import TrainerOptions
+from distill.training.trainer import BlockTrainer
+
+log = logging.getLogger(__name__)
+
+
+def step_budget(config: JobConfig, dataset: Dataset) -> int:
+    """Return the steps of every block."""
+    if config.distill.epochs is not None:
+        return math.ceil(config.distill.epochs * dataset.steps_per_epoch)
+    return config.distill.steps or 0
+
+
+class Trainers:
+    """Makes the trainers of units: fresh, or resumed from their checkpoints."""
+
+    def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
+        self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
+        self._student_bytes: dict[int, int] = {}
+        graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
+        self._lanes = lanes(context.device) if graphs else [Lane()]
+
+    @property
+    def students(self) -> Students:
+        """What makes a fresh trainer of every unit."""
+        return {unit: partial(self.fresh, number) for number, unit in self._blocks.units.items()}
+
+    def fresh(self, number: int) -> BlockTrainer:
+        """Return a unit's trainer at step 0. Its first weights are a function of (seed, the unit's key) alone."""
+        config, device, unit = self._context.config, self._context.device, self._blocks.units[number]
+        module = self._blocks.chain.block_module(unit.input)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "student", unit.key))
+        replace_convolutions(module, self._blocks.replaced[unit.input], self._blocks.recipe, generator)
+        to_channels_last(module, device)
+        self._student_bytes[number] = sum(parameter.nbytes for parameter in module.parameters())
+        lane = self._lanes[number % len(self._lanes)]
+        options = trainer_options(config)
+        return BlockTrainer(unit, module, budget=self._budget, device=device, options=options, lane=lane)
+
+    def resumed(self, number: int) -> BlockTrainer:
+        """Return a unit's trainer at its checkpoint's step, or at step 0 where it has none."""
+        trainer = self.fresh(number)
+        checkpoint = self._checkpoints.load(unit_name(number))
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        return trainer
+
+    def student_bytes(self, number: int) -> int:
+        """Return the bytes of a unit's parameters, 0 where no unit has the number."""
+        if number in self._blocks.units and number not in self._student_bytes:
+            self.fresh(number)
+        return self._student_bytes.get(number, 0)
+
+    def span(self, number: int) -> Span:
+        """Return the steps a unit has still to do."""
+        checkpoint = self._checkpoints.load(unit_name(number))
+        return Span.of(self._blocks.units[number], checkpoint.step if checkpoint else 0, self._budget)
+
+
+def trainer_options(config: JobConfig) -> TrainerOptions:
+    """Return how the configuration wants every block trained."""
+    options = config.distill
+    return TrainerOptions(
+        loss=options.loss.name,
+        optimizer=options.optimizer.name,
+        lr=options.lr,
+        momentum=options.momentum,
+        smoothing=options.smoothing,
+        weight_decay=options.weight_decay,
+        schedule=options.schedule.name,
+        warmup_steps=options.warmup_steps,
+        clip_norm=options.clip_norm,
+        amp=options.amp.name,
+        patience=options.patience if options.stop is Stop.plateau else 0,
+        min_delta=options.min_delta,
+        log_every=options.log_every,
+    )
