@@ -10,19 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.planning.costs import Span
-from distill.planning.placement.improve import EFFORT, improve
-from distill.planning.placement.lower_bound import LowerBound
+from distill.planning.placement.assignment import shorter
+from distill.planning.placement.improve import improve
 from distill.planning.placement.packing import Packing
-from distill.planning.placement.served_bound import served_bound
 
-TOLERANCE = 1e-4  # a makespan this near to a bound, relatively, counts as optimal; costs are never known better
+TOLERANCE = 5e-3  # a makespan this near to a bound, relatively, counts as optimal: costs are known to some per cent
+NEARLY = 1e-4  # to a bound, where the search for better placements ends
 SEARCHED_BLOCKS = 9  # up to this many all placements are searched,
 SEARCHED_PLACEMENTS = 50_000  # and where there are no more than this many
 SEARCH_NODES = 20_000  # unless that takes more than this many nodes, a third of a second
-BOUNDED_BLOCKS = 128  # up to this many the bound is raised by column generation
-
-EXCESSES = (0.5, 0.75, 1, 2, 0.9, 0.6, 4, 8, 16, 32)  # makespans that are dived for: TOLERANCEs above the bound
-POLISH = 3e6  # effort that goes into what a dive has found, about 40 ms
+POLISH = 3e6  # effort that goes into what the programme has found, about 40 ms
 
 Share = tuple[float, float]  # seconds of a rank's own work, and seconds that serving it costs rank 0
 
@@ -76,11 +73,12 @@ class Placement:
 
 
 def place(problem: Problem) -> Placement:
-    """Return the best placement found, and a bound: the optimum itself for nearly all problems of up to 64 blocks.
+    """Return the best placement found, and a bound that is mostly within TOLERANCE of it for up to PAIRS pairs of block
+    and rank.
 
     Small problems are searched whole. Of others the largest-first placement is improved by dividing pairs of ranks
-    anew, the bound is raised by column generation, and where the two do not meet, dives into its programme look for
-    placements just above the bound.
+    anew; where that is not within TOLERANCE of a simple bound, one mixed-integer programme looks for a shorter one, and
+    tells a bound.
     Source: Graham 1969 for the largest-first rule (LPT).
     """
     packing = problem.packing
@@ -91,7 +89,6 @@ def place(problem: Problem) -> Placement:
         rank_of, complete = _branch_and_bound(_by_block(problem, owner), problem)
         if complete:
             return _placement(problem, rank_of, max(problem.seconds(rank_of)))
-    owner = improve(packing, owner, good_enough_s=packing.simple_bound() * (1 + TOLERANCE))
     owner, bound_s = _bounded(packing, owner)
     return _placement(problem, _by_block(problem, owner), bound_s)
 
@@ -102,52 +99,22 @@ def _few(packing: Packing) -> bool:
 
 
 def _bounded(packing: Packing, owner: NDArray[np.intp]) -> tuple[NDArray[np.intp], float]:
-    """Return a placement at least as good as `owner`, and a makespan that none beats."""
+    """Return what can be made of `owner`, and a makespan that no placement beats."""
     bound_s = packing.simple_bound()
-    if packing.num_blocks > BOUNDED_BLOCKS or _makespan(packing, owner) <= bound_s * (1 + TOLERANCE):
+    owner = improve(packing, owner, good_enough_s=bound_s * (1 + NEARLY))
+    best_s = _makespan(packing, owner)
+    if best_s <= bound_s * (1 + TOLERANCE):
         return owner, bound_s
-    if packing.sends and packing.teacher_ranks == 1:
-        served_s, leaves = served_bound(packing, upper_s=_makespan(packing, owner), tolerance=TOLERANCE)
-        bound_s = max(bound_s, served_s)
-        owner = _better(packing, owner, _in_runs(packing, leaves), bound_s, effort=EFFORT)
-        if _makespan(packing, owner) <= bound_s * (1 + TOLERANCE):
-            return owner, bound_s
-    bound = LowerBound(packing, owner, reached_s=bound_s, tolerance=TOLERANCE)
-    bound.close_in()
-    owner = _better(packing, owner, largest_first(packing, bound.likely()), bound.reached_s, effort=EFFORT)
-    for excess in EXCESSES:
-        best_s = _makespan(packing, owner)
-        if bound.exhausted or best_s <= bound.reached_s * (1 + TOLERANCE):
-            break
-        found = bound.dive(min(bound.reached_s * (1 + excess * TOLERANCE), best_s / (1 + TOLERANCE / 4)))
-        if found is not None:
-            owner = _better(packing, owner, largest_first(packing, found), bound.reached_s, effort=POLISH)
-    return owner, bound.reached_s
+    limit_s = best_s / (1 + TOLERANCE / 2)  # less is not worth a search
+    found, bound_s = shorter(packing, limit_s, reached_s=bound_s, tolerance=0.4 * TOLERANCE)
+    if found is not None:
+        found = improve(packing, found, good_enough_s=bound_s * (1 + NEARLY), effort=POLISH)
+        owner = min(owner, found, key=lambda one: _makespan(packing, one))
+    return owner, bound_s
 
 
 def _makespan(packing: Packing, owner: NDArray[np.intp]) -> float:
     return float(packing.seconds(owner).max())
-
-
-def _better(
-    packing: Packing, owner: NDArray[np.intp], start: NDArray[np.intp], bound_s: float, *, effort: float
-) -> NDArray[np.intp]:
-    """Return `owner`, or what can be made of another start if that is better."""
-    good_enough_s = bound_s * (1 + TOLERANCE)
-    if _makespan(packing, owner) <= good_enough_s:
-        return owner
-    other = improve(packing, start, good_enough_s=good_enough_s, effort=effort)
-    return min(owner, other, key=lambda one: _makespan(packing, one))
-
-
-def _in_runs(packing: Packing, leaves: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return a placement in which the other ranks share the blocks that leave rank 0 in runs of neighbours."""
-    owner = np.zeros(packing.num_blocks, dtype=np.intp)
-    speed = np.cumsum(1 / packing.slowness[1:])
-    work = np.cumsum(packing.work_s[leaves])
-    middle = (work - packing.work_s[leaves] / 2) / max(work[-1:].sum(), 1e-300) * speed[-1]
-    owner[leaves] = 1 + np.searchsorted(speed, middle).clip(max=len(speed) - 1)
-    return owner
 
 
 def _placement(problem: Problem, rank_of: Mapping[int, int], bound_s: float) -> Placement:
@@ -159,17 +126,19 @@ def _by_block(problem: Problem, owner: NDArray[np.intp]) -> dict[int, int]:
     return {span.unit: int(rank) for span, rank in zip(problem.spans, owner, strict=True)}
 
 
-def largest_first(packing: Packing, owner: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
-    """Return `owner` with every block that has none (-1) on the rank that is done with it first, large ones first."""
-    owner = np.full(packing.num_blocks, -1) if owner is None else owner.copy()
+def largest_first(packing: Packing) -> NDArray[np.intp]:
+    """Return a placement (N: the rank of every block): each, the largest first, is on the rank that is done with it
+    first among those that have room for it, or, where none has, on the one with most."""
+    owner = np.empty(packing.num_blocks, dtype=np.intp)
     loads = packing.base_s.copy()
-    placed = owner >= 0
-    np.add.at(loads, owner[placed], packing.slowness[owner[placed]] * packing.work_s[placed])
+    room = np.full(packing.num_ranks, np.inf) if packing.room is None else packing.room.copy()
+    sizes = np.zeros(packing.num_blocks) if packing.bytes is None else packing.bytes
     for block in np.argsort(-packing.work_s, kind="stable"):
-        if owner[block] < 0:
-            after = loads + packing.slowness * packing.work_s[block]
-            owner[block] = int(after.argmin())
-            loads[owner[block]] = after[owner[block]]
+        after = loads + packing.slowness * packing.work_s[block]
+        fits = room >= min(sizes[block], room.max())
+        rank = int(np.where(fits, after, np.inf).argmin())
+        owner[block], loads[rank] = rank, after[rank]
+        room[rank] -= sizes[block]
     return owner
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
-from distill.planning.placement.lower_bound import LowerBound
 from distill.planning.placement.packing import Packing
 from distill.planning.placement.plans import plan_broadcast, plan_layerwise, plan_replicate
 from distill.planning.placement.problems import broadcast_problem, layerwise_problem, replicate_problem
-from distill.planning.placement.search import Problem, largest_first, place
+from distill.planning.placement.search import TOLERANCE, Problem, largest_first, place
 from distill.planning.plan import Plan
 
 LAYER_TIMES = Path(__file__).parents[4] / "shared" / "data" / "vgg_layer_seconds.csv"
@@ -28,7 +30,7 @@ PROBLEMS = {"broadcast": broadcast_problem, "layerwise": layerwise_problem, "rep
 needs_layer_times = pytest.mark.skipif(
     not LAYER_TIMES.exists(), reason="the first paper's layer times are not beside the repository"
 )
-MANY = 1 + 1.5e-4  # what rounding may add to the tolerance within which a placement counts as optimal
+MANY = 1 + TOLERANCE  # within which a placement counts as optimal
 
 
 def wire(sender_s_per_byte: float) -> Network:
@@ -130,23 +132,91 @@ def least_of_all(packing: Packing) -> float:
 
 @pytest.mark.parametrize(
     ("strategy", "ranks", "blocks_a_rank", "proven", "largest_gap"),
-    [("layerwise", (12, 24), (2, 3), 0.75, 0.01), ("replicate", (6, 16), (1, 3), 0.9, 0.03)],
+    [
+        ("broadcast", (3, 9), (3, 6), 0.8, 0.01),
+        ("layerwise", (8, 14), (2, 3), 0.6, 0.1),
+        ("replicate", (6, 16), (1, 3), 0.8, 0.05),
+    ],
 )
 def test_most_hard_problems_are_proven_optimal_and_none_is_far_from_it(
     strategy: str, ranks: tuple[int, int], blocks_a_rank: tuple[int, int], proven: float, largest_gap: float
 ) -> None:
-    """Few blocks a rank, where neither work spread evenly nor the largest block decides."""
+    """Few blocks a rank, where neither work spread evenly nor the largest block decides; a broadcast has dear links and
+    ranks of different speed."""
     gaps = []
-    for seed in range(12):
+    for seed in range(6):
         generator = np.random.default_rng(seed)
         number = int(generator.integers(*ranks))
         blocks = int(number * generator.uniform(*blocks_a_rank))
         student = random_costs(["uniform", "stages"][seed % 2], blocks, seed)
-        teacher = student / 4 if strategy == "replicate" else 0 * student
-        costs = Costs(tuple(teacher), tuple(student), (0,) * (blocks + 1))
+        costs = Costs(
+            tuple(student / (1e9 if strategy == "layerwise" else 4)),
+            tuple(student),
+            tuple(generator.integers(1, 64, blocks + 1)),
+            slowness=tuple(generator.choice([1.0, 2.0], number)) if strategy == "broadcast" else (),
+            network=wire(0.001 * student.mean()),
+        )
         gaps.append(place(PROBLEMS[strategy](costs, whole(blocks), number)).gap)
     assert np.mean([gap == 0 for gap in gaps]) >= proven
     assert max(gaps) < largest_gap
+
+
+@settings(max_examples=12, deadline=None)
+@given(instances(most=5), st.sampled_from(["broadcast", "replicate"]), st.integers(1, 3), st.data())
+def test_no_placement_that_fits_in_memory_is_better(
+    instance: tuple[Costs, list[Span], int], strategy: str, teacher_ranks: int, data: st.DataObject
+) -> None:
+    costs, spans, ranks = instance
+    number = {"teacher_ranks": min(teacher_ranks, ranks)} if strategy == "broadcast" else {}
+    problem = PROBLEMS[strategy](costs, spans, ranks, **number)
+    sizes = np.array(data.draw(st.lists(st.integers(1, 9), min_size=len(spans), max_size=len(spans))), float)
+    room = np.full(ranks, np.ceil(data.draw(st.sampled_from([0.9, 1.0, 1.3])) * sizes.sum() / ranks))
+    packing = replace(problem.packing, bytes=sizes, room=room)
+    owners = [np.array(owner) for owner in itertools.product(range(ranks), repeat=len(spans))]
+    fitting = [owner for owner in owners if (np.bincount(owner, sizes, ranks) <= room).all()]
+    found = place(replace(problem, packing=packing))
+    owner = np.array([found.rank_of[span.unit] for span in spans])
+    if fitting:
+        optimum = min(packing.seconds(owner).max() for owner in fitting)
+        assert (np.bincount(owner, sizes, ranks) <= room).all()
+        assert found.bound_s <= optimum * (1 + 1e-9)
+        assert max(found.rank_s) <= optimum * (1 + found.gap) * MANY
+
+
+def test_largest_blocks_go_to_ranks_that_have_room_for_them() -> None:
+    costs = Costs((0.0,) * 4, (9.0, 8.0, 2.0, 1.0), (0,) * 5)
+    packing = layerwise_problem(costs, whole(4), 2).packing
+    tight = replace(packing, bytes=np.array([1.0, 1.0, 3.0, 3.0]), room=np.array([2.0, 6.0]))
+    assert largest_first(packing).tolist() == [0, 1, 1, 0]
+    assert largest_first(tight).tolist() == [0, 1, 1, 1]
+    nowhere = replace(tight, room=np.array([1.0, 2.0]))
+    assert set(largest_first(nowhere).tolist()) <= {0, 1}
+
+
+def hard_problem() -> Problem:
+    student = random_costs("stages", 20, 1)
+    costs = Costs(tuple(student / 4), tuple(student), tuple(range(1, 22)), network=wire(0.01 * student.mean()))
+    return broadcast_problem(costs, whole(20), 4)
+
+
+def test_the_same_problem_is_placed_in_the_same_way_again() -> None:
+    assert place(hard_problem()) == place(hard_problem())
+
+
+@pytest.mark.parametrize("answer", [{"x": None}, {"mip_dual_bound": math.nan}, {"mip_dual_bound": None}])
+def test_a_plan_is_made_whatever_becomes_of_the_programme(
+    answer: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem = hard_problem()
+
+    def fails(cost: np.ndarray, **_: object) -> OptimizeResult:
+        return OptimizeResult({"x": 0.4 * np.ones(len(cost)), "mip_dual_bound": 0.1, "message": "no memory"} | answer)
+
+    monkeypatch.setattr(scipy.optimize, "milp", fails)
+    found = place(problem)
+    assert sorted(found.rank_of) == list(range(20))
+    assert found.bound_s == pytest.approx(problem.packing.simple_bound())
+    assert "no memory" in caplog.text
 
 
 def test_one_block_more_than_ranks_pairs_the_two_smallest() -> None:
@@ -309,17 +379,3 @@ def inside(subset: int) -> np.ndarray:
         if subset >> bit & 1:
             found = np.concatenate([found, found | 1 << bit])
     return found
-
-
-def test_a_dive_that_asks_for_more_of_the_teachers_time_than_there_is_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = Costs((1.0,) * 12, tuple(1.0 + block for block in range(12)), (10,) * 13, network=wire(0.01))
-    packing = broadcast_problem(costs, [Span(block, 0, 10) for block in range(12)], 4, 2).packing
-    bound = LowerBound(packing, largest_first(packing), reached_s=packing.simple_bound(), tolerance=1e-4)
-
-    def decide(*arguments: object, **_: object) -> None:
-        vars(arguments[-1])["charged_s"] = 1e6
-
-    monkeypatch.setattr(bound, "_decide", decide)
-    owner = bound.dive(2 * float(packing.seconds(largest_first(packing)).max()))
-    assert owner is not None
-    assert (owner == -1).all()
