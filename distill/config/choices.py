@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+# Settings with other values too: see outside.py.
+BLOCK_LOSSES = ("normalized_mse", "mse")
+
 
 class Choice(Enum):
     """A setting's choices; a member reads as its name, also in an interpolation such as ${data.name}."""
@@ -77,11 +80,6 @@ class RecipeName(Choice):
 class Init(Choice):
     teacher = "teacher"
     random = "random"
-
-
-class BlockLoss(Choice):
-    normalized_mse = "normalized_mse"
-    mse = "mse"
 
 
 class OptimizerName(Choice):

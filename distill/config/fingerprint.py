@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.choices import Cache, DataName, TeacherSource
+from distill.config.outside import sources
 from distill.config.schema import JobConfig
 from distill.config.sources import describe_module
 from distill.errors import ConfigError
@@ -76,7 +77,15 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
         if key not in seen:
             seen[key] = read(*arguments)
         found |= seen[key]
-    return found | {"results": RESULTS}
+    return {**found, **_sources(config), "results": RESULTS}
+
+
+def _sources(config: JobConfig) -> Found:
+    """What the source of everything from outside is, besides a teacher's."""
+    try:
+        return sources(asdict(config), config.run.code)
+    except OSError as error:
+        raise ConfigError("run.code", config.run.code, f"source that can be read ({error})") from error
 
 
 def _images(name: DataName, root: str | None, train_split: str | None, test_split: str | None) -> Found:

@@ -7,25 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.config.outside import code_folder
 from distill.config.sources import import_folder
 
 ALWAYS = (("cache", "dir"), ("run", "dir"))
 
 
 def make_absolute(plain: Mapping[str, Any]) -> None:
-    """Make every path of a configuration absolute, in place, and name the folder of a teacher's factory.
+    """Make every path of a configuration absolute, in place, and name the folders of a teacher's factory and of what
+    else comes from outside.
 
     Names that are no paths, of published weights or of sets on a hub, stay.
     """
     for section, name in ALWAYS:
         _change(plain, section, name)
-    data, teacher = _section(plain, "data"), _section(plain, "teacher")
+    data, teacher, run = _section(plain, "data"), _section(plain, "teacher"), _section(plain, "run")
     if data.get("name") != "hf" or _is_local_set(data.get("root")):
         _change(plain, "data", "root")
     if _is_file(teacher.get("weights")):
         _change(plain, "teacher", "weights")
-    if isinstance(teacher.get("folder"), str):  # Python imports from it as it is
-        teacher["folder"] = str(Path(os.path.expanduser(teacher["folder"])).absolute())
+    for owner, name in ((teacher, "folder"), (run, "code")):
+        if isinstance(owner.get(name), str):  # Python imports from it as it is
+            owner[name] = str(Path(os.path.expanduser(owner[name])).absolute())
+    if "code" in run and run["code"] is None:
+        run["code"] = code_folder(plain)
     factory = teacher.get("factory")
     if teacher.get("source") == "factory" and isinstance(factory, str) and not teacher.get("folder"):
         module = factory.partition(":")[0]

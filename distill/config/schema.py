@@ -18,9 +18,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.config.choices import (
+    BLOCK_LOSSES,
     Amp,
     AugmentName,
-    BlockLoss,
     Cache,
     Cost,
     CropMode,
@@ -39,6 +39,7 @@ from distill.config.choices import (
     WireDtype,
 )  # fmt: skip
 from distill.config.errors import explain
+from distill.config.outside import LOSS
 from distill.config.paths import make_absolute
 from distill.errors import ConfigError
 from distill.planning import plan as planning
@@ -203,7 +204,9 @@ class DistillConfig:
     views: int | None = setting(
         None, "fixed augmentations of every image that epochs take in turn while blocks train; null: always fresh ones"
     )
-    loss: BlockLoss = setting(BlockLoss.normalized_mse, "a block's loss against the teacher's activation")
+    loss: str = setting(
+        "normalized_mse", f"a block's loss against the teacher's activation: {', '.join(BLOCK_LOSSES)}, or from outside"
+    )
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
     lr: float = setting(3e-3, "peak learning rate")
     momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
@@ -222,6 +225,7 @@ class DistillConfig:
     log_every: int = setting(20, "steps between two readings of the losses")
 
     def __post_init__(self) -> None:
+        LOSS.check(self.loss)
         if self.steps is None and self.epochs is None:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
         _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
@@ -357,6 +361,9 @@ class RunConfig:
     name: str = setting(MISSING, "folder of this experiment under outputs/")
     dir: str | None = setting(None, "run directory; null: outputs/<run.name>/<fingerprint>, then -<run.tag> if given")
     tag: str | None = setting(None, "keeps runs apart that differ only in how they run; a sweep sets it where needed")
+    code: str | None = setting(
+        None, "folder that what comes from outside is imported from; null: as Python finds it here (docs/runs.md)"
+    )
 
     def __post_init__(self) -> None:
         if self.dir is not None and re.search("[\ud800-\udfff]", self.dir):  # what Python makes of other bytes

@@ -22,6 +22,7 @@ from torch import nn
 from distill.config.choices import Device, Stage
 from distill.config.compose import compose
 from distill.config.fingerprint import identity, run_directory
+from distill.config.outside import make_importable
 from distill.config.schema import JobConfig, from_yaml, to_yaml
 from distill.cuda.clock import DeviceClock
 from distill.data import Dataset
@@ -39,6 +40,7 @@ from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
 from distill.job.finetune import finetune_student, refuse_ranks_without_rows
 from distill.job.logs import HeldBack
 from distill.job.memory import refuse_too_little
+from distill.job.outside import refuse_unusable_block_loss
 from distill.job.plan import refuse_impossible
 from distill.job.teacher import build_teacher, open_data, train_teacher
 from distill.launch.launcher import CONFIG_VARIABLE
@@ -152,6 +154,7 @@ def _let_peers_know(control: Control) -> None:
 
 
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> None:
+    make_importable(config.run.code)
     device = _device(config, control.local_rank)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))
     facts, run = _agree_on_identity(config, control)
@@ -166,6 +169,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
         blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
         if blocks is not None and run.result("distill") is None:
             refuse_impossible(config, blocks, world_size=control.world_size)
+            refuse_unusable_block_loss(config, blocks, device)
             if control.rank == 0:
                 refuse_too_little(config, blocks, device)
             if is_cached(config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from distill.blocks.chain import made_trainable
 from distill.blocks.memory_format import to_channels_last
 from distill.config.choices import AugmentName, CropMode, TeacherSource
+from distill.config.outside import make_importable
 from distill.config.schema import JobConfig
 from distill.data import Augment, Dataset, open_dataset
 from distill.data.addressing import derive_seed
@@ -87,8 +87,7 @@ def build_teacher(config: JobConfig, dataset: Dataset, device: torch.device) -> 
     """Return the teacher with its weights as far as they are given, frozen, on the device, in channels_last."""
     teacher = config.teacher
     _tell_preprocessing(config)
-    if teacher.folder is not None and teacher.folder not in sys.path[:1]:
-        sys.path.insert(0, teacher.folder)
+    make_importable(teacher.folder)
     torch.manual_seed(derive_seed(config.seed, "teacher"))
     network = build_architecture(**architecture_of(config, len(dataset.classes)))
     refuse_lazy(config, network)

@@ -85,7 +85,7 @@ def trainer_options(config: JobConfig) -> TrainerOptions:
     """Return how the configuration wants every block trained."""
     options = config.distill
     return TrainerOptions(
-        loss=options.loss.name,
+        loss=options.loss,
         optimizer=options.optimizer.name,
         lr=options.lr,
         momentum=options.momentum,

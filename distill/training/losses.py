@@ -1,4 +1,16 @@
-"""Losses: of a block against the teacher's activation, and of a whole student against the teacher's logits."""
+"""Losses: of a block against the teacher's activation, and of a whole student against the teacher's logits.
+
+A block loss takes the student's activation and the teacher's, the target. One from outside is named by
+distill.loss=package.module:function:
+
+    def huber(student, target):
+        return torch.nn.functional.smooth_l1_loss(student.float(), target.float())
+
+Both have the shape (batch, ...) of the block's boundary. With distill.amp=bf16 the student's is bfloat16, hence the
+float(). It returns a scalar tensor by differentiable operations, a mean over the batch: where ranks share a batch,
+their means are averaged. On CUDA it becomes part of a CUDA graph, in which nothing is read back or printed (.item(),
+branches by value) and nothing copied from the host; what cannot be captured runs uncaptured, and the log says so.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BlockLossFunction = Callable[[Tensor, Tensor], Tensor]
+from distill.errors import ConfigError
+from distill.extensions import named
+
+BlockLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -46,7 +61,41 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return error
 
 
-BLOCK_LOSSES: dict[str, BlockLossFunction] = {"normalized_mse": relative_error, "mse": mean_squared_error}
+BLOCK_LOSSES: dict[str, BlockLoss] = {"normalized_mse": relative_error, "mse": mean_squared_error}
+
+
+def block_loss(name: str) -> BlockLoss:
+    """Return the block loss that distill.loss names. Raises ConfigError on it where there is none."""
+    found = named("distill.loss", name, BLOCK_LOSSES, "distill.losses")
+    if not callable(found):
+        raise ConfigError("distill.loss", name, f"a function of two tensors, not {type(found)}")
+    return found
+
+
+def refuse_unusable_loss(name: str, student: Tensor, target: Tensor) -> None:
+    """Raise ConfigError on distill.loss unless that loss can train: a scalar that the student's activation decides."""
+    student = student.detach().requires_grad_()
+    try:
+        value = block_loss(name)(student, target)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever stands in the user's function
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        allowed = f"a function of two tensors of {tuple(student.shape)}, {student.dtype} and {target.dtype} ({reason})"
+        raise ConfigError("distill.loss", name, allowed) from error
+    refuse_no_loss("distill.loss", name, value)
+    if torch.autograd.grad(value, student, allow_unused=True)[0] is None:
+        raise ConfigError("distill.loss", name, "a loss that depends on the student's activation, its first argument")
+
+
+def refuse_no_loss(setting: str, name: str, value: object) -> None:
+    """Raise ConfigError on `setting` unless its function, called `name`, gave a scalar that gradients can be had of."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.dim() > 0:
+        got = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(setting, name, f"a scalar tensor as the loss, such as a mean; it returns {got}")
+    if not value.requires_grad:
+        allowed = "a loss with a gradient: it detaches the student's output, or works under no_grad or in other types"
+        raise ConfigError(setting, name, allowed)
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

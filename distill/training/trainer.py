@@ -20,7 +20,7 @@ from distill.planning.unit import Unit
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import Checkpoint, contiguous, unit_name
 from distill.training.channels import ChannelMap
-from distill.training.losses import BLOCK_LOSSES, relative_error
+from distill.training.losses import block_loss, relative_error
 from distill.training.optim import TrainerOptions, learning_rate, make_optimizer
 from distill.training.stopwatch import Stopwatch
 
@@ -78,7 +78,7 @@ class BlockTrainer:
         self._reads = None if unit.reads is None else ChannelMap(unit.reads, device)
         self._gives = None if unit.gives is None else ChannelMap(unit.gives, device)
         self._options = options
-        self._loss = BLOCK_LOSSES[options.loss]
+        self._loss = block_loss(options.loss)
         self._optimizer = make_optimizer(module, options, device)
         self.lane = lane or Lane()
         self._watch = Stopwatch(device)
@@ -140,7 +140,7 @@ class BlockTrainer:
         targets = targets if self._gives is None else self._gives(targets)
         outputs = self.forward(inputs)
         error = relative_error(outputs, targets)
-        loss = error if self._loss is relative_error else self._loss(outputs, targets)
+        loss = error if self._loss is relative_error else self._loss(outputs, targets).float()
         loss.backward()  # type: ignore[no-untyped-call]
         return [loss.detach(), error.detach()]
 

@@ -15,6 +15,7 @@ from distill.config.command_line import TEXTS, VERBS
 from distill.config.command_line import overrides as in_hydras_words
 from distill.config.compose import compose
 from distill.config.fingerprint import run_directory
+from distill.config.outside import DOORS
 from distill.config.paths import whole
 from distill.config.schema import from_yaml, setting_kinds, to_yaml
 from distill.errors import ConfigError, DistillError
@@ -45,7 +46,8 @@ def test_the_name_of_a_file_is_taken_as_it_is_typed_and_written_down(name: str) 
 
 
 def test_every_text_is_taken_as_it_is_typed() -> None:
-    texts = sorted({key for key, kind in setting_kinds().items() if kind in TEXTS} - {"run.tag"})  # part of a name
+    checked = {"run.tag", *(door.setting for door in DOORS)}  # part of a name; names of things
+    texts = sorted({key for key, kind in setting_kinds().items() if kind in TEXTS} - checked)
     config = compose([*ANY_DATA, *(f"{key}=1e3=[x, y]" for key in texts)])
     for key in texts:
         section, _, name = key.partition(".")
@@ -150,7 +152,7 @@ def test_help_lists_every_command_group_and_flag() -> None:
 
 def test_a_part_of_the_configuration_is_shown_as_it_would_be_taken() -> None:
     assert from_yaml(answer(["seed=3", "--cfg", "job"]) or "").seed == 3
-    assert answer(["-c", "run", "run.name=a=b"]) == "name: a=b\ndir: null\ntag: null\n"
+    assert answer(["-c", "run", "run.name=a=b"]) == "name: a=b\ndir: null\ntag: null\ncode: null\n"
     assert "submitit" not in (answer(["--cfg=hydra.launcher", "hydra/launcher=basic"]) or "")
     with pytest.raises(ConfigError, match=r"--cfg: got 'jb'; expected 'job' \(the nearest\)"):
         answer(["--cfg", "jb"])

@@ -231,6 +231,21 @@ def test_a_factory_is_its_source_and_that_of_what_it_imports_beside_it(
     assert compose(["teacher=custom", "teacher.factory=torchvision.models:resnet18"]).teacher.folder is None
 
 
+def test_what_comes_from_outside_is_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("import helping\n")
+    (tmp_path / "helping.py").write_text("")
+    config = compose(["distill.loss=mine:huber"])
+    assert config.run.code == str(tmp_path)
+    assert identity(config)["distill.loss (source)"].startswith("helping, mine; content ")
+    before = digits(config)
+    monkeypatch.chdir("/")
+    assert digits(config) == before
+    (tmp_path / "helping.py").write_text("# edited")
+    assert digits(config) != before
+    assert compose(["distill.loss=torch.nn.functional:l1_loss"]).run.code is None
+
+
 def test_the_content_is_read_once_for_all_configurations_of_a_launch(
     default: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,11 @@ class TestWrongType:
         [
             ("distill.optimizer=adm", "expected 'adam' (the nearest), or one of adam, sgd, rmsprop"),
             ("distill.amp=fp16", "expected 'bf16' (the nearest), or one of off, bf16"),
+            (
+                "distill.loss=msee",
+                "expected 'mse' (the nearest), or one of normalized_mse, mse; "
+                'or "package.module:attribute", with one colon',
+            ),
             ("plan.strategy=xyz", "expected one of auto, broadcast, relay, replicate, layerwise, serial, ddp"),
         ],
     )

@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from distill.config import choices
 from distill.data import Batch
+from distill.errors import ConfigError
 from distill.training.finetune import distillation_loss, label_loss
-from distill.training.losses import BLOCK_LOSSES, mean_squared_error, relative_error, soft_target_loss
+from distill.training.losses import (
+    BLOCK_LOSSES,
+    mean_squared_error,
+    refuse_unusable_loss,
+    relative_error,
+    soft_target_loss,
+)
+from tests.training import batch, same_bits, train, trainer, weights
 
 TEACHER = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2
 
@@ -71,6 +80,65 @@ class TestMeanSquaredError:
 
 def test_block_losses_have_the_names_of_the_configuration() -> None:
     assert {"normalized_mse": relative_error, "mse": mean_squared_error} == BLOCK_LOSSES
+    assert (*BLOCK_LOSSES,) == choices.BLOCK_LOSSES
+
+
+def huber(student: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(student.float(), target.float())
+
+
+def unreduced(student: Tensor, target: Tensor) -> Tensor:
+    return (student - target).square()
+
+
+def detached(student: Tensor, target: Tensor) -> Tensor:
+    return huber(student.detach(), target)
+
+
+def read_back(student: Tensor, target: Tensor) -> float:
+    return huber(student, target).item()
+
+
+def of_the_target(student: Tensor, target: Tensor) -> Tensor:
+    return huber(target.clone().requires_grad_(), target) + 0 * student.sum().detach()
+
+
+def of_images_alone(student: Tensor, target: Tensor) -> Tensor:
+    return student[:, :, :, :, 0].mean()
+
+
+NO_FUNCTION = 3
+
+
+class TestLossFromOutside:
+    def test_a_block_is_trained_with_it(self) -> None:
+        one, other = trainer(loss="mse"), trainer(loss=f"{__name__}:huber")
+        readings = train(other, 3)
+        assert readings[0].loss == pytest.approx(huber(one._forward(batch(0)[0]), batch(0)[1]).item())
+        train(one, 3)
+        assert not same_bits(weights(one), weights(other))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_that_can_train_passes(self, dtype: torch.dtype) -> None:
+        for loss in (f"{__name__}:huber", *BLOCK_LOSSES):
+            refuse_unusable_loss(loss, TEACHER.to(dtype), TEACHER)
+
+    @pytest.mark.parametrize(
+        ("function", "words"),
+        [
+            ("unreduced", r"a scalar tensor as the loss.* it returns a tensor of \(6, 3, 4, 4\)"),
+            ("detached", "a loss with a gradient"),
+            ("read_back", "it returns float"),
+            ("of_the_target", "depends on the student's activation"),
+            ("of_images_alone", r"two tensors of \(6, 3, 4, 4\), torch.float32 .*IndexError: too many indices"),
+            ("NO_FUNCTION", "a function of two tensors, not <class 'int'>"),
+            ("hubber", "'huber' .the nearest"),
+        ],
+    )
+    def test_one_that_cannot_is_refused_by_name(self, function: str, words: str) -> None:
+        with pytest.raises(ConfigError, match=words) as caught:
+            refuse_unusable_loss(f"{__name__}:{function}", TEACHER, TEACHER)
+        assert caught.value.setting == "distill.loss"
 
 
 class TestSoftTargetLoss:
@@ -113,9 +181,9 @@ def test_labels_alone_need_no_teacher() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise AssertionError("the teacher ran")
 
-    batch = Batch(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    labelled = Batch(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
     logits = torch.tensor([[1.0, -1.0], [0.5, 0.0], [0.0, 2.0]])
     alone = distillation_loss(Unused(), temperature=4.0, soft_weight=0.0)
-    assert torch.equal(alone(logits, batch), label_loss(logits, batch))
+    assert torch.equal(alone(logits, labelled), label_loss(logits, labelled))
     with pytest.raises(AssertionError, match="the teacher ran"):
-        distillation_loss(Unused(), temperature=4.0, soft_weight=0.1)(logits, batch)
+        distillation_loss(Unused(), temperature=4.0, soft_weight=0.1)(logits, labelled)

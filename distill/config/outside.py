@@ -1,0 +1,62 @@
+"""The settings whose value may come from outside (see distill/extensions.py): their own names, the groups of entry
+points, the folder that the user's code is imported from, and what decides what it computes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distill.config.choices import BLOCK_LOSSES
+from distill.config.sources import describe_module, import_folder
+from distill.extensions import module_of, refuse_unknown
+
+
+@dataclass(frozen=True)
+class Door:
+    """A setting by its section and name, the values that are the package's own, and the group of entry points."""
+
+    section: str
+    name: str
+    own: Collection[str]
+    group: str
+
+    @property
+    def setting(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    def check(self, value: str) -> None:
+        """Raise ConfigError unless the value is a name that there is, or has the form of one from outside."""
+        refuse_unknown(self.setting, value, self.own, self.group)
+
+    def module(self, value: object) -> str | None:
+        """Return the module that the value is imported from; None for the package's own, and for none."""
+        return module_of(value, self.own, self.group) if isinstance(value, str) else None
+
+    def value_in(self, plain: Mapping[str, Any]) -> object:
+        """Return the value in a configuration of plain values."""
+        section = plain.get(self.section)
+        return section.get(self.name) if isinstance(section, dict) else None
+
+
+LOSS = Door("distill", "loss", BLOCK_LOSSES, "distill.losses")
+DOORS = (LOSS,)
+
+
+def code_folder(plain: Mapping[str, Any]) -> str | None:
+    """Return the folder that a configuration of plain values has its code from; None where all is installed."""
+    modules = [door.module(door.value_in(plain)) for door in DOORS]
+    return next((folder for module in modules if module and (folder := import_folder(module))), None)
+
+
+def make_importable(folder: str | None) -> None:
+    """Let Python import from the folder, before any other."""
+    if folder is not None and folder not in sys.path[:1]:
+        sys.path.insert(0, folder)
+
+
+def sources(plain: Mapping[str, Any], folder: str | None) -> dict[str, str | None]:
+    """Return, for every setting whose value comes from outside, what its source consists of."""
+    modules = {door.setting: door.module(door.value_in(plain)) for door in DOORS}
+    return {f"{setting} (source)": describe_module(module, folder) for setting, module in modules.items() if module}
