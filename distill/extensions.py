@@ -11,8 +11,11 @@ Nothing is imported until it is asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.errors import ConfigError, one_of
@@ -53,6 +56,42 @@ def module_of(value: str, own: Iterable[str], group: str) -> str | None:
     if found is not None:
         return found.module
     return value.partition(":")[0] if _is_path(value) else None
+
+
+def takes(build: Callable[..., object], name: str) -> bool:
+    """Return whether `build` has an argument of that name, or takes any; False where it does not say."""
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return False
+    return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)
+
+
+def called(
+    setting: str, build: Callable[..., T], *arguments: object, options: Mapping[str, object], **keywords: object
+) -> T:
+    """Return build(*arguments, **keywords, **options). Raises ConfigError on `setting`, which has the options, where it
+    does not take them; errors inside it stay what they are."""
+    every = {**keywords, **options}
+    try:
+        inspect.signature(build).bind(*arguments, **every)
+    except TypeError as error:
+        raise ConfigError(setting, dict(options), f"arguments that are taken ({error})") from error
+    except ValueError:  # a builtin without a signature: let the call itself tell
+        pass
+    return build(*arguments, **every)
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what went wrong in code from outside, and where: the last place that is not installed."""
+    lines = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_installed(frame.filename)]
+    lines += [f"{Path(frame.filename).name}, line {frame.lineno}" for frame in frames[-1:]]
+    return "; ".join(lines)
+
+
+def _is_installed(file: str) -> bool:
+    return "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
 
 
 def _is_path(value: str) -> bool:

@@ -6,6 +6,7 @@ from enum import Enum
 
 # Settings with other values too: see outside.py.
 BLOCK_LOSSES = ("normalized_mse", "mse")
+OBJECTIVES = ("distillation",)
 
 
 class Choice(Enum):

@@ -42,9 +42,9 @@ _COMPUTES_OTHERWISE: dict[str, set[Any]] = {
     "plan.groups": {True},
 }
 # Settings that came after others had run: left out at the value that computes what was computed without them.
-_NOT_IN_FINGERPRINT_AT = (
+_NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
-    ("data.crop_mode", "centre"),
+    ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
@@ -146,7 +146,7 @@ def _read(setting: str, value: str, describe: Callable[[], str | None]) -> str |
 
 
 def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and prefix != "teacher.options":
+    if isinstance(value, dict) and prefix not in ("teacher.options", "finetune.options"):
         for key, item in value.items():
             yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
     else:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config.choices import BLOCK_LOSSES
+from distill.config.choices import BLOCK_LOSSES, OBJECTIVES
 from distill.config.sources import describe_module, import_folder
 from distill.extensions import module_of, refuse_unknown
 
@@ -41,7 +41,8 @@ class Door:
 
 
 LOSS = Door("distill", "loss", BLOCK_LOSSES, "distill.losses")
-DOORS = (LOSS,)
+OBJECTIVE = Door("finetune", "objective", OBJECTIVES, "distill.objectives")
+DOORS = (LOSS, OBJECTIVE)
 
 
 def code_folder(plain: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.config.choices import (
     BLOCK_LOSSES,
+    OBJECTIVES,
     Amp,
     AugmentName,
     Cache,
@@ -39,7 +40,7 @@ from distill.config.choices import (
     WireDtype,
 )  # fmt: skip
 from distill.config.errors import explain
-from distill.config.outside import LOSS
+from distill.config.outside import LOSS, OBJECTIVE
 from distill.config.paths import make_absolute
 from distill.errors import ConfigError
 from distill.planning import plan as planning
@@ -319,10 +320,16 @@ class FinetuneConfig:
     epochs: int = setting(2, "epochs of end-to-end distillation; 0 skips it")
     lr: float = setting(0.02, "peak learning rate (SGD, Nesterov momentum 0.9, cosine)")
     weight_decay: float = setting(1e-4, "weight decay")
+    objective: str = setting("distillation", f"what it is trained for: {', '.join(OBJECTIVES)}, or from outside")
+    options: dict[str, Any] = setting({}, "arguments of an objective from outside")
     temperature: float = setting(4.0, "temperature of the soft targets")
     soft_weight: float = setting(0.9, "weight of the soft targets; the labels get the rest")
 
     def __post_init__(self) -> None:
+        OBJECTIVE.check(self.objective)
+        if self.options and self.objective in OBJECTIVE.own:
+            allowed = f"none with finetune.objective={self.objective}, which has finetune.temperature and soft_weight"
+            raise ConfigError("finetune.options", self.options, allowed)
         _at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
         _between("finetune", self, 0.0, 1.0, "soft_weight")
         if not 0 < self.temperature < math.inf:

@@ -16,10 +16,12 @@ from distill.job.assemble import load_student_state, save_network
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
+from distill.job.outside import objective_for
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, distillation_loss, fit
+from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.objective import TeacherHere
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +81,12 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         if context.leads and best_epoch(course) == number:
             save_network(context, "finetuned", student)
 
+    objective = objective_for(context.config, student, teacher, dataset.image_shape)
     course = fit(
         student,
         dataset,
-        distillation_loss(teacher, temperature=options.temperature, soft_weight=options.soft_weight),
+        objective,
+        teacher=TeacherHere(teacher, objective.taps),
         options=FitOptions(epochs=options.epochs, lr=options.lr, weight_decay=options.weight_decay),
         team=_team(context),
         device=context.device,

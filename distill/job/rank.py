@@ -40,7 +40,7 @@ from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
 from distill.job.finetune import finetune_student, refuse_ranks_without_rows
 from distill.job.logs import HeldBack
 from distill.job.memory import refuse_too_little
-from distill.job.outside import refuse_unusable_block_loss
+from distill.job.outside import refuse_unusable_block_loss, refuse_unusable_objective
 from distill.job.plan import refuse_impossible
 from distill.job.teacher import build_teacher, open_data, train_teacher
 from distill.launch.launcher import CONFIG_VARIABLE
@@ -170,6 +170,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
         if blocks is not None and run.result("distill") is None:
             refuse_impossible(config, blocks, world_size=control.world_size)
             refuse_unusable_block_loss(config, blocks, device)
+            refuse_unusable_objective(config, teacher, dataset.image_shape)
             if control.rank == 0:
                 refuse_too_little(config, blocks, device)
             if is_cached(config):

@@ -34,7 +34,8 @@ from distill.teachers import (
     load_teacher_weights,
     options_for_weights,
 )
-from distill.training.finetune import Epoch, FitOptions, Team, fit, label_loss
+from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.objective import Labels
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
     course = fit(
         made_trainable(network),
         dataset,
-        label_loss,
+        Labels(),
         options=FitOptions(epochs=epochs, lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=1.0),
         team=Team(),
         device=context.device,

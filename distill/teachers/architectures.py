@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from torch import nn
 
 from distill.blocks.memory_format import without_overlaps
 from distill.errors import ConfigError, install, one_of
-from distill.extensions import named
+from distill.extensions import called, named, takes
 from distill.teachers.cifar_resnet import UNITS_PER_STAGE, cifar_resnet
 from distill.teachers.cifar_vgg import LAYERS, cifar_vgg
 
@@ -85,7 +84,7 @@ def _names(source: str) -> list[str]:
 def _cifar(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     check_name("cifar", name)
     build: Callable[..., nn.Module] = cifar_resnet if name in UNITS_PER_STAGE else cifar_vgg
-    return _call(build, name, num_classes=num_classes, options=options)
+    return called("teacher.options", build, name, options=options, num_classes=num_classes)
 
 
 def _torchvision(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
@@ -95,14 +94,19 @@ def _torchvision(name: str, num_classes: int, options: Mapping[str, object]) -> 
     build = models.get_model_builder(name)
     merged = {**_QUIET_OPTIONS.get(name, {}), **options}
     with _blamed(options):
-        return _call(build, num_classes=num_classes, options={"weights": None, **merged})
+        model: nn.Module = called(
+            "teacher.options", build, options={"weights": None, **merged}, num_classes=num_classes
+        )
+        return model
 
 
 def _timm(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     timm = import_timm("teacher.source")
     check_name("timm", name)
     with _blamed(options):
-        return _call(timm.create_model, name, num_classes=num_classes, options={"pretrained": False, **options})
+        every = {"pretrained": False, **options}
+        model: nn.Module = called("teacher.options", timm.create_model, name, options=every, num_classes=num_classes)
+        return model
 
 
 @contextmanager
@@ -136,12 +140,8 @@ def _nearest_timm(timm: Any, name: str) -> str:
 
 def _factory(factory: str | None, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     build = _import_factory(factory)
-    try:
-        parameters = inspect.signature(build).parameters.values()
-    except ValueError:  # a builtin without a signature
-        parameters = {}.values()
-    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    model = _call(build, num_classes=num_classes if takes_classes else None, options=options)
+    keywords = {"num_classes": num_classes} if takes(build, "num_classes") else {}
+    model = called("teacher.options", build, options=options, **keywords)
     if not isinstance(model, nn.Module):
         raise ConfigError("teacher.factory", factory, f"a function that returns a torch.nn.Module, not {type(model)}")
     return model
@@ -152,19 +152,3 @@ def _import_factory(factory: str | None) -> Callable[..., object]:
     if not callable(target):
         raise ConfigError("teacher.factory", factory, f"something that can be called, not {type(target)}")
     return target  # type: ignore[no-any-return]
-
-
-def _call(
-    build: Callable[..., Any], *args: object, num_classes: int | None, options: Mapping[str, object]
-) -> nn.Module:
-    """Call `build`; arguments it does not accept become a ConfigError, errors inside it stay what they are."""
-    keywords: dict[str, object] = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
-    try:
-        inspect.signature(build).bind(*args, **keywords)
-    except TypeError as error:
-        raise ConfigError(
-            "teacher.options", dict(options), f"arguments that the architecture takes ({error})"
-        ) from error
-    except ValueError:  # a builtin without a signature: let the call itself tell
-        pass
-    return build(*args, **keywords)  # type: ignore[no-any-return]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.blocks.memory_format import to_channels_last
@@ -25,11 +24,12 @@ from distill.data.addressing import derive_seed
 from distill.distributed.transport import Averager, Store
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import Checkpoint, CheckpointFolder, contiguous
-from distill.training.losses import soft_target_loss
+from distill.training.objective import Address, Objective, Seen, Tapped, TeacherOutputs
 from distill.training.shared_norms import SharedStatistics
 
-NetworkLoss = Callable[[Tensor, Batch], Tensor]
-Learner = Callable[[Batch], Tensor]  # this rank's rows of a batch -> the loss of the whole, the gradients being found
+OWN = "objective/"  # in a checkpoint: what is the objective's
+# This rank's rows of a batch, and its step -> the loss of the whole, the gradients being found
+Learner = Callable[[Batch, int], Tensor]
 Epoch = dict[str, Any]  # epoch (from 1), loss (mean of the epoch in nats; None: not finite), seconds, and what is added
 
 
@@ -43,6 +43,10 @@ class Team:
     backend: str = "gloo"
     timeout_s: float = 600.0
 
+    def share(self, batch_size: int) -> float:
+        """Return the share of a batch's rows that this rank has."""
+        return len(range(self.rank, batch_size, self.world_size)) / batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
@@ -54,34 +58,13 @@ class FitOptions:
     warmup_epochs: float = 0.0
 
 
-def label_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy against the labels. Shapes: logits (batch, classes). Returns a scalar in nats."""
-    return F.cross_entropy(logits.float(), batch.labels)
-
-
-def distillation_loss(teacher: nn.Module, *, temperature: float, soft_weight: float) -> NetworkLoss:
-    """Return the loss soft_weight * soft targets + (1 - soft_weight) * labels against a teacher in eval mode.
-
-    Without a weight of the soft targets the teacher does not run. Source: Hinton, Vinyals, Dean 2015, section 2
-    (arXiv:1503.02531).
-    """
-    if soft_weight == 0:
-        return label_loss
-
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher(batch.images)
-        soft = soft_target_loss(logits, wanted, temperature=temperature)
-        return soft_weight * soft + (1 - soft_weight) * label_loss(logits, batch)
-
-    return loss
-
-
 def fit(
     network: nn.Module,
     dataset: Dataset,
-    loss: NetworkLoss,
+    objective: Objective,
     *,
+    teacher: TeacherOutputs | None = None,
+    in_eval: Collection[str] = (),
     options: FitOptions,
     team: Team,
     device: torch.device,
@@ -92,20 +75,28 @@ def fit(
 ) -> list[Epoch]:
     """Train `network` in place on `device`, each rank on its rows of every batch; every rank of the team must call it.
 
+    The objective sees the outputs of `teacher`; its own parameters (with the same values on all ranks) learn with the
+    network. Modules with the paths `in_eval` stay in eval mode: batch norms keep their statistics there.
     `report` is called after each epoch with the records so far, the same on all ranks, to the last of which it may add.
     Then rank 0 writes the checkpoint `name`, from which a later call goes on. An epoch whose loss is not finite is the
     last and leaves no checkpoint. Returns the records of all epochs, those before a break among them. Random numbers
     (dropout) follow from `seed` and the step, the same on all ranks: what is left out by lot is left out everywhere.
     """
     to_channels_last(network, device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay, fused=True
-    )
-    course = _resume(network, optimizer, checkpoints.load(name))
-    with _learner(network, loss, team, dataset.batch_size) as learn:
+    trained = Trained(network, objective.to(device), options)
+    course = _resume(trained, checkpoints.load(name))
+    frozen = [network.get_submodule(path) for path in in_eval]
+    share = team.share(dataset.batch_size)
+    tapped = Tapped(network, objective.taps)
+    lesson = Lesson(trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed)
+    with _learner(lesson) as learn:
         for epoch in range(len(course), options.epochs):
             start = time.perf_counter()
-            mean = _epoch(network, dataset, learn, optimizer, options=options, team=team, epoch=epoch, seed=seed)
+            network.train()
+            objective.train()
+            for module in frozen:
+                module.eval()
+            mean = _epoch(trained, dataset, learn, options=options, team=team, epoch=epoch, seed=seed)
             finite = math.isfinite(mean)
             course.append(
                 {"epoch": epoch + 1, "loss": mean if finite else None, "seconds": time.perf_counter() - start}
@@ -114,19 +105,119 @@ def fit(
             if not finite:
                 break
             if team.rank == 0:
-                checkpoints.save(_snapshot(network, optimizer, name=name, course=course))
+                checkpoints.save(trained.snapshot(name=name, course=course))
     network.eval()
     return course
 
 
+class Trained:
+    """What learns: the network, and the objective's own parameters where it has some; with their optimizers."""
+
+    def __init__(self, network: nn.Module, objective: Objective, options: FitOptions) -> None:
+        self.network, self.objective = network, objective
+        self.optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=options.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.own = objective.optimizer() if any(True for _ in objective.parameters()) else None
+        self.all = nn.ModuleList([network, objective])
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.zero_grad(set_to_none=True)
+
+    def step(self, rate: float) -> None:
+        """Change all weights by the gradients that they have, the network's at this rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.own is not None:
+            self.own.step()
+
+    def snapshot(self, *, name: str, course: Sequence[Epoch]) -> Checkpoint:
+        momentum = {
+            key: self.optimizer.state[parameter]["momentum_buffer"]
+            for key, parameter in self.network.named_parameters()
+            if "momentum_buffer" in self.optimizer.state[parameter]
+        }
+        states = self.own.state_dict()["state"] if self.own else {}
+        own = {
+            f"{OWN}{number}/{key}": value
+            for number, state in states.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        weights = self.network.state_dict()
+        weights |= {f"{OWN}{key}": value for key, value in self.objective.state_dict().items()}
+        return Checkpoint(
+            name=name,
+            step=len(course),
+            weights=contiguous(weights),
+            optimizer=contiguous(momentum | own),
+            progress={"epochs": list(course)},
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from the state that snapshot() took."""
+        load_state(self.network, _without(checkpoint.weights))
+        for key, parameter in self.network.named_parameters():
+            if key in checkpoint.optimizer:
+                buffer = torch.empty_like(parameter).copy_(checkpoint.optimizer[key])
+                self.optimizer.state[parameter] = {"momentum_buffer": buffer}
+        load_state(self.objective, _own(checkpoint.weights))
+        if self.own is not None:
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, value in _own(checkpoint.optimizer).items():
+                number, key = name.split("/", 1)
+                states.setdefault(int(number), {})[key] = value
+            self.own.load_state_dict(self.own.state_dict() | {"state": states})
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(OWN): tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+
+
+def _without(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(OWN)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """How the gradients of a batch are found from this rank's `share` of its rows."""
+
+    trained: Trained
+    tapped: Tapped
+    teacher: TeacherOutputs | None
+    team: Team
+    share: float
+    seed: int
+
+    def differentiate(self, batch: Batch, step: int) -> Tensor:
+        """Add this rank's share of the gradients of both losses to what weights have; return that of the network's."""
+        objective = self.trained.objective
+        address = Address(self.seed, step, self.team.rank, self.team.world_size)
+        seen = Seen(self.tapped(batch.images), batch, address, self.teacher)
+        value: Tensor = self.share * objective(seen)
+        own = objective.own_loss(seen.detached())
+        value.backward()  # type: ignore[no-untyped-call]
+        if own is not None:
+            objective.zero_grad(set_to_none=True)  # what the network's loss has left there is none of its business
+            (self.share * own).backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+
 @contextmanager
-def _learner(network: nn.Module, loss: NetworkLoss, team: Team, batch_size: int) -> Iterator[Learner]:
+def _learner(lesson: Lesson) -> Iterator[Learner]:
     """What finds the gradients of a whole batch and returns its mean loss: alone, or together with the other ranks."""
+    team = lesson.team
     if team.world_size == 1:
-        yield partial(_learn_alone, network, loss)
+        yield lesson.differentiate
         return
     assert team.store is not None, "several ranks meet in a store"
-    share = len(range(team.rank, batch_size, team.world_size)) / batch_size
     others = Averager(
         team.store,
         rank=team.rank,
@@ -136,27 +227,19 @@ def _learner(network: nn.Module, loss: NetworkLoss, team: Team, batch_size: int)
         backend=team.backend,
     )
     try:
-        yield partial(_learn_together, network, loss, others, share)
+        yield partial(_learn_together, lesson, others)
     finally:
         others.close()
 
 
-def _learn_alone(network: nn.Module, loss: NetworkLoss, batch: Batch) -> Tensor:
-    value = loss(network(batch.images), batch)
-    value.backward()  # type: ignore[no-untyped-call]
-    return value.detach()
-
-
-def _learn_together(network: nn.Module, loss: NetworkLoss, others: Averager, share: float, batch: Batch) -> Tensor:
-    """Find the gradients of the mean loss over all ranks' rows, of which this rank has a `share`.
+def _learn_together(lesson: Lesson, others: Averager, batch: Batch, step: int) -> Tensor:
+    """Find the gradients of the mean loss over all ranks' rows.
 
     A parameter has a gradient where it has one on any rank; without any it is left alone, as one rank would leave it.
     """
-    with SharedStatistics(others.gather, network):
-        value = share * loss(network(batch.images), batch)
-        value.backward()  # type: ignore[no-untyped-call]
-    value = value.detach()
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    with SharedStatistics(others.gather, lesson.trained.all):
+        value = lesson.differentiate(batch, step)
+    parameters = [parameter for parameter in lesson.trained.all.parameters() if parameter.requires_grad]
     known = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=value.device)
     without = [number for number, parameter in enumerate(parameters) if parameter.grad is None]
     for number in without:
@@ -169,10 +252,9 @@ def _learn_together(network: nn.Module, loss: NetworkLoss, others: Averager, sha
 
 
 def _epoch(
-    network: nn.Module,
+    trained: Trained,
     dataset: Dataset,
     learn: Learner,
-    optimizer: torch.optim.Optimizer,
     *,
     options: FitOptions,
     team: Team,
@@ -180,17 +262,14 @@ def _epoch(
     seed: int,
 ) -> float:
     """Return the mean loss of an epoch's batches, the same on all ranks."""
-    network.train()
     steps = dataset.steps_per_epoch
     total = torch.zeros(())
     batches = dataset.train_batches(epoch * steps, (epoch + 1) * steps, part=team.rank, num_parts=team.world_size)
     for step, batch in enumerate(batches, start=epoch * steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps=steps, options=options)
-        optimizer.zero_grad(set_to_none=True)
+        trained.forget_gradients()
         torch.manual_seed(derive_seed(seed, step))
-        value = learn(batch)
-        optimizer.step()
+        value = learn(batch, step)
+        trained.step(_rate(step, steps=steps, options=options))
         total = total.to(value.device) + value
     return float(total) / max(1, steps)
 
@@ -203,30 +282,9 @@ def _rate(step: int, *, steps: int, options: FitOptions) -> float:
     return options.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _snapshot(
-    network: nn.Module, optimizer: torch.optim.Optimizer, *, name: str, course: Sequence[Epoch]
-) -> Checkpoint:
-    momentum = {
-        key: optimizer.state[parameter]["momentum_buffer"]
-        for key, parameter in network.named_parameters()
-        if "momentum_buffer" in optimizer.state[parameter]
-    }
-    return Checkpoint(
-        name=name,
-        step=len(course),
-        weights=contiguous(network.state_dict()),
-        optimizer=contiguous(momentum),
-        progress={"epochs": list(course)},
-    )
-
-
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> list[Epoch]:
+def _resume(trained: Trained, checkpoint: Checkpoint | None) -> list[Epoch]:
     """Load a checkpoint; return the records of the epochs that it has behind it."""
     if checkpoint is None:
         return []
-    load_state(network, checkpoint.weights)
-    for key, parameter in network.named_parameters():
-        if key in checkpoint.optimizer:
-            buffer = torch.empty_like(parameter).copy_(checkpoint.optimizer[key])
-            optimizer.state[parameter] = {"momentum_buffer": buffer}
+    trained.load(checkpoint)
     return list(checkpoint.progress["epochs"])

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.errors import ConfigError
-from distill.extensions import named
+from distill.extensions import named, reason
 
 BlockLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,9 +80,8 @@ def refuse_unusable_loss(name: str, student: Tensor, target: Tensor) -> None:
     except ConfigError:
         raise
     except Exception as error:  # whatever stands in the user's function
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        allowed = f"a function of two tensors of {tuple(student.shape)}, {student.dtype} and {target.dtype} ({reason})"
-        raise ConfigError("distill.loss", name, allowed) from error
+        wanted = f"a function of two tensors of {tuple(student.shape)}, {student.dtype} and {target.dtype}"
+        raise ConfigError("distill.loss", name, f"{wanted} ({reason(error)})") from error
     refuse_no_loss("distill.loss", name, value)
     if torch.autograd.grad(value, student, allow_unused=True)[0] is None:
         raise ConfigError("distill.loss", name, "a loss that depends on the student's activation, its first argument")

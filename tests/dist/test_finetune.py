@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from distill.data import Batch
 from distill.errors import DistillError
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit, label_loss
+from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.objective import Labels, Objective, Outputs, Seen, TeacherHere, try_out
 from distill.training.shared_norms import SharedStatistics
 from tests.dist.ranks import TIMEOUT_S, connect, run_ranks
 
@@ -112,7 +113,45 @@ class Partial(nn.Module):
         return self.head(x)
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"plain": Plain, "norms": Norms, "partial": Partial}
+class Adversarial(Labels):
+    """Labels, and a critic that tells the student's activation from the teacher's; it has an optimizer of its own."""
+
+    taps = ("body",)
+
+    def __init__(self, weight: float = 0.5) -> None:
+        super().__init__()
+        self.weight = weight
+        self.critic = nn.Sequential(nn.LazyLinear(8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, seen: Seen) -> Tensor:
+        return super().forward(seen) - self.weight * self.critic(seen.student.taps["body"]).mean()
+
+    def own_loss(self, seen: Seen) -> Tensor:
+        assert not seen.student.taps["body"].requires_grad
+        student, teacher = self.critic(seen.student.taps["body"]), self.critic(seen.teacher.taps["body"])
+        return F.softplus(student).mean() + F.softplus(-teacher).mean()
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class Joint(Labels):
+    """Labels, and a head that learns together with the student to give the teacher's activation."""
+
+    taps = ("body",)
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        self.head = nn.Linear(student.taps["body"].shape[1], teacher.taps["body"].shape[1])
+
+    def forward(self, seen: Seen) -> Tensor:
+        return super().forward(seen) + F.mse_loss(self.head(seen.student.taps["body"]), seen.teacher.taps["body"])
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain, "norms": Norms, "partial": Partial, "adversarial": Plain, "joint": Plain
+}  # fmt: skip
+OBJECTIVES: dict[str, Callable[[], Objective]] = {"adversarial": Adversarial, "joint": Joint}
 
 
 def network(kind: str = "plain") -> nn.Module:
@@ -120,17 +159,30 @@ def network(kind: str = "plain") -> nn.Module:
     return NETWORKS[kind]()
 
 
+def objective(kind: str, student: nn.Module, teacher: nn.Module) -> Objective:
+    torch.manual_seed(1)
+    made = OBJECTIVES.get(kind, Labels)()
+    sample = next(Images().train_batches(0, 1))
+    try_out(made, kind, student=student.eval(), teacher=teacher, batch=sample)
+    return made
+
+
 def train(
     folder: Path,
     images: Images,
     *,
     model: nn.Module | None = None,
+    kind: str = "plain",
+    in_eval: Sequence[str] = (),
     team: Team | None = None,
     stop_after: int | None = None,
     lr: float = 0.1,
 ) -> tuple[nn.Module, list[Epoch]]:
     """Train a fresh network for three epochs; an attempt may be stopped after some."""
-    model = model or network()
+    model = model or network(kind)
+    torch.manual_seed(2)
+    teacher = NETWORKS[kind]().eval()
+    made = objective(kind, model, teacher)
 
     def report(course: Sequence[Epoch]) -> None:
         course[-1]["added"] = 10 * len(course)
@@ -141,7 +193,9 @@ def train(
     course = fit(
         model,
         images,  # type: ignore[arg-type]
-        label_loss,
+        made,
+        teacher=TeacherHere(teacher, made.taps),
+        in_eval=in_eval,
         options=options,
         team=team or Team(),
         device=torch.device("cpu"),
@@ -150,6 +204,9 @@ def train(
         name="finetune",
         report=report,
     )
+    assert not any(module._forward_hooks for module in (*model.modules(), *teacher.modules()))
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(made.state_dict(), folder / "objective.pt")
     return model, course
 
 
@@ -207,7 +264,7 @@ def rank(rank: int, world_size: int, environment: Mapping[str, str], folder: str
         images, place = Images(), Path(folder) / kind
         store = control.store_for(f"finetune {kind}")
         team = Team(rank=rank, world_size=world_size, store=store, timeout_s=TIMEOUT_S)
-        model, course = train(place / str(rank), images, model=network(kind), team=team)
+        model, course = train(place / str(rank), images, kind=kind, team=team)
         assert images.asked == [(STEPS * epoch, STEPS * (epoch + 1), rank, world_size) for epoch in range(3)]
         save_file(
             model.state_dict(),
@@ -230,7 +287,7 @@ def shared_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_two_ranks_train_as_one_would(shared_out: Path, tmp_path: Path, kind: str) -> None:
     """Rows that the ranks cannot share out evenly; batch norms whose statistics are those of all of them."""
-    model, course = train(tmp_path / "alone", Images(), model=network(kind))
+    model, course = train(tmp_path / "alone", Images(), kind=kind)
     alone = model.state_dict()
     first, second = (load_file(shared_out / kind / f"{number}.safetensors") for number in range(2))
     for name in alone:
@@ -239,10 +296,46 @@ def test_two_ranks_train_as_one_would(shared_out: Path, tmp_path: Path, kind: st
     with safe_open(shared_out / kind / "1.safetensors", framework="pt") as file:
         losses = json.loads(file.metadata()["losses"])
     assert losses == pytest.approx([epoch["loss"] for epoch in course], rel=1e-4)
+    own = [torch.load(path / "objective.pt") for path in (tmp_path / "alone", *(shared_out / kind / n for n in "01"))]
+    for name, tensor in own[0].items():
+        torch.testing.assert_close(own[1][name], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(own[1][name], own[2][name]), "the same bits on every rank"
     if isinstance(model, Partial):
         assert 0 < model.used < 3 * STEPS
         assert torch.equal(alone["unused.weight"], network(kind).state_dict()["unused.weight"]), "not even decayed"
         assert torch.equal(first["in_vain.weight"], alone["in_vain.weight"])
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_an_objective_with_parameters_resumes_in_the_bits_of_one_go(tmp_path: Path, kind: str) -> None:
+    model, _ = train(tmp_path / "whole", Images(), kind=kind)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", Images(), kind=kind, stop_after=2)
+    resumed, _ = train(tmp_path / "resumed", Images(), kind=kind)
+    labels, _ = train(tmp_path / "labels", Images(), model=network())
+    whole, others = model.state_dict(), labels.state_dict()
+    assert whole.keys() == others.keys(), "nothing of it stays in the network"
+    assert all(torch.equal(resumed.state_dict()[name], whole[name]) for name in whole)
+    assert not torch.equal(whole["head.weight"], others["head.weight"])
+    own = [torch.load(tmp_path / place / "objective.pt") for place in ("whole", "resumed")]
+    assert all(torch.equal(own[0][name], own[1][name]) for name in own[0])
+
+
+def test_the_network_s_loss_does_not_move_a_critic(tmp_path: Path) -> None:
+    kind = "adversarial"
+    start = objective(kind, network(), network()).state_dict()
+    train(tmp_path, Images(), kind=kind, lr=0.0)
+    end = torch.load(tmp_path / "objective.pt")
+    assert not torch.equal(end["critic.0.weight"], start["critic.0.weight"])
+    assert torch.equal(end["unused.weight"], start["unused.weight"])
+
+
+@pytest.mark.parametrize("frozen", [(), ("body.1",)])
+def test_a_norm_that_stays_in_eval_keeps_its_statistics(tmp_path: Path, frozen: tuple[str, ...]) -> None:
+    model, _ = train(tmp_path, Images(), in_eval=frozen)
+    changed = not torch.equal(model.get_buffer("body.1.running_mean"), torch.zeros(4))
+    assert changed == (not frozen)
+    assert not torch.equal(model.get_parameter("body.1.weight"), torch.ones(4)), "its weights are trained"
 
 
 def test_the_first_rank_alone_keeps_a_checkpoint(shared_out: Path) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from distill.config import choices
 from distill.data import Batch
 from distill.errors import ConfigError
-from distill.training.finetune import distillation_loss, label_loss
 from distill.training.losses import (
     BLOCK_LOSSES,
     mean_squared_error,
@@ -18,6 +17,7 @@ from distill.training.losses import (
     relative_error,
     soft_target_loss,
 )
+from distill.training.objective import Address, Distillation, Labels, Outputs, Seen, TeacherHere
 from tests.training import batch, same_bits, train, trainer, weights
 
 TEACHER = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2
@@ -183,7 +183,8 @@ def test_labels_alone_need_no_teacher() -> None:
 
     labelled = Batch(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
     logits = torch.tensor([[1.0, -1.0], [0.5, 0.0], [0.0, 2.0]])
-    alone = distillation_loss(Unused(), temperature=4.0, soft_weight=0.0)
-    assert torch.equal(alone(logits, labelled), label_loss(logits, labelled))
+    seen = Seen(Outputs(logits, {}), labelled, Address(seed=0, step=0), TeacherHere(Unused()))
+    alone = Distillation(temperature=4.0, soft_weight=0.0)
+    assert torch.equal(alone(seen), Labels()(seen))
     with pytest.raises(AssertionError, match="the teacher ran"):
-        distillation_loss(Unused(), temperature=4.0, soft_weight=0.1)(logits, labelled)
+        Distillation(temperature=4.0, soft_weight=0.1)(seen)
