@@ -28,7 +28,7 @@ from distill.blocks.bf16 import Bf16Chain
 from distill.blocks.cut import Chain, Granularity, cut
 from distill.cuda.graphs import cuda_capture
 from distill.cuda.lanes import Lane, lanes
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Augment, DataOptions, Dataset, open_dataset
 from distill.engine.streams.relay import OwnBatches, RelayStream
 from distill.observability.trace import Trace
 from distill.planning.costs import Span
@@ -72,18 +72,16 @@ def main() -> None:
 
 
 def _open(batch_size: int, device: torch.device) -> Dataset:
-    return open_dataset(
+    options = DataOptions(
         name="digits",
-        root=None,
         image_size=IMAGE_SIZE,
         augment=Augment.crop_flip,
         batch_size=batch_size,
-        seed=0,
         validation_fraction=0.05,
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
-        device=device,
     )
+    return open_dataset(options, seed=0, device=device)
 
 
 def _compare(dataset: Dataset, device: torch.device, args: argparse.Namespace) -> dict[str, object]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Augment, DataOptions, Dataset, open_dataset
 
 AS_THEY_ARE: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}  # pixels from 0 to 1, not normalized
 
@@ -15,12 +15,12 @@ def opened(name: str = "digits", root: object = None, **changes: Any) -> Dataset
         "image_size": 16,
         "augment": Augment.crop_flip,
         "batch_size": 32,
-        "seed": 5,
         "validation_fraction": 0.1,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
-        "device": torch.device("cpu"),
         "num_workers": 0,
         "download": False,
     }
-    return open_dataset(name=name, root=None if root is None else str(root), **(settings | changes))
+    seed, ranks_here = changes.pop("seed", 5), changes.pop("ranks_here", 1)
+    options = DataOptions(name=name, root=None if root is None else str(root), **(settings | changes))
+    return open_dataset(options, seed=seed, device=torch.device("cpu"), ranks_here=ranks_here)

@@ -45,6 +45,7 @@ class DataName(Choice):
     cifar100 = "cifar100"
     imagefolder = "imagefolder"
     hf = "hf"
+    custom = "custom"
 
 
 class AugmentName(Choice):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.choices import Cache, DataName, TeacherSource
-from distill.config.outside import sources
+from distill.config.outside import make_importable, sources
 from distill.config.schema import JobConfig
 from distill.config.sources import describe_module
 from distill.errors import ConfigError
@@ -45,9 +45,11 @@ _COMPUTES_OTHERWISE: dict[str, set[Any]] = {
 _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
+    ("data.factory", None), ("data.options", {}),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
+TRAIN_ITEMS, TEST_ITEMS = "data.factory (training items)", "data.factory (test items)"
 
 Found = Mapping[str, Any]
 Memory = dict[tuple[Any, ...], Found]
@@ -70,6 +72,7 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
     data, teacher = config.data, config.teacher
     for read, arguments in (
         (_images, (data.name, data.root, data.train_split, data.test_split)),
+        (_items, (data.factory, json.dumps(data.options), config.run.code)),
         (_weights, (teacher.source, teacher.weights)),
         (_network, (teacher.source, teacher.factory, teacher.folder)),
     ):
@@ -104,6 +107,17 @@ def _images(name: DataName, root: str | None, train_split: str | None, test_spli
     splits = {TRAIN: [train], TEST: tests}
     there = {key: next((path for path in paths if path.is_dir()), None) for key, paths in splits.items()}
     return {key: _described_images(root, path) for key, path in there.items()}
+
+
+def _items(factory: str | None, options: str, code: str | None) -> Found:
+    """What a data set from outside gives: it is opened for that."""
+    if factory is None:
+        return {}
+    from distill.data.items import describe  # imports torch
+
+    make_importable(code)
+    given = json.loads(options)
+    return {key: describe(factory, given, train=key == TRAIN_ITEMS) for key in (TRAIN_ITEMS, TEST_ITEMS)}
 
 
 def _described_images(root: str, folder: Path | None) -> str | None:
@@ -146,7 +160,7 @@ def _read(setting: str, value: str, describe: Callable[[], str | None]) -> str |
 
 
 def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and prefix not in ("teacher.options", "finetune.options"):
+    if isinstance(value, dict) and prefix not in ("teacher.options", "data.options", "finetune.options"):
         for key, item in value.items():
             yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
     else:

@@ -42,7 +42,8 @@ class Door:
 
 LOSS = Door("distill", "loss", BLOCK_LOSSES, "distill.losses")
 OBJECTIVE = Door("finetune", "objective", OBJECTIVES, "distill.objectives")
-DOORS = (LOSS, OBJECTIVE)
+DATA = Door("data", "factory", (), "distill.data")
+DOORS = (LOSS, OBJECTIVE, DATA)
 
 
 def code_folder(plain: Mapping[str, Any]) -> str | None:

@@ -40,7 +40,7 @@ from distill.config.choices import (
     WireDtype,
 )  # fmt: skip
 from distill.config.errors import explain
-from distill.config.outside import LOSS, OBJECTIVE
+from distill.config.outside import DATA, LOSS, OBJECTIVE
 from distill.config.paths import make_absolute
 from distill.errors import ConfigError
 from distill.planning import plan as planning
@@ -114,6 +114,8 @@ class TeacherConfig:
 class DataConfig:
     name: DataName = setting(MISSING, "which kind of data")
     root: str | None = setting(None, "folder, parquet file or hub name")
+    factory: str | None = setting(None, "package.module:function that returns the data set (name custom)")
+    options: dict[str, Any] = setting({}, "further keyword arguments of data.factory")
     image_size: int | None = setting(
         None, "height and width of the teacher's input, in pixels; null: the published weights', else 224"
     )
@@ -159,7 +161,8 @@ class DataConfig:
             "data", self, image_size=1, resize=1, batch_size=1, num_workers=0, memory_limit_gib=0, max_bad_images=0
         )
         _between("data", self, 0.0, 0.9, "validation_fraction")
-        if self.root is None and self.name is not DataName.digits:
+        self._check_custom()
+        if self.root is None and self.name not in (DataName.digits, DataName.custom):
             raise ConfigError("data.root", None, f"the place of the images for data={self.name.name}")
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -167,6 +170,21 @@ class DataConfig:
                 raise ConfigError(f"data.{name}", values, "three numbers, one a channel")
         if self.std is not None and min(self.std) <= 0:
             raise ConfigError("data.std", self.std, "numbers > 0: images are divided by them")
+
+    def _check_custom(self) -> None:
+        custom = self.name is DataName.custom
+        if not custom:
+            for name in ("factory", "options"):
+                if getattr(self, name):
+                    raise ConfigError(f"data.{name}", getattr(self, name), f"none with data={self.name.name}")
+            return
+        if not self.factory:
+            raise ConfigError("data.factory", self.factory, "package.module:function for data=custom")
+        DATA.check(self.factory)
+        if self.root is not None:
+            raise ConfigError("data.root", self.root, "null with data=custom; +data.options.root=DIR is an argument")
+        if self.augment is AugmentName.resized_crop_flip:
+            raise ConfigError("data.augment", "resized_crop_flip", "none, crop or crop_flip of data.factory's items")
 
 
 @dataclass(kw_only=True)
@@ -427,7 +445,8 @@ class JobConfig:
 
     def _check_cached(self) -> None:
         cache = self.teacher.cache.name
-        if self.data.augment is not AugmentName.none and self.distill.views is None:
+        varies = self.data.augment is not AugmentName.none or self.data.name is DataName.custom
+        if varies and self.distill.views is None:
             allowed = "off while every epoch is augmented afresh; or distill.views=N, or data.augment=none"
             raise ConfigError("teacher.cache", cache, allowed)
         if self.plan.strategy not in (Strategy.broadcast, Strategy.auto):  # the default, and what leaves it open

@@ -2,5 +2,6 @@
 
 from distill.data.augment import Augment
 from distill.data.dataset import Batch, Dataset, open_dataset
+from distill.data.options import DataOptions
 
-__all__ = ["Augment", "Batch", "Dataset", "open_dataset"]
+__all__ = ["Augment", "Batch", "DataOptions", "Dataset", "open_dataset"]

@@ -113,9 +113,11 @@ def crop_and_flip(images_BHWC: Tensor, draws: Draws, augment: Augment) -> Tensor
 def normalise(images_BHWC: Tensor, *, mean_C11: Tensor, std_C11: Tensor) -> Tensor:
     """Return (images / 255 - mean) / std as float32 (B, C, H, W) in channels_last memory format.
 
-    Takes uint8 images and statistics that lie on the images' device already: torchvision's normalize copies its
-    statistics to the device at every call, which makes the host wait for the GPU.
+    Takes uint8 images, or float32 ones that are / 255 already, and statistics that lie on the images' device already:
+    torchvision's normalize copies its statistics to the device at every call, which makes the host wait for the GPU.
     """
-    images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32)
-    images_BCHW = images_BCHW.div_(255).sub_(mean_C11).div_(std_C11)
+    images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+    if images_BHWC.dtype == torch.uint8:
+        images_BCHW.div_(255)
+    images_BCHW = images_BCHW.sub_(mean_C11).div_(std_C11)
     return images_BCHW.contiguous(memory_format=torch.channels_last)

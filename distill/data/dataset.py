@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +23,16 @@ from distill.data.digits import open_digits
 from distill.data.folder import open_folder
 from distill.data.huggingface import open_hub
 from distill.data.in_memory import MemoryImages
+from distill.data.items import ItemReader, Items, UnusableItems, classes_of, open_items
+from distill.data.options import GIB, DataOptions
 from distill.data.request import Images, Request, View
 from distill.data.source import ImageSource, Splits
-from distill.data.streamed import StreamImages
+from distill.data.streamed import BatchDecoder, StreamImages
 from distill.data.views import draw_view
 from distill.errors import ConfigError, one_of
 from distill.machine.host import available_memory, share_of_cores
 
-NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf")
-GIB = 2**30
+NAMES = ("digits", "cifar10", "cifar100", "imagefolder", "hf", "custom")
 MOST_CORES = 8  # for decoding: a rank has other work for the rest
 
 
@@ -53,13 +54,17 @@ class Reading:
     num_workers: int
     num_threads: int
     device: torch.device
+    seed: int
+    num_classes: int
 
-    def open(self, source: ImageSource, skipped: SkippedImages, held_out: Tensor | None) -> Images:
+    def open(self, source: ImageSource | Items, skipped: SkippedImages, held_out: Tensor | None) -> Images:
         """Return the pixels of a split: in memory where they fit, else streamed.
 
         `held_out` are the rows that must not stand in for undecodable ones of the rest; None: none may stand in.
         Raises ConfigError where they should be in memory by the configuration and there is too little of it.
         """
+        if isinstance(source, Items):
+            return self._stream_items(source)
         num_bytes = len(source) * self.squaring.image_size**2 * 3
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
             if num_bytes > (spare := available_memory()):
@@ -76,11 +81,25 @@ class Reading:
         if held_out is not None:
             groups = np.zeros(len(source), dtype=np.int8)
             groups[held_out.numpy()] = 1
+        decoder = BatchDecoder(source, squaring=self.squaring, groups=groups, max_bad_images=skipped.limit)
         return StreamImages(
-            source,
-            squaring=self.squaring,
-            groups=groups,
-            skipped=skipped,
+            decoder,
+            bad=skipped,
+            must_be_full=groups is not None,
+            image_size=self.squaring.image_size,
+            evaluation_side=self.squaring.evaluation_side,
+            num_workers=self.num_workers,
+            device=self.device,
+        )
+
+    def _stream_items(self, items: Items) -> Images:
+        size = self.squaring.image_size
+        return StreamImages(
+            ItemReader(items, image_size=size, num_classes=self.num_classes, seed=self.seed),
+            bad=UnusableItems(items.factory),
+            must_be_full=True,
+            image_size=size,
+            evaluation_side=size,
             num_workers=self.num_workers,
             device=self.device,
         )
@@ -98,20 +117,17 @@ class Dataset:
         splits: Splits,
         *,
         reading: Reading,
-        batch_size: int,
-        seed: int,
-        validation_fraction: float,
-        mean: Sequence[float],
-        std: Sequence[float],
-        max_bad_images: int,
+        options: DataOptions,
     ) -> None:
+        batch_size, seed, validation_fraction = options.batch_size, reading.seed, options.validation_fraction
         self._splits = splits
         self._reading = reading
         self._seed = seed
-        self._views: int | None = None if reading.augment is not Augment.none else 1
-        self._skipped = SkippedImages(max_bad_images)
-        self._mean_C11 = torch.tensor(mean, dtype=torch.float32, device=reading.device)[:, None, None]
-        self._std_C11 = torch.tensor(std, dtype=torch.float32, device=reading.device)[:, None, None]
+        self._varies = reading.augment is not Augment.none or isinstance(splits.train, Items)
+        self._views: int | None = None if self._varies else 1
+        self._skipped = SkippedImages(options.max_bad_images)
+        self._mean_C11 = torch.tensor(options.mean, dtype=torch.float32, device=reading.device)[:, None, None]
+        self._std_C11 = torch.tensor(options.std, dtype=torch.float32, device=reading.device)[:, None, None]
         if len(splits.train) < 2:
             raise ConfigError("data.root", len(splits.train), "at least 2 training images, one of them held out")
         train, validation = split_rows(len(splits.train), fraction=validation_fraction, seed=seed)
@@ -155,7 +171,7 @@ class Dataset:
     def with_views(self, views: int | None) -> Dataset:
         """Return this dataset with `views` fixed augmentations of every training image that its epochs take in turn, in
         place of fresh ones in every epoch; itself for None. It is closed with this one."""
-        if views is None or self._reading.augment is Augment.none:
+        if views is None or not self._varies:
             return self
         fixed = copy.copy(self)
         fixed._views = views
@@ -182,7 +198,7 @@ class Dataset:
             return self._view_draws(self._order.all_rows[first : first + self.batch_size], view)
 
         requests = (
-            self._request(self._order.all_rows[first : first + self.batch_size], draws(view, first))
+            self._request(self._order.all_rows[first : first + self.batch_size], draws(view, first), f"view {view}")
             for view, first in batches
         )
         for (view, first), (images_BHWC, labels) in zip(batches, self._images.read_many(requests), strict=True):
@@ -247,7 +263,7 @@ class Dataset:
             self._test_images.close()
 
     @functools.cached_property
-    def _test_source(self) -> ImageSource:
+    def _test_source(self) -> ImageSource | Items:
         source = self._splits.open_test()
         if not len(source):
             raise ConfigError("data.root", 0, "at least 1 test image")
@@ -268,12 +284,14 @@ class Dataset:
         return draw_view(rows, view=view, image_size=self._reading.squaring.image_size, seed=self._seed)
 
     def _train_request(self, step: int, part: int, num_parts: int, draws: Draws) -> Request:
-        return self._request(self._order.rows(step)[part::num_parts], draws)
+        epoch = step // self.steps_per_epoch
+        draw = f"epoch {epoch}" if self._views is None else f"view {epoch % self._views}"
+        return self._request(self._order.rows(step)[part::num_parts], draws, draw)
 
-    def _request(self, rows: Tensor, draws: Draws) -> Request:
+    def _request(self, rows: Tensor, draws: Draws, draw: str) -> Request:
         if self._reading.augment is Augment.resized_crop_flip:
-            return Request(rows.numpy(), View.resized_crop, draws.uniforms.numpy())
-        return Request(rows.numpy(), View.fit)
+            return Request(rows.numpy(), View.resized_crop, draws.uniforms.numpy(), draw)
+        return Request(rows.numpy(), View.fit, draw=draw)
 
     def _batch(self, images_BHWC: Tensor, labels: Tensor) -> Batch:
         return Batch(normalise(images_BHWC, mean_C11=self._mean_C11, std_C11=self._std_C11), labels)
@@ -287,119 +305,55 @@ def _evaluation(rows: Tensor) -> Request:
     return Request(rows.numpy(), View.evaluation)
 
 
-def open_dataset(
-    *,
-    name: str,
-    root: str | None,
-    image_size: int,
-    augment: Augment,
-    batch_size: int,
-    seed: int,
-    validation_fraction: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    resize: int | None = None,
-    interpolation: str = "bilinear",
-    squash: bool = False,
-    num_workers: int | None = None,
-    ranks_here: int = 1,
-    memory_limit_gib: float = 4.0,
-    max_bad_images: int = 10,
-    download: bool = True,
-    train_split: str | None = None,
-    test_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    exif_orientation: bool = True,
-) -> Dataset:
-    """Return the set `name` (digits, cifar10, cifar100, imagefolder, hf), its training images ready to be read.
+def open_dataset(options: DataOptions, *, seed: int, device: torch.device, ranks_here: int = 1) -> Dataset:
+    """Return the data set, its training images ready to be read; `ranks_here` share the host's cores.
 
     A split within memory_limit_gib (count * image_size^2 * 3 bytes) is decoded now and kept, on the device; a larger
-    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes (None: one for each core of
-    this process, where `ranks_here` share the host's, at most 8). In memory, an image that is not image_size x
-    image_size has its shorter side resized to that and is centre cropped; streamed validation and test images are
-    resized to 256/224 of it first, as ImageNet networks expect. `resize` replaces both sizes, `squash` resizes both
-    sides.
-    mean and std are per channel, of pixels in 0 .. 1. train_split and test_split name folders or hub splits.
-    exif_orientation: images are turned as that says.
+    one, and any with resized_crop_flip, is decoded batch by batch in num_workers processes. In memory, an image that is
+    not image_size x image_size has its shorter side resized to that and is centre cropped; streamed validation and test
+    images are resized to 256/224 of it first, as ImageNet networks expect. `resize` replaces both sizes, crop_mode
+    squash resizes both sides. Items of a set from outside are as that gives them (see items.py).
     Raises ConfigError on the setting of data.* that cannot be honoured.
     """
-    _check(image_size=image_size, batch_size=batch_size, validation_fraction=validation_fraction, mean=mean, std=std)
-    splits = _open_splits(
-        name=name,
-        root=root,
-        memory_limit_bytes=memory_limit_gib * GIB,
-        download=download,
-        train_split=train_split,
-        test_split=test_split,
-        image_column=image_column,
-        label_column=label_column,
-        upright=exif_orientation,
-    )
     cores = min(MOST_CORES, share_of_cores(ranks_here))
+    splits = _open_splits(options)
     reading = Reading(
-        squaring=Squaring(image_size, resize, interpolation, squash),
-        augment=augment,
-        memory_limit_bytes=memory_limit_gib * GIB,
-        num_workers=cores if num_workers is None else num_workers,
+        squaring=Squaring(
+            options.image_size, options.resize, options.interpolation, squash=options.crop_mode == "squash"
+        ),
+        augment=options.augment,
+        memory_limit_bytes=options.memory_limit_bytes,
+        num_workers=cores if options.num_workers is None else options.num_workers,
         num_threads=cores,
         device=device,
-    )
-    return Dataset(
-        splits,
-        reading=reading,
-        batch_size=batch_size,
         seed=seed,
-        validation_fraction=validation_fraction,
-        mean=mean,
-        std=std,
-        max_bad_images=max_bad_images,
+        num_classes=len(splits.classes),
     )
+    return Dataset(splits, reading=reading, options=options)
 
 
-def _open_splits(
-    *,
-    name: str,
-    root: str | None,
-    memory_limit_bytes: float,
-    download: bool,
-    train_split: str | None,
-    test_split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    upright: bool,
-) -> Splits:
+def _open_splits(options: DataOptions) -> Splits:
+    name, root, upright = options.name, options.root, options.exif_orientation
+    splits = {"train_split": options.train_split, "test_split": options.test_split}
     if name == "digits":
         return open_digits()
     if name in ("cifar10", "cifar100"):
-        return open_cifar(name=name, root=root, download=download)
+        return open_cifar(name=name, root=root, download=options.download)
     if name == "imagefolder":
-        return open_folder(root=root, train_split=train_split, test_split=test_split, upright=upright)
+        return open_folder(root=root, upright=upright, **splits)
     if name == "hf":
         return open_hub(
             root=root,
-            train_split=train_split,
-            test_split=test_split,
-            image_column=image_column,
-            label_column=label_column,
-            memory_limit_bytes=memory_limit_bytes,
-            download=download,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            memory_limit_bytes=options.memory_limit_bytes,
+            download=options.download,
             upright=upright,
+            **splits,
         )
+    if name == "custom":
+        factory = options.factory or ""
+        train = open_items(factory, options.options, train=True)
+        open_test = functools.partial(open_items, factory, options.options, train=False)
+        return Splits(train=train, open_test=open_test, classes=classes_of(train))
     raise ConfigError("data.name", name, one_of(NAMES, name))
-
-
-def _check(
-    *, image_size: int, batch_size: int, validation_fraction: float, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    if image_size < 1:
-        raise ConfigError("data.image_size", image_size, "an integer >= 1, in pixels")
-    if batch_size < 1:
-        raise ConfigError("data.batch_size", batch_size, "an integer >= 1")
-    if not 0 <= validation_fraction < 1:
-        raise ConfigError("data.validation_fraction", validation_fraction, "a number from 0 to below 1")
-    if len(mean) != 3:
-        raise ConfigError("data.mean", list(mean), "three numbers, one a channel")
-    if len(std) != 3 or min(std) <= 0:
-        raise ConfigError("data.std", list(std), "three numbers > 0, one a channel")

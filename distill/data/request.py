@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,15 @@ class Request:
     rows: npt.NDArray[np.int64]  # (B,)
     view: View
     uniforms: npt.NDArray[np.float32] | None = None  # (B, ATTEMPTS, 4), see augment.Draws
+    draw: str = "evaluation"  # which of an item's own random numbers are meant: those of an epoch, a view, this
+
+
+class Decoded(NamedTuple):
+    """A decoded request; `bad` has the name and reason of every unusable image that was met on the way."""
+
+    images: Tensor  # (B, H, W, 3), uint8 or, from 0 to 1, float32
+    labels: Tensor  # (B,) int64
+    bad: tuple[tuple[str, str], ...]
 
 
 class Images(Protocol):
@@ -40,7 +49,7 @@ class Images(Protocol):
         """Return `rows` without those known not to be decodable."""
 
     def read(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Return uint8 images (B, H, W, 3) and int64 labels (B,), both on the device."""
+        """Return images (B, H, W, 3), uint8 or from 0 to 1 float32, and int64 labels (B,), both on the device."""
 
     def read_many(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
         """Return what `read` returns for each request, in order."""

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.data.items import Items
+
 
 class ImageSource(Protocol):
     """The images of one split by row; picklable, so that worker processes can have it."""
@@ -31,8 +33,8 @@ class ImageSource(Protocol):
 class Splits:
     """A set of images: its training split, its test split (opened when it is asked for), its classes."""
 
-    train: ImageSource
-    open_test: Callable[[], ImageSource]
+    train: ImageSource | Items
+    open_test: Callable[[], ImageSource | Items]
     classes: tuple[str, ...]
 
 

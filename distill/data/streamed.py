@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple, TypeVar
+from pickle import PicklingError
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +22,8 @@ from torch.utils.data import DataLoader
 
 from distill.data import decoding
 from distill.data.augment import resized_crop_box
-from distill.data.bad_images import SkippedImages
 from distill.data.decoding import Squaring, UnreadableImageError
-from distill.data.request import Request, View
+from distill.data.request import Decoded, Request, View
 from distill.data.source import ImageSource
 from distill.errors import ConfigError
 from distill.machine.host import shared_memory_left
@@ -32,14 +33,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PREFETCHED = 2  # batches that a worker is ahead by
 WORKER_TIMEOUT_S = 600  # a worker that gives no batch in this time is presumed stuck; the loader then raises
-
-
-class Decoded(NamedTuple):
-    """A decoded request; `bad` has the name and reason of every undecodable image that was met on the way."""
-
-    images: Tensor  # (B, H, W, 3) uint8
-    labels: Tensor  # (B,) int64
-    bad: tuple[tuple[str, str], ...]
 
 
 class BatchDecoder:
@@ -104,28 +97,39 @@ class BatchDecoder:
         )
 
 
-class StreamImages:
-    """The images of a source, decoded whenever they are read, ahead of time in `num_workers` processes.
+class Decoder(Protocol):
+    """What answers requests, here or, sent there, in a worker process."""
 
-    `groups` (N,) says which rows may replace one another; None: undecodable images are left out of the answer.
-    Reading raises ConfigError on data.max_bad_images once too many images were met that cannot be decoded.
+    def __getitem__(self, request: Request) -> Decoded: ...
+
+
+class Bad(Protocol):
+    """What is done about images that cannot be used."""
+
+    def add(self, name: str, reason: str) -> None:
+        """Note one; raise ConfigError where it is one too many."""
+
+
+class StreamImages:
+    """Images that a decoder makes whenever they are read, ahead of time in `num_workers` processes.
+
+    `must_be_full`: others stand in for images that cannot be decoded; else they are left out of the answer.
+    Reading raises ConfigError, on data.max_bad_images once too many images were met that cannot be decoded.
     """
 
     def __init__(
         self,
-        source: ImageSource,
+        decoder: Decoder,
         *,
-        squaring: Squaring,
-        groups: npt.NDArray[np.int8] | None,
-        skipped: SkippedImages,
+        bad: Bad,
+        must_be_full: bool,
+        image_size: int,
+        evaluation_side: int,
         num_workers: int,
         device: torch.device,
     ) -> None:
-        self._decoder = BatchDecoder(source, squaring=squaring, groups=groups, max_bad_images=skipped.limit)
-        self.evaluation_side = squaring.evaluation_side
-        self._must_be_full = groups is not None
-        self._skipped = skipped
-        self._image_size = squaring.image_size
+        self._decoder, self._bad, self._must_be_full = decoder, bad, must_be_full
+        self._image_size, self.evaluation_side = image_size, evaluation_side
         self._num_workers = num_workers
         self._device = device
         if num_workers:
@@ -189,12 +193,19 @@ class StreamImages:
             multiprocessing_context=_worker_context(),
             generator=torch.Generator(),  # else the loader takes a number from the global generator
         )
-        for decoded in loader:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Got pickle error")  # the loader's, before it raises
+                batches = iter(loader)
+        except (PicklingError, AttributeError, TypeError) as error:  # as pickle says it, of a set from outside
+            allowed = f"0, which reads in the rank's own process: the data set cannot be sent to others ({error})"
+            raise ConfigError("data.num_workers", num_workers, allowed) from error
+        for decoded in batches:
             yield self._accept(decoded, sizes.pop(0))
 
     def _accept(self, decoded: Decoded, num_rows: int) -> tuple[Tensor, Tensor]:
         for name, reason in decoded.bad:
-            self._skipped.add(name, reason)
+            self._bad.add(name, reason)
         if self._must_be_full and len(decoded.labels) < num_rows:
             raise ConfigError("data.root", decoded.bad[0][0], "at least one image in each split that can be decoded")
         images_BHWC = decoded.images.to(self._device, non_blocking=True)

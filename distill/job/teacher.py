@@ -12,10 +12,11 @@ from torch import nn
 
 from distill.blocks.chain import made_trainable
 from distill.blocks.memory_format import to_channels_last
-from distill.config.choices import AugmentName, CropMode, TeacherSource
+from distill.config.choices import CropMode, TeacherSource
 from distill.config.outside import make_importable
+from distill.config.plain import options_of
 from distill.config.schema import JobConfig
-from distill.data import Augment, Dataset, open_dataset
+from distill.data import Augment, DataOptions, Dataset, open_dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.job.context import Context
@@ -42,33 +43,15 @@ log = logging.getLogger(__name__)
 
 def open_data(config: JobConfig, device: torch.device, *, ranks_here: int) -> Dataset:
     """Open the configured images, for one of `ranks_here` ranks on this host; nothing is written."""
-    data = config.data
-    augment = {name: Augment[name.name] for name in AugmentName}[data.augment]
-    return open_dataset(
-        name=data.name.name,
-        root=data.root,
-        image_size=data.side,
-        resize=data.resize,
-        interpolation=data.interpolation.name,
-        squash=data.crop_mode is CropMode.squash,
-        augment=augment,
-        batch_size=data.batch_size,
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
+    options = options_of(
+        DataOptions,
+        config.data,
+        image_size=config.data.side,
+        augment=Augment[config.data.augment.name],
         mean=config.mean,
         std=config.std,
-        device=device,
-        num_workers=data.num_workers,
-        ranks_here=ranks_here,
-        memory_limit_gib=data.memory_limit_gib,
-        max_bad_images=data.max_bad_images,
-        download=data.download,
-        train_split=data.train_split,
-        test_split=data.test_split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        exif_orientation=data.exif_orientation,
     )
+    return open_dataset(options, seed=config.seed, device=device, ranks_here=ranks_here)
 
 
 def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,27 @@ def test_what_comes_from_outside_is_its_source(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "helping.py").write_text("# edited")
     assert digits(config) != before
     assert compose(["distill.loss=torch.nn.functional:l1_loss"]).run.code is None
+
+
+def test_a_set_from_outside_is_its_source_its_options_and_what_it_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = (
+        "import torch\ndef images(train, level=0):\n return [(torch.full((3, 4, 4), level), 0)] * (4 if train else 2)\n"
+    )
+    (tmp_path / "own_images.py").write_text(source)
+
+    def facts(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        return identity(compose(["data=custom", "data.factory=own_images:images", *more]))
+
+    first, brighter = facts("+data.options.level=0.0"), facts("+data.options.level=0.5")
+    assert first["data.factory (training items)"].startswith("4 items, content ")
+    assert first["data.factory (test items)"].startswith("2 items, content ")
+    assert first["data.factory (source)"].startswith("own_images; content ")
+    differing = {key for key in first if first[key] != brighter[key]}
+    assert differing == {"data.options", "data.factory (training items)", "data.factory (test items)"}
 
 
 def test_the_content_is_read_once_for_all_configurations_of_a_launch(

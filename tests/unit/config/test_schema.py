@@ -22,6 +22,7 @@ NEEDED = {
     "teacher/custom": ["teacher.factory=package.module:function"],
     "data/imagefolder": ["data.root=/images"],
     "data/hf": ["data.root=/images"],
+    "data/custom": ["data.factory=package.module:function"],
     "experiment/cifar10_resnet20": ["data.root=/images"],
     "experiment/paper_resnet50_imagenet": ["data.root=/images"],
 }
@@ -260,6 +261,13 @@ class TestImpossibleValues:
                 "data.root: got None; expected the place of the images for data=imagefolder",
             ),
             (lambda: images("hf"), "data.root: got None; expected the place of the images for data=hf"),
+            (lambda: images("custom"), "data.factory: got None; expected package.module:function for data=custom"),
+            (lambda: digits(factory="a:b"), "data.factory: got 'a:b'; expected none with data=digits"),
+            (
+                lambda: schema.FinetuneConfig(options={"a": 1}),
+                "finetune.options: got {'a': 1}; expected none with finetune.objective=distillation, which has "
+                "finetune.temperature and soft_weight",
+            ),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -340,7 +348,7 @@ class TestYaml:
 
     def test_written_yaml_holds_every_setting(self, default: JobConfig) -> None:
         def leaves(prefix: str, value: object) -> set[str]:
-            if isinstance(value, dict) and prefix not in ("teacher.options", "finetune.options"):
+            if isinstance(value, dict) and prefix not in ("teacher.options", "data.options", "finetune.options"):
                 return {leaf for key, item in value.items() for leaf in leaves(f"{prefix}.{key}".lstrip("."), item)}
             return {prefix}
 
