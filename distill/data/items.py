@@ -11,7 +11,8 @@ data set: len(), and by index an image and its label.
   data.mean=[0,0,0] data.std=[1,1,1]. All items are of one of the two kinds.
 * A label is a whole number from 0 on. The attribute `classes` has their names; without it all items are read to count.
 * Random numbers of torch, NumPy and random that an item draws are seeded by (seed, epoch, index), so that a batch is
-  the same wherever and whenever it is read. Validation images are items of the training set, under seeds of their own.
+  the same wherever and whenever it is read; those that the function draws are always the same. Validation images are
+  items of the training set, under seeds of their own.
 * What it is counts in a run's identity: the function's source and options, and of each set the length, and the
   attribute `fingerprint` or else the content of some items.
 
@@ -66,9 +67,7 @@ class Items:
 
     def read(self, row: int, *, seed: int) -> tuple[Tensor, int]:
         """Return an image, uint8 or float32 (C, H, W), and its label, under this seed; raise UnusableItemError."""
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed(): a CUDA device is no business of an item's
+        _seed_all(seed)
         try:
             image, label = self.dataset[row]
         except Exception as error:  # whatever stands in the user's class
@@ -91,13 +90,15 @@ def open_items(factory: str, options: Mapping[str, object], *, train: bool) -> I
     build: Any = named(SETTING, factory, {}, "distill.data")
     if not callable(build):
         raise ConfigError(SETTING, factory, f"a function, not {type(build)}")
-    try:
-        dataset: Any = called("data.options", build, options=options, train=train)
-        length = len(dataset)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(SETTING, factory, f"a function that returns a data set ({reason(error)})") from error
+    with _random_state_kept():
+        _seed_all(0)  # a set that is made up is the same on every rank, and in the next attempt
+        try:
+            dataset: Any = called("data.options", build, options=options, train=train)
+            length = len(dataset)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(SETTING, factory, f"a function that returns a data set ({reason(error)})") from error
     if length == 0 or not hasattr(dataset, "__getitem__"):
         raise ConfigError(
             SETTING, factory, f"a data set with items by index; with train={train} it has length {length}"
@@ -182,6 +183,12 @@ class UnusableItems:
 
     def add(self, name: str, why: str) -> None:
         raise ConfigError(SETTING, self.factory, f"items that can be used; {name}: {why}")
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed(): CUDA devices are no business of a data set's
 
 
 @contextmanager

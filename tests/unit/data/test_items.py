@@ -35,6 +35,10 @@ class Noisy(TorchDataset):
         return noise / 300 + index / 100, index % 2
 
 
+def made_up(train: bool) -> TensorDataset:
+    return TensorDataset(torch.rand(8 if train else 2, 3, 8, 8), torch.randint(3, (8 if train else 2,)))
+
+
 def in_bytes(train: bool, gray: bool = False) -> TensorDataset:
     """Tensors that have no names of classes."""
     images = torch.arange(20 * 64).reshape(20, 1, 8, 8).remainder(256).to(torch.uint8)
@@ -191,5 +195,6 @@ def test_a_set_is_known_by_its_length_and_items_or_what_it_says_itself() -> None
         return describe(f"{__name__}:{function}", options, train=train)
 
     assert known("Noisy") == known("Noisy")
+    assert known("made_up") == known("made_up"), "on every rank the same"
     assert len({known("Noisy"), known("Noisy", count=39), known("Noisy", train=False), known("in_bytes")}) == 4
     assert known("Marked") == "40 items, fingerprint version 3"
