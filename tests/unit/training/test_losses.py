@@ -114,7 +114,7 @@ class TestLossFromOutside:
     def test_a_block_is_trained_with_it(self) -> None:
         one, other = trainer(loss="mse"), trainer(loss=f"{__name__}:huber")
         readings = train(other, 3)
-        assert readings[0].loss == pytest.approx(huber(one._forward(batch(0)[0]), batch(0)[1]).item())
+        assert readings[0].loss == pytest.approx(huber(one.forward(batch(0)[0]), batch(0)[1]).item())
         train(one, 3)
         assert not same_bits(weights(one), weights(other))
 
