@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.config.compose import config_dir
-from distill.config.schema import settings
+from distill.config.reference import settings
 
 HEAD = """# Configuration
 

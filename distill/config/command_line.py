@@ -20,7 +20,8 @@ from omegaconf.errors import GrammarParseError
 from omegaconf.grammar_parser import parse as interpolation
 
 from distill.config.errors import refused
-from distill.config.schema import literal, setting_kinds
+from distill.config.load import literal
+from distill.config.reference import setting_kinds
 from distill.errors import ConfigError, DistillError
 
 SEARCH_PATH = "hydra.searchpath"  # the one setting of Hydra's that every command minds: folders of one's own choices

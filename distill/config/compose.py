@@ -17,7 +17,9 @@ from distill.config.choices import Stage
 from distill.config.command_line import overrides as in_hydras_words
 from distill.config.command_line import unquoted
 from distill.config.errors import explain
-from distill.config.schema import JobConfig, LaunchConfig, from_yaml, load, setting_kinds
+from distill.config.load import from_yaml, load
+from distill.config.reference import setting_kinds
+from distill.config.schema import JobConfig, LaunchConfig
 from distill.config.shipped import shipped
 from distill.errors import ConfigError
 from distill.storage.files import DamagedFileError, read_commented

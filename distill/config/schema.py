@@ -1,21 +1,18 @@
-"""The schema of a job: one dataclass a section, and load(), the only door from Hydra's config to it. Knows no torch.
+"""The schema of a job: one dataclass a section, with the checks of its values. Knows no torch.
 
 Every setting carries its one-line explanation; docs/configuration.md is generated from them. To find a setting, look
-for its section; its choices are in choices.py.
+for its section; its choices are in choices.py. All sections stay in one file, longer than others: this is what can be
+set.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from enum import Enum
-from typing import Any, cast, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from distill.config.choices import (
     BLOCK_LOSSES,
@@ -39,33 +36,11 @@ from distill.config.choices import (
     TeacherSource,
     WireDtype,
 )  # fmt: skip
-from distill.config.errors import explain
 from distill.config.outside import DATA, LOSS, OBJECTIVE
-from distill.config.paths import make_absolute
+from distill.config.settings import at_least, between, setting
 from distill.errors import ConfigError
 from distill.planning import plan as planning
 from distill.planning.plan import STRATEGIES
-
-
-def setting(default: Any, explanation: str) -> Any:
-    """A dataclass field with its explanation, which the configuration reference prints."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata={"help": explanation})
-    return field(default=default, metadata={"help": explanation})
-
-
-def _at_least(section: str, owner: object, **minimums: float) -> None:
-    for name, minimum in minimums.items():
-        value = getattr(owner, name)
-        if value is not None and not minimum <= value < math.inf:  # also refuses nan, which compares as False
-            raise ConfigError(f"{section}.{name}", value, f"a number >= {minimum}")
-
-
-def _between(section: str, owner: object, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not low <= value <= high:
-            raise ConfigError(f"{section}.{name}", value, f"a number from {low} to {high}")
 
 
 @dataclass(kw_only=True)
@@ -75,7 +50,7 @@ class FitConfig:
     weight_decay: float = setting(5e-4, "weight decay")
 
     def __post_init__(self) -> None:
-        _at_least("teacher.fit", self, epochs=0, lr=0, weight_decay=0)
+        at_least("teacher.fit", self, epochs=0, lr=0, weight_decay=0)
 
 
 @dataclass(kw_only=True)
@@ -157,10 +132,10 @@ class DataConfig:
         return self.image_size
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             "data", self, image_size=1, resize=1, batch_size=1, num_workers=0, memory_limit_gib=0, max_bad_images=0
         )
-        _between("data", self, 0.0, 0.9, "validation_fraction")
+        between("data", self, 0.0, 0.9, "validation_fraction")
         self._check_custom()
         if self.root is None and self.name not in (DataName.digits, DataName.custom):
             raise ConfigError("data.root", None, f"the place of the images for data={self.name.name}")
@@ -195,7 +170,7 @@ class StudentConfig:
     first_layer: bool = setting(False, "whether the network's first convolution is replaced too")
 
     def __post_init__(self) -> None:
-        _at_least("student", self, rank=1)
+        at_least("student", self, rank=1)
         if self.recipe is RecipeName.separable_x2 and self.init is Init.teacher:
             raise ConfigError("student.init", "teacher", "random: separable_x2 has no initialisation from the teacher")
 
@@ -247,9 +222,9 @@ class DistillConfig:
         LOSS.check(self.loss)
         if self.steps is None and self.epochs is None:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
-        _at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
-        _at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1, views=1)
-        _between("distill", self, 0.0, 1.0, "smoothing")
+        at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
+        at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1, views=1)
+        between("distill", self, 0.0, 1.0, "smoothing")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError("distill.epochs", self.epochs, "a number > 0")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -283,7 +258,7 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
+        at_least("plan", self, teacher_ranks=1, window=2, timeout_s=1)
         if self.teacher_ranks is not None and not self._understands("teacher_ranks"):
             raise ConfigError("plan.teacher_ranks", self.teacher_ranks, f"null with plan.strategy={self.strategy.name}")
         if self.groups and not self._understands("groups"):
@@ -322,7 +297,7 @@ class CacheConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("cache", self, max_gib=0)
+        at_least("cache", self, max_gib=0)
 
 
 @dataclass(kw_only=True)
@@ -330,7 +305,7 @@ class AssembleConfig:
     batchnorm_batches: int = setting(50, "training batches over which batch-norm statistics are re-estimated")
 
     def __post_init__(self) -> None:
-        _at_least("assemble", self, batchnorm_batches=0)
+        at_least("assemble", self, batchnorm_batches=0)
 
 
 @dataclass(kw_only=True)
@@ -348,8 +323,8 @@ class FinetuneConfig:
         if self.options and self.objective in OBJECTIVE.own:
             allowed = f"none with finetune.objective={self.objective}, which has finetune.temperature and soft_weight"
             raise ConfigError("finetune.options", self.options, allowed)
-        _at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
-        _between("finetune", self, 0.0, 1.0, "soft_weight")
+        at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
+        between("finetune", self, 0.0, 1.0, "soft_weight")
         if not 0 < self.temperature < math.inf:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
 
@@ -359,7 +334,7 @@ class CheckpointConfig:
     every: int = setting(200, "steps between two checkpoints of an unfinished block")
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every=1)
+        at_least("checkpoint", self, every=1)
 
 
 @dataclass(kw_only=True)
@@ -376,7 +351,7 @@ class LaunchConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("launch", self, nproc_per_node=1, nnodes=1, max_restarts=0, threads_per_rank=1)
+        at_least("launch", self, nproc_per_node=1, nnodes=1, max_restarts=0, threads_per_rank=1)
         if self.nnodes > 1 and not self.rdzv_endpoint:
             raise ConfigError("launch.rdzv_endpoint", self.rdzv_endpoint, "host:port of the first node")
 
@@ -455,104 +430,3 @@ class JobConfig:
         if self.plan.wire_dtype is not WireDtype.fp32:
             allowed = f"fp32 with teacher.cache={cache}: nothing is sent; cache.dtype=bf16 rounds activations"
             raise ConfigError("plan.wire_dtype", self.plan.wire_dtype.name, allowed)
-
-
-def load(cfg: DictConfig) -> JobConfig:
-    """Return the checked configuration, its paths absolute. Merging into the schema again refuses keys smuggled in with
-    "+key=...".
-
-    Raises ConfigError naming the setting, what was given and what is allowed.
-    """
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
-        make_absolute(cast(dict[str, Any], plain))
-        merged = OmegaConf.merge(OmegaConf.structured(JobConfig), _literals(plain))
-        config = cast(JobConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        if getattr(error, "full_key", None) == "teacher.name":
-            _refuse_nameless(cfg)
-        raise explain(error, setting_kinds()) from error
-    _take_over(config.teacher, config.data)
-    return config
-
-
-def _refuse_nameless(cfg: DictConfig) -> None:
-    """Raise the error of a misspelt name where a registry's network has none."""
-    from distill.teachers import check_name  # imports torch
-
-    source = OmegaConf.select(cfg, "teacher.source")
-    check_name(source.name if isinstance(source, TeacherSource) else str(source), "")
-
-
-def _take_over(teacher: TeacherConfig, data: DataConfig) -> None:
-    """Fill in what `data` leaves open of how images become inputs: from what the teacher's weights expect, as far as a
-    registry tells, else as networks for ImageNet usually have it."""
-    expected = None
-    if teacher.source in (TeacherSource.torchvision, TeacherSource.timm) and teacher.weights is not None:
-        from distill.teachers import expected_preprocessing  # which imports torch: seconds that only these teachers pay
-
-        expected = expected_preprocessing(teacher.source.name, teacher.name, teacher.weights)
-    data.image_size = data.image_size or (expected.image_size if expected else 224)
-    data.mean = data.mean or (list(expected.mean) if expected else [0.485, 0.456, 0.406])
-    data.std = data.std or (list(expected.std) if expected else [0.229, 0.224, 0.225])
-    has_room = data.name is DataName.imagefolder or (expected and data.image_size == expected.image_size)
-    if data.resize is None and expected and has_room:  # small pictures are shown whole
-        data.resize = round(data.image_size * expected.resize / expected.image_size)
-    if data.interpolation is Interpolation.auto:
-        data.interpolation = Interpolation[expected.interpolation] if expected else Interpolation.bilinear
-    if data.crop_mode is CropMode.auto:
-        data.crop_mode = CropMode.squash if expected and expected.squash else CropMode.centre
-    if data.resize is not None and data.resize < data.image_size:
-        raise ConfigError(
-            "data.resize", data.resize, f"at least data.image_size={data.image_size}, which is cut out of it"
-        )
-
-
-def to_yaml(config: JobConfig) -> str:
-    """Return the configuration as YAML that load() reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(_literals(asdict(config))))
-
-
-def literal(text: str) -> str:
-    r"""Return a text in which OmegaConf finds no interpolation: \${ stands for the two characters."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def _literals(value: Any) -> Any:
-    """Return plain values whose texts are literal()."""
-    if isinstance(value, dict):
-        return {key: _literals(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_literals(item) for item in value]
-    return literal(value) if isinstance(value, str) else value
-
-
-def from_yaml(text: str) -> JobConfig:
-    """Return the configuration that to_yaml() wrote."""
-    return load(cast(DictConfig, OmegaConf.create(text)))
-
-
-def settings(schema: type = JobConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Return (dotted path, type, default, explanation) of every setting, in the schema's order."""
-    rows = []
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        path, kind = f"{prefix}{entry.name}", hints[entry.name]
-        if is_dataclass(kind):
-            rows += settings(cast(type, kind), f"{path}.")
-            continue
-        default = entry.default_factory() if entry.default_factory is not NO_DEFAULT else entry.default
-        shown = default.name if isinstance(default, Enum) else json.dumps(default)
-        rows.append((path, _type_name(kind), "from its group" if default == MISSING else shown, entry.metadata["help"]))
-    return rows
-
-
-def setting_kinds() -> dict[str, str]:
-    """Return the type of every setting, in words, by its dotted path."""
-    return {path: kind for path, kind, _, _ in settings()}
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return " or ".join(member.name for member in kind)
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)

@@ -22,8 +22,9 @@ from torch import nn
 from distill.config.choices import Device, Stage
 from distill.config.compose import compose
 from distill.config.fingerprint import identity, run_directory
+from distill.config.load import from_yaml, to_yaml
 from distill.config.outside import make_importable
-from distill.config.schema import JobConfig, from_yaml, to_yaml
+from distill.config.schema import JobConfig
 from distill.cuda.clock import DeviceClock
 from distill.data import Dataset
 from distill.distributed.roll_call import call_roll

@@ -13,7 +13,7 @@ from distill import __version__
 from distill.config.command_line import VERBS, is_hydras
 from distill.config.command_line import overrides as in_hydras_words
 from distill.config.compose import compose, config_dir, groups
-from distill.config.schema import to_yaml
+from distill.config.load import to_yaml
 from distill.errors import ConfigError, one_of
 from distill.launch.sweep import compose_master, hydra_ready
 

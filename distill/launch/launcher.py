@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.config.compose import compose
-from distill.config.schema import JobConfig, to_yaml
+from distill.config.load import to_yaml
+from distill.config.schema import JobConfig
 from distill.errors import DistillError
 from distill.launch.provenance import COMMAND_VARIABLE
 from distill.launch.signals import Stop, Stopper, stoppable

@@ -30,7 +30,8 @@ from distill.config.choices import Stage
 from distill.config.command_line import SEARCH_PATH, key_of
 from distill.config.compose import compose, register_schema
 from distill.config.fingerprint import identity, run_directory
-from distill.config.schema import JobConfig, load
+from distill.config.load import load
+from distill.config.schema import JobConfig
 from distill.errors import ConfigError, DistillError
 from distill.launch.launcher import Outcome, launch
 from distill.launch.signals import stoppable

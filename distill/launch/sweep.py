@@ -31,7 +31,7 @@ from distill.config.command_line import overrides as in_hydras_words
 from distill.config.compose import VERSION_BASE, config_dir, groups, register_schema
 from distill.config.errors import explain
 from distill.config.fingerprint import in_fingerprint
-from distill.config.schema import setting_kinds
+from distill.config.reference import setting_kinds
 from distill.errors import ConfigError, DistillError
 
 LONGEST_TAG = 120  # file names end at 255 bytes, and the fingerprint comes before the tag

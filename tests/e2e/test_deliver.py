@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.config.schema import from_yaml
+from distill.config.load import from_yaml
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.data.digits import open_digits

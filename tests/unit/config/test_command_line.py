@@ -15,9 +15,10 @@ from distill.config.command_line import TEXTS, VERBS
 from distill.config.command_line import overrides as in_hydras_words
 from distill.config.compose import compose
 from distill.config.fingerprint import run_directory
+from distill.config.load import from_yaml, to_yaml
 from distill.config.outside import DOORS
 from distill.config.paths import whole
-from distill.config.schema import from_yaml, setting_kinds, to_yaml
+from distill.config.reference import setting_kinds
 from distill.errors import ConfigError, DistillError
 from distill.launch.answers import answer
 from distill.launch.sweep import list_jobs, read_sweep

@@ -10,7 +10,7 @@ import pytest
 from distill.config.choices import Stage
 from distill.config.compose import compose
 from distill.config.fingerprint import identity
-from distill.config.schema import to_yaml
+from distill.config.load import to_yaml
 from distill.errors import ConfigError
 from distill.storage.files import write_commented
 

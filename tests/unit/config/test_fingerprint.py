@@ -14,7 +14,8 @@ from distill.config import choices
 from distill.config import fingerprint as rule
 from distill.config.compose import compose
 from distill.config.fingerprint import fingerprint, identity
-from distill.config.schema import JobConfig, settings
+from distill.config.reference import settings
+from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 from distill.storage import contents
 from distill.storage.image_files import USUAL_TEST_SPLITS

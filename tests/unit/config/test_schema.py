@@ -10,7 +10,9 @@ import yaml
 from distill.config import schema
 from distill.config.compose import compose, config_dir
 from distill.config.fingerprint import fingerprint, identity
-from distill.config.schema import JobConfig, from_yaml, settings, to_yaml
+from distill.config.load import from_yaml, to_yaml
+from distill.config.reference import settings
+from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 
 CONF = Path(config_dir())

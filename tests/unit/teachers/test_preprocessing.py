@@ -13,7 +13,8 @@ from PIL import Image
 from distill.config.choices import CropMode, Interpolation
 from distill.config.compose import compose
 from distill.config.fingerprint import identity
-from distill.config.schema import JobConfig, from_yaml, to_yaml
+from distill.config.load import from_yaml, to_yaml
+from distill.config.schema import JobConfig
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.errors import ConfigError
