@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from distill.config.choices import Stage
+from distill.config.plain import options_of
 from distill.config.schema import JobConfig
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
@@ -87,7 +88,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         dataset,
         objective,
         teacher=TeacherHere(teacher, objective.taps),
-        options=FitOptions(epochs=options.epochs, lr=options.lr, weight_decay=options.weight_decay),
+        options=options_of(FitOptions, options, warmup_epochs=0.0),
         team=_team(context),
         device=context.device,
         seed=derive_seed(context.config.seed, "finetune"),

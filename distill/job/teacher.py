@@ -143,7 +143,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
         made_trainable(network),
         dataset,
         Labels(),
-        options=FitOptions(epochs=epochs, lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=1.0),
+        options=options_of(FitOptions, options, epochs=epochs, warmup_epochs=1.0),
         team=Team(),
         device=context.device,
         seed=derive_seed(context.config.seed, "teacher", "fit"),

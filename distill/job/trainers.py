@@ -10,6 +10,7 @@ import torch
 
 from distill.blocks.memory_format import to_channels_last
 from distill.config.choices import Stop
+from distill.config.plain import options_of
 from distill.config.schema import JobConfig
 from distill.cuda.lanes import Lane, lanes
 from distill.data import Dataset
@@ -83,19 +84,5 @@ class Trainers:
 
 def trainer_options(config: JobConfig) -> TrainerOptions:
     """Return how the configuration wants every block trained."""
-    options = config.distill
-    return TrainerOptions(
-        loss=options.loss,
-        optimizer=options.optimizer.name,
-        lr=options.lr,
-        momentum=options.momentum,
-        smoothing=options.smoothing,
-        weight_decay=options.weight_decay,
-        schedule=options.schedule.name,
-        warmup_steps=options.warmup_steps,
-        clip_norm=options.clip_norm,
-        amp=options.amp.name,
-        patience=options.patience if options.stop is Stop.plateau else 0,
-        min_delta=options.min_delta,
-        log_every=options.log_every,
-    )
+    patience = config.distill.patience if config.distill.stop is Stop.plateau else 0
+    return options_of(TrainerOptions, config.distill, patience=patience)
