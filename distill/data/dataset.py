@@ -86,7 +86,7 @@ class Reading:
             decoder,
             bad=skipped,
             must_be_full=groups is not None,
-            image_size=self.squaring.image_size,
+            image_bytes=self.squaring.image_size**2 * 3,
             evaluation_side=self.squaring.evaluation_side,
             num_workers=self.num_workers,
             device=self.device,
@@ -94,11 +94,12 @@ class Reading:
 
     def _stream_items(self, items: Items) -> Images:
         size = self.squaring.image_size
+        reader = ItemReader(items, image_size=size, num_classes=self.num_classes, seed=self.seed)
         return StreamImages(
-            ItemReader(items, image_size=size, num_classes=self.num_classes, seed=self.seed),
+            reader,
             bad=UnusableItems(items.factory),
             must_be_full=True,
-            image_size=size,
+            image_bytes=reader.image_bytes,
             evaluation_side=size,
             num_workers=self.num_workers,
             device=self.device,

@@ -148,6 +148,11 @@ class ItemReader:
             except UnusableItemError:
                 self._dtype = torch.uint8  # reading will say what is wrong
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image as it is read."""
+        return self._size**2 * 3 * self._dtype.itemsize
+
     def __getitem__(self, request: Request) -> Decoded:
         images, labels = [torch.empty(0, self._size, self._size, 3, dtype=self._dtype)], list[int]()
         with _random_state_kept():

@@ -123,13 +123,13 @@ class StreamImages:
         *,
         bad: Bad,
         must_be_full: bool,
-        image_size: int,
+        image_bytes: int,
         evaluation_side: int,
         num_workers: int,
         device: torch.device,
     ) -> None:
         self._decoder, self._bad, self._must_be_full = decoder, bad, must_be_full
-        self._image_size, self.evaluation_side = image_size, evaluation_side
+        self._image_bytes, self.evaluation_side = image_bytes, evaluation_side
         self._num_workers = num_workers
         self._device = device
         if num_workers:
@@ -161,7 +161,7 @@ class StreamImages:
 
     def _workers_with_room(self, batch_size: int) -> int:
         """Return how many workers may start: their batches wait in shared memory, and writing beyond it kills them."""
-        left, room = shared_memory_left(), batch_size * self._image_size**2 * 3 * (PREFETCHED + 1)
+        left, room = shared_memory_left(), batch_size * self._image_bytes * (PREFETCHED + 1)
         fitting = min(self._num_workers, left // room)
         if fitting < self._num_workers:
             log.warning(
