@@ -18,7 +18,16 @@ from distill.data import Batch
 from distill.errors import DistillError
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.finetune import Epoch, FitOptions, Team, fit
-from distill.training.objective import Labels, Objective, Outputs, Seen, TeacherHere, try_out
+from distill.training.objective import (
+    Address,
+    Labels,
+    Objective,
+    Outputs,
+    Seen,
+    TeacherHere,
+    TeacherOutputs,
+    try_out,
+)
 from distill.training.shared_norms import SharedStatistics
 from tests.dist.ranks import TIMEOUT_S, connect, run_ranks
 
@@ -174,6 +183,7 @@ def train(
     model: nn.Module | None = None,
     kind: str = "plain",
     in_eval: Sequence[str] = (),
+    source: Callable[[nn.Module], TeacherOutputs] | None = None,
     team: Team | None = None,
     stop_after: int | None = None,
     lr: float = 0.1,
@@ -194,7 +204,7 @@ def train(
         model,
         images,  # type: ignore[arg-type]
         made,
-        teacher=TeacherHere(teacher, made.taps),
+        teacher=source(teacher) if source else TeacherHere(teacher, made.taps),
         in_eval=in_eval,
         options=options,
         team=team or Team(),
@@ -319,6 +329,24 @@ def test_an_objective_with_parameters_resumes_in_the_bits_of_one_go(tmp_path: Pa
     assert not torch.equal(whole["head.weight"], others["head.weight"])
     own = [torch.load(tmp_path / place / "objective.pt") for place in ("whole", "resumed")]
     assert all(torch.equal(own[0][name], own[1][name]) for name in own[0])
+
+
+class ByAddress:
+    """A source that never sees the batch: it finds what the teacher gave for the rows by their address."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self._here = TeacherHere(teacher, Joint.taps)
+
+    def outputs(self, batch: Batch, address: Address) -> Outputs:
+        batches = Images().train_batches(address.step, address.step + 1, address.part, address.num_parts)
+        return self._here.outputs(next(batches), address)
+
+
+def test_a_source_that_goes_by_addresses_gives_the_same_bits(tmp_path: Path) -> None:
+    here, _ = train(tmp_path / "here", Images(), kind="joint")
+    by_address, _ = train(tmp_path / "by_address", Images(), kind="joint", source=ByAddress)
+    expected = here.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in by_address.state_dict().items())
 
 
 def test_the_network_s_loss_does_not_move_a_critic(tmp_path: Path) -> None:
