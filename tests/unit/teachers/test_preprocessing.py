@@ -151,7 +151,7 @@ def test_images_are_read_as_the_settings_say(tmp_path: Path, limit: int) -> None
         ]
     )
     wanted = decoding.pixels(decoding.fit(Image.fromarray(noise), Squaring(16, 20, "bicubic", True)))
-    with open_data(config, torch.device("cpu")) as dataset:
+    with open_data(config, torch.device("cpu"), ranks_here=1) as dataset:
         assert dataset.evaluation_side == 20
         for batch in (dataset.train_batch(0), dataset.validation_batch(0), next(dataset.test_batches(2))):
             pixels = (batch.images[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
