@@ -140,7 +140,7 @@ def students_of(network: nn.Module, chain: Chain) -> dict[int, nn.Module]:
         paths = [
             path
             for path in block.convolutions
-            if recipe.replaces(network.get_submodule(path)) and path != chain.first_convolution
+            if recipe.fits(network.get_submodule(path)) and path != chain.first_convolution
         ]
         if paths:
             students[block.index] = chain.block_module(block.index)

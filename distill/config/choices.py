@@ -74,9 +74,7 @@ class GranularityName(Choice):
     modules = "modules"
 
 
-class RecipeName(Choice):
-    separable = "separable"
-    separable_x2 = "separable_x2"
+RECIPES = ("separable", "separable_x2", "one_conv", "keep")  # those of distill.recipes, which needs torch
 
 
 class Init(Choice):

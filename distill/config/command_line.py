@@ -22,6 +22,7 @@ from omegaconf.grammar_parser import parse as interpolation
 from distill.config.errors import refused
 from distill.config.load import literal
 from distill.config.reference import setting_kinds
+from distill.config.schema import MAPPINGS
 from distill.errors import ConfigError, DistillError
 
 SEARCH_PATH = "hydra.searchpath"  # the one setting of Hydra's that every command minds: folders of one's own choices
@@ -60,8 +61,10 @@ def unquoted(value: str) -> str:
 
 
 def _override(word: str, kinds: Mapping[str, str], groups: Collection[str], *, sweep: bool) -> str:
-    left, is_set, value = word.partition("=")
     key = key_of(word)
+    if word.startswith(key) and any(f"{key}.".startswith(f"{mapping}.") for mapping in MAPPINGS):
+        word = f"++{word}"  # what a mapping has not yet, Hydra adds under this sign alone
+    left, is_set, value = word.partition("=")
     if not is_set:  # ~key
         if key in kinds:
             raise ConfigError("command line", word, f"{key}=VALUE: a setting has always a value")

@@ -14,7 +14,7 @@ from typing import Any
 
 from distill.config.choices import Cache, DataName, TeacherSource
 from distill.config.outside import make_importable, sources
-from distill.config.schema import JobConfig
+from distill.config.schema import MAPPINGS, JobConfig
 from distill.config.sources import describe_module
 from distill.errors import ConfigError
 from distill.planning.plan import STRATEGIES
@@ -45,7 +45,8 @@ _COMPUTES_OTHERWISE: dict[str, set[Any]] = {
 _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
-    ("data.factory", None), ("data.options", {}),
+    ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
+    ("student.options", {}), ("student.per_block", {}),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
@@ -160,7 +161,7 @@ def _read(setting: str, value: str, describe: Callable[[], str | None]) -> str |
 
 
 def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and prefix not in ("teacher.options", "data.options", "finetune.options"):
+    if isinstance(value, dict) and prefix not in MAPPINGS:
         for key, item in value.items():
             yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
     else:

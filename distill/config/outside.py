@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config.choices import BLOCK_LOSSES, OBJECTIVES
+from distill.config.choices import BLOCK_LOSSES, OBJECTIVES, RECIPES
 from distill.config.sources import describe_module, import_folder
 from distill.extensions import module_of, refuse_unknown
 
@@ -34,22 +34,25 @@ class Door:
         """Return the module that the value is imported from; None for the package's own, and for none."""
         return module_of(value, self.own, self.group) if isinstance(value, str) else None
 
-    def value_in(self, plain: Mapping[str, Any]) -> object:
-        """Return the value in a configuration of plain values."""
+    def modules_in(self, plain: Mapping[str, Any]) -> dict[str, str]:
+        """Return the modules that a configuration of plain values needs for it, by the settings that name them."""
         section = plain.get(self.section)
-        return section.get(self.name) if isinstance(section, dict) else None
+        values = {self.setting: section.get(self.name)} if isinstance(section, dict) else {}
+        for pattern, entry in _per_block(section).items():
+            values[f"{self.section}.per_block.{pattern}.{self.name}"] = entry.get(self.name)
+        return {setting: module for setting, value in values.items() if (module := self.module(value))}
 
 
 LOSS = Door("distill", "loss", BLOCK_LOSSES, "distill.losses")
 OBJECTIVE = Door("finetune", "objective", OBJECTIVES, "distill.objectives")
 DATA = Door("data", "factory", (), "distill.data")
-DOORS = (LOSS, OBJECTIVE, DATA)
+RECIPE = Door("student", "recipe", RECIPES, "distill.recipes")
+DOORS = (LOSS, OBJECTIVE, DATA, RECIPE)
 
 
 def code_folder(plain: Mapping[str, Any]) -> str | None:
     """Return the folder that a configuration of plain values has its code from; None where all is installed."""
-    modules = [door.module(door.value_in(plain)) for door in DOORS]
-    return next((folder for module in modules if module and (folder := import_folder(module))), None)
+    return next((folder for module in _modules(plain).values() if (folder := import_folder(module))), None)
 
 
 def make_importable(folder: str | None) -> None:
@@ -60,5 +63,14 @@ def make_importable(folder: str | None) -> None:
 
 def sources(plain: Mapping[str, Any], folder: str | None) -> dict[str, str | None]:
     """Return, for every setting whose value comes from outside, what its source consists of."""
-    modules = {door.setting: door.module(door.value_in(plain)) for door in DOORS}
-    return {f"{setting} (source)": describe_module(module, folder) for setting, module in modules.items() if module}
+    return {f"{setting} (source)": describe_module(module, folder) for setting, module in _modules(plain).items()}
+
+
+def _modules(plain: Mapping[str, Any]) -> dict[str, str]:
+    return {setting: module for door in DOORS for setting, module in door.modules_in(plain).items()}
+
+
+def _per_block(section: object) -> dict[str, Mapping[str, Any]]:
+    """Return the entries of a section that says something else for some blocks."""
+    entries = section.get("per_block") if isinstance(section, Mapping) else None
+    return {key: entry for key, entry in (entries or {}).items() if isinstance(entry, Mapping)}

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from distill.config.choices import (
     BLOCK_LOSSES,
     OBJECTIVES,
+    RECIPES,
     Amp,
     AugmentName,
     Cache,
@@ -28,7 +29,6 @@ from distill.config.choices import (
     Init,
     Interpolation,
     OptimizerName,
-    RecipeName,
     Schedule,
     Stage,
     Stop,
@@ -36,7 +36,7 @@ from distill.config.choices import (
     TeacherSource,
     WireDtype,
 )  # fmt: skip
-from distill.config.outside import DATA, LOSS, OBJECTIVE
+from distill.config.outside import DATA, LOSS, OBJECTIVE, RECIPE
 from distill.config.settings import at_least, between, setting
 from distill.errors import ConfigError
 from distill.planning import plan as planning
@@ -162,16 +162,30 @@ class DataConfig:
             raise ConfigError("data.augment", "resized_crop_flip", "none, crop or crop_flip of data.factory's items")
 
 
+# Settings whose values are mappings.
+MAPPINGS = ("teacher.options", "data.options", "student.options", "student.per_block", "finetune.options")
+
+
 @dataclass(kw_only=True)
 class StudentConfig:
-    recipe: RecipeName = setting(MISSING, "how a student block is made from a teacher block")
-    rank: int = setting(2, "depthwise filters per input channel")
-    init: Init = setting(Init.teacher, "first weights: from the teacher's kernels, or random")
+    recipe: str = setting(
+        MISSING, f"how a student block is made: {', '.join(RECIPES)}, an entry point's name, or package.module:Class"
+    )
+    rank: int = setting(2, "the recipe's option rank, where it has one: depthwise filters per input channel")
+    init: Init = setting(Init.teacher, "the recipe's option init: from the teacher's kernels, or random")
+    options: dict[str, Any] = setting({}, "the recipe's options by name (docs/networks.md lists them)")
+    per_block: dict[str, Any] = setting(
+        {}, "pattern of block names -> {recipe: NAME, OPTION: VALUE}, where it is another one; the last match counts"
+    )
     first_layer: bool = setting(False, "whether the network's first convolution is replaced too")
+    statistics_batches: int = setting(
+        8, "training batches over which the statistics of layers' inputs are gathered that a recipe asks for"
+    )
 
     def __post_init__(self) -> None:
-        at_least("student", self, rank=1)
-        if self.recipe is RecipeName.separable_x2 and self.init is Init.teacher:
+        at_least("student", self, rank=1, statistics_batches=1)
+        RECIPE.check(self.recipe)
+        if self.recipe == "separable_x2" and self.init is Init.teacher:
             raise ConfigError("student.init", "teacher", "random: separable_x2 has no initialisation from the teacher")
 
 

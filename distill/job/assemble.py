@@ -15,6 +15,7 @@ from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show_count
+from distill.recipes import Changes, Recipe
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
@@ -29,9 +30,9 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
     def work() -> dict[str, Any]:
         start = time.monotonic()
         ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
-        weights = {unit.input: ledger.weights(number) for number, unit in sorted(blocks.units.items())}
-        student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=weights.values())
-        modules = {block: blocks.student(block, state) for block, state in weights.items()}
+        weights = {number: ledger.weights(number) for number in sorted(blocks.units)}
+        student = assemble(teacher, changed=_changed(blocks), blocks=weights.values())
+        modules = {blocks.units[number].input: blocks.student(number, state) for number, state in weights.items()}
         if not in_a_row(student, blocks.chain, modules, dataset.train_batch(0).images):
             raise DistillError(
                 "the assembled student is not its trained blocks in a row: it gives something else for the first "
@@ -62,7 +63,11 @@ def save_network(context: Context, name: str, network: nn.Module) -> None:
 
 def load_student_state(context: Context, name: str, teacher: nn.Module, blocks: Blocks) -> nn.Module:
     """Return the student with the weights of NAME.safetensors, on the device, in eval mode."""
-    student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=())
+    student = assemble(teacher, changed=_changed(blocks), blocks=())
     load_state(student, load(context.run.read(f"{name}.safetensors")))
     to_channels_last(student, context.device)
     return student.eval()
+
+
+def _changed(blocks: Blocks) -> list[tuple[Recipe, Changes]]:
+    return [(one.recipe, one.changes) for one in blocks.in_order]

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.blocks.bf16 import Bf16Chain
-from distill.blocks.cut import Chain, Granularity, cut
+from distill.blocks.chain import Block, Chain, parameter_owners
+from distill.blocks.cut import Granularity, cut
 from distill.config.choices import Amp
 from distill.config.schema import JobConfig
 from distill.cuda.graphs import cuda_capture
 from distill.cuda.lanes import Lane
 from distill.errors import ConfigError, one_of
+from distill.job.recipes import Named, recipe_of, recipes_of
 from distill.planning.unit import Proposal, Unit, number_units
-from distill.recipes import RECIPES, Kept, Recipe, replace_convolutions, select
+from distill.profiling.statistics import InputStatistics
+from distill.recipes import Changes, Kept, Recipe, View
 from distill.storage.aliases import load_state
 from distill.student.assemble import assemble, in_a_row
 from distill.training.graphed_teacher import GraphedChain
@@ -28,36 +32,66 @@ SHOWN = 4  # paths in a line about many
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A student of a block: its recipe by name, and what that changes. It stands between two boundaries."""
+
+    name: str
+    recipe: Recipe
+    changes: Changes
+    input: int
+    target: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that rebuilds it in a network of the architecture, as JSON values."""
+        return {"recipe": self.name, "options": self.recipe.options(), "changes": self.changes}
+
+
+@dataclass(frozen=True)
 class Blocks:
-    """The cut teacher, the recipe, for every block that gets a student the convolutions to replace in it, and what the
-    user should know of those that are not replaced."""
+    """The cut teacher, the candidates by the numbers of their units, and what the user should know of what stays."""
 
     chain: Chain
-    recipe: Recipe
-    replaced: dict[int, tuple[str, ...]]
+    candidates: dict[int, Candidate]
     remarks: tuple[str, ...] = ()
 
     @cached_property
     def units(self) -> dict[int, Unit]:
-        """What is planned and trained, by number: a student for every block in which something is replaced."""
-        proposals = [Proposal(type(self.recipe).__name__, block, block + 1) for block in self.replaced]
-        return {unit.number: unit for unit in number_units(proposals, [block.name for block in self.chain.blocks])}
+        """What is planned and trained, by number."""
+        proposals = [Proposal(one.name, one.input, one.target) for one in self.candidates.values()]
+        units = number_units(proposals, [block.name for block in self.chain.blocks])
+        assert [unit.number for unit in units] == list(self.candidates)
+        return {unit.number: unit for unit in units}
 
     @property
     def replaced_paths(self) -> list[str]:
-        """The qualified paths of all replaced convolutions, in the network's order."""
-        return [path for block in sorted(self.replaced) for path in self.replaced[block]]
+        """The qualified paths of all replaced modules, in the network's order."""
+        return [path for one in self.in_order for path in one.recipe.paths(one.changes)]
 
-    def student(self, block: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return the student of a block with its trained weights."""
-        module = self.chain.block_module(block)
-        replace_convolutions(module, self.replaced[block], self.recipe)
+    @property
+    def in_order(self) -> list[Candidate]:
+        """The candidates as they follow one another in the network."""
+        return sorted(self.candidates.values(), key=lambda one: one.input)
+
+    def build(
+        self,
+        number: int,
+        generator: torch.Generator | None = None,
+        statistics: Mapping[str, InputStatistics] | None = None,
+    ) -> nn.Module:
+        """Return a unit's module: with a generator its first weights, without one weights that mean nothing."""
+        one = self.candidates[number]
+        return one.recipe.student(self.chain.block_module(one.input), one.changes, generator, statistics)
+
+    def student(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a unit's module with its trained weights."""
+        module = self.build(number)
         load_state(module, weights)
         return module
 
 
 def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device) -> Blocks:
-    """Cut the teacher for images of that shape (channels, height, width) and choose the blocks that get students.
+    """Cut the teacher for images of that shape (channels, height, width); let recipes change the chosen blocks.
 
     Raises ConfigError where patterns name no block, where the recipe finds nothing to replace, or where the student
     would not be its blocks.
@@ -69,26 +103,19 @@ def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modu
         granularity=Granularity[config.blocks.granularity.name],
         modules=config.blocks.modules,
     )
-    recipe = make_recipe(config)
-    chosen = _chosen(config, [block.name for block in chain.blocks])
-    paths = {
-        block.index: _wanted(config, chain, block.index, teacher) for block in chain.blocks if block.name in chosen
-    }
+    names = [block.name for block in chain.blocks]
+    recipes, chosen = recipes_of(config, names), _chosen(config, names)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
-        replaced, kept = _select(chain, images, paths, recipe)
+        asked = {block.index: recipes[block.name] for block in chain.blocks if block.name in chosen}
+        candidates, kept = _propose(config, chain, teacher, images, asked)
         kept |= _other_convolutions(teacher)
-        if not replaced:
+        if not candidates:
             raise _nothing_to_replace(config, chain, kept)
         if device.type != "meta":
-            _refuse_strangers(teacher, chain, images, replaced, recipe)
+            _refuse_strangers(teacher, chain, images, candidates)
     remarks = [*([chain.remark] if chain.remark else []), *_remarks(kept)]
-    return Blocks(_at_work(config, chain, device), recipe, replaced, tuple(remarks))
-
-
-def make_recipe(config: JobConfig) -> Recipe:
-    """Return the configured recipe."""
-    return RECIPES[config.student.recipe.name](rank=config.student.rank, init=config.student.init.name)
+    return Blocks(_at_work(config, chain, device), candidates, tuple(remarks))
 
 
 def _at_work(config: JobConfig, chain: Chain, device: torch.device) -> Chain:
@@ -107,30 +134,39 @@ def _chosen(config: JobConfig, names: Sequence[str]) -> set[str]:
     return chosen - _matching("blocks.exclude", config.blocks.exclude, names)
 
 
-def _wanted(config: JobConfig, chain: Chain, block: int, teacher: nn.Module) -> list[str]:
-    """Return the convolutions of a block with a kernel larger than one pixel, the network's first aside."""
-    first = None if config.student.first_layer else chain.first_convolution
-    return [
-        path
-        for path in chain.blocks[block].convolutions
-        if path != first and max(teacher.get_submodule(path).kernel_size) > 1  # type: ignore[arg-type]
-    ]
-
-
 @torch.no_grad()
-def _select(
-    chain: Chain, images: Tensor, paths: Mapping[int, Sequence[str]], recipe: Recipe
-) -> tuple[dict[int, tuple[str, ...]], Kept]:
-    """Return what is replaced in each block, and why the other convolutions are not."""
-    replaced: dict[int, tuple[str, ...]] = {}
+def _propose(
+    config: JobConfig, chain: Chain, teacher: nn.Module, images: Tensor, asked: Mapping[int, Named]
+) -> tuple[dict[int, Candidate], Kept]:
+    """Return what every recipe would change in its block, and why other things stay."""
+    candidates: dict[int, Candidate] = {}
     kept: Kept = {}
-    for block, inputs in _inputs(chain, images, [block for block, wanted in paths.items() if wanted]):
+    first = None if config.student.first_layer else chain.first_convolution
+    for block, inputs in _inputs(chain, images, [block for block, one in asked.items() if chain.blocks[block].modules]):
+        facts, one = chain.blocks[block], asked[block]
+        view = View(
+            name=facts.name,
+            module=chain.block_module(block),
+            sample=inputs,
+            convolutions=facts.convolutions,
+            changeable=frozenset(facts.modules) - {first},
+            path=_whole_module(teacher, facts),
+        )
         with torch.enable_grad():
-            taken, left = select(chain.block_module(block), inputs, paths[block], recipe)
+            changes, left = one.recipe.propose(view)
         kept |= left
-        if taken:
-            replaced[block] = taken
-    return replaced, kept
+        if changes is not None:
+            candidates[block] = Candidate(one.name, one.recipe, changes, block, block + 1)
+    return candidates, kept
+
+
+def _whole_module(teacher: nn.Module, block: Block) -> str | None:
+    """Return the path of the module that has just the block's parameters, if it is one; that it is called as the block
+    is, in_a_row() sees."""
+    paths = dict(teacher.named_modules())
+    path = block.name if block.name in paths else block.modules[0].rpartition(".")[0]
+    inside = set(parameter_owners(paths[path], path)) if path else set()
+    return path if path and inside == set(block.modules) else None
 
 
 def _inputs(chain: Chain, images: Tensor, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -145,22 +181,19 @@ def _inputs(chain: Chain, images: Tensor, blocks: Sequence[int]) -> Iterator[tup
         yield block, x
 
 
-def _refuse_strangers(
-    teacher: nn.Module, chain: Chain, images: Tensor, replaced: Mapping[int, tuple[str, ...]], recipe: Recipe
-) -> None:
+def _refuse_strangers(teacher: nn.Module, chain: Chain, images: Tensor, candidates: Mapping[int, Candidate]) -> None:
     """Raise unless the student network, put together, gives what its blocks give in a row."""
 
     def fits(blocks: Sequence[int]) -> bool:
-        students = {block: chain.block_module(block) for block in blocks}
-        for block, student in students.items():
-            replace_convolutions(student, replaced[block], recipe)
+        chosen = {block: candidates[block] for block in blocks}
+        students = {k: one.recipe.student(chain.block_module(k), one.changes) for k, one in chosen.items()}
         weights = [student.state_dict() for student in students.values()]
-        paths = [path for block in blocks for path in replaced[block]]
-        return in_a_row(assemble(teacher, replaced=paths, recipe=recipe, blocks=weights), chain, students, images)
+        changed = [(one.recipe, one.changes) for one in chosen.values()]
+        return in_a_row(assemble(teacher, changed=changed, blocks=weights), chain, students, images)
 
-    if fits(list(replaced)):
+    if fits(list(candidates)):
         return
-    strangers = [block for block in replaced if not fits([block])] or list(replaced)
+    strangers = [block for block in candidates if not fits([block])] or list(candidates)
     names = [chain.blocks[block].name for block in strangers]
     allowed = (
         f"also {', '.join(names)}: put together, the student is not its blocks in a row, because the network's code "
@@ -180,7 +213,7 @@ def _other_convolutions(teacher: nn.Module) -> Kept:
 
 
 def _remarks(kept: Kept) -> Iterator[str]:
-    """Yield a line for every reason why convolutions stay as they are."""
+    """Yield a line for every reason why things stay as they are."""
     for reason, paths in groupby(sorted(kept, key=lambda path: kept[path]), key=lambda path: kept[path]):
         yield f"not replaced: {_listed(list(paths))} ({reason})"
 
@@ -192,11 +225,12 @@ def _listed(paths: Sequence[str]) -> str:
 
 def _nothing_to_replace(config: JobConfig, chain: Chain, kept: Kept) -> ConfigError:
     names = [block.name for block in chain.blocks]
+    what = recipe_of(config).recipe.replaces
     allowed = (
-        f"a network with dense convolutions larger than 1 x 1 in the chosen blocks that it makes cheaper; "
+        f"a network with {what} in the chosen blocks that it makes cheaper; "
         f"{config.teacher.name} has none (its blocks: {', '.join(names)})"
     )
-    return ConfigError("student.recipe", config.student.recipe.name, "; ".join([allowed, *_remarks(kept)]))
+    return ConfigError("student.recipe", config.student.recipe, "; ".join([allowed, *_remarks(kept)]))
 
 
 def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:

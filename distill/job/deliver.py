@@ -73,8 +73,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         student = load_student_state(context, run.result("evaluate")["delivered"], teacher, blocks)
         card = StudentCard(
             architecture=architecture_of(config, len(dataset.classes)),
-            recipe={"name": config.student.recipe.name, "options": blocks.recipe.options()},
-            replaced=blocks.replaced_paths,
+            blocks=[one.facts for one in blocks.in_order],
             image_size=config.data.side,
             mean=config.mean,
             std=config.std,

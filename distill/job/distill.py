@@ -18,6 +18,7 @@ from distill.job.context import Context
 from distill.job.metrics import Readings, latest_readings
 from distill.job.plan import make_plan
 from distill.job.reuse import TEACHER, take_units, unit_identities
+from distill.job.statistics import find_statistics
 from distill.job.trainers import Trainers, step_budget
 from distill.observability.display import Display, UnitLine
 from distill.planning.plan import Plan
@@ -43,7 +44,8 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     caching = Caching(context, dataset, teacher, blocks) if is_cached(config) else None
     origin = context.run.origin(TEACHER)
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
-    makers = Trainers(context, blocks, checkpoints, budget=budget)
+    statistics = find_statistics(context, dataset, teacher, blocks)
+    makers = Trainers(context, blocks, checkpoints, budget=budget, statistics=statistics)
     with context.during("plan"):
         plan, memory = make_plan(context, dataset, blocks, makers, caching)
     if config.stage is Stage.plan:

@@ -71,7 +71,7 @@ def unit_identities(facts: Mapping[str, Any], *, blocks: Blocks, teacher: nn.Mod
         operations.append(f"{form.shape} {form.stride} {form.dtype}\n{_described(chain, index)}")
     found = {}
     for number, unit in blocks.units.items():
-        own = {"shared": shared, "operations": operations[: unit.target], "replaced": blocks.replaced[unit.input]}
+        own = {"shared": shared, "operations": operations[: unit.target], **blocks.candidates[number].facts}
         found[number] = fingerprint(own)
     return found
 

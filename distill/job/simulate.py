@@ -21,7 +21,6 @@ from distill.job.teacher import architecture_of
 from distill.job.trainers import trainer_options
 from distill.planning.costs import Costs, Span
 from distill.planning.unit import Unit
-from distill.recipes import replace_convolutions
 from distill.simulation.hardware import Device, Operation
 from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
@@ -85,8 +84,7 @@ def _teacher_operations(blocks: Blocks) -> list[list[Operation]]:
 def _student(config: JobConfig, blocks: Blocks, unit: Unit) -> tuple[int, list[Operation]]:
     """Return the bytes of a unit's parameters and the kernels of one of its steps."""
     chain = blocks.chain
-    module = chain.block_module(unit.input)
-    replace_convolutions(module, blocks.replaced[unit.input], blocks.recipe)
+    module = blocks.build(unit.number)
     to_channels_last(module)
     size = sum(parameter.nbytes for parameter in module.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -7,7 +7,7 @@ from torch import nn
 from distill.config.choices import Stage, TeacherSource
 from distill.config.schema import JobConfig
 from distill.errors import ConfigError
-from distill.recipes import RECIPES
+from distill.job.recipes import recipe_of
 
 
 def refuse_unshrinkable(config: JobConfig, network: nn.Module) -> None:
@@ -18,17 +18,16 @@ def refuse_unshrinkable(config: JobConfig, network: nn.Module) -> None:
     if config.stage is Stage.teacher:
         return
     student, teacher = config.student, config.teacher
-    recipe = RECIPES[student.recipe.name](rank=student.rank, init=student.init.name)
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    replaced = [module for module in convolutions if recipe.replaces(module)]
-    if replaced and (student.first_layer or replaced != convolutions[:1]):
+    recipe = recipe_of(config).recipe
+    if student.per_block or recipe.suits(network, first_layer=student.first_layer):
         return
     is_factory = teacher.source is TeacherSource.factory
     setting, name = ("teacher.factory", teacher.factory) if is_factory else ("teacher.name", teacher.name)
-    found = "has none but its first layer, which student.first_layer=true would replace" if replaced else "has none"
+    only_first = recipe.suits(network, first_layer=True)
+    found = "has none but its first layer, which student.first_layer=true would replace" if only_first else "has none"
     raise ConfigError(
         setting,
         name,
-        f"a network with what student.recipe={student.recipe.name} replaces, dense convolutions larger than 1 x 1, as "
-        f"ResNets and VGGs have them; this one {found}",
+        f"a network with what student.recipe={student.recipe} replaces, {recipe.replaces}, as ResNets and VGGs have "
+        f"them; this one {found}",
     )

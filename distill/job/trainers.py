@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 
+from distill.blocks.chain import made_trainable
 from distill.blocks.memory_format import to_channels_last
 from distill.config.choices import Stop
 from distill.config.plain import options_of
@@ -21,7 +23,7 @@ from distill.planning.costs import Span
 from distill.profiling.block_costs import (
     Students,
 )  # fmt: skip
-from distill.recipes import replace_convolutions
+from distill.profiling.statistics import InputStatistics
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.training.optim import TrainerOptions
 from distill.training.trainer import BlockTrainer
@@ -39,8 +41,17 @@ def step_budget(config: JobConfig, dataset: Dataset) -> int:
 class Trainers:
     """Makes the trainers of units: fresh, or resumed from their checkpoints."""
 
-    def __init__(self, context: Context, blocks: Blocks, checkpoints: CheckpointFolder, *, budget: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        blocks: Blocks,
+        checkpoints: CheckpointFolder,
+        *,
+        budget: int,
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
+        self._statistics = statistics
         self._student_bytes: dict[int, int] = {}
         graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
         self._lanes = lanes(context.device) if graphs else [Lane()]
@@ -53,9 +64,8 @@ class Trainers:
     def fresh(self, number: int) -> BlockTrainer:
         """Return a unit's trainer at step 0. Its first weights are a function of (seed, the unit's key) alone."""
         config, device, unit = self._context.config, self._context.device, self._blocks.units[number]
-        module = self._blocks.chain.block_module(unit.input)
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "student", unit.key))
-        replace_convolutions(module, self._blocks.replaced[unit.input], self._blocks.recipe, generator)
+        module = made_trainable(self._blocks.build(number, generator, self._statistics))
         to_channels_last(module, device)
         self._student_bytes[number] = sum(parameter.nbytes for parameter in module.parameters())
         lane = self._lanes[number % len(self._lanes)]

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from distill.blocks.chain import copied
 
 
 def convolution_backward_flops(
@@ -30,3 +33,12 @@ def flop_counter() -> FlopCounterMode:
 
 
 FORMULAS: Mapping[Any, Callable[..., int]] = flop_counter().flop_registry  # by operation, called with its arguments
+
+
+def module_flops(module: nn.Module, x: Tensor) -> int:
+    """Return the FLOPs of a module's forward for an input like `x`, of which only the form counts; it is left alone."""
+    imagined = copied(module).to("meta")
+    dtype = next((parameter.dtype for parameter in imagined.parameters()), x.dtype)
+    with torch.no_grad(), flop_counter() as counter:
+        imagined(torch.empty_like(x, device="meta", dtype=dtype))
+    return int(counter.get_total_flops())

@@ -1,10 +1,34 @@
-"""Recipes: how a convolution of the teacher becomes a cheaper one of the student. One file a recipe."""
+"""Recipes: how a block of the teacher becomes a cheaper one. One file a recipe, and this registry of them."""
 
-from distill.recipes.recipe import Recipe, replace_convolutions
-from distill.recipes.selection import Kept, select
+from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.keep import Keep
+from distill.recipes.one_conv import OneConv
+from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
+from distill.recipes.replacement import replace_convolutions
+from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
 
-RECIPES: dict[str, type[Recipe]] = {"separable": Separable, "separable_x2": SeparableX2}
+RECIPES: dict[str, type[Recipe]] = {
+    "separable": Separable,
+    "separable_x2": SeparableX2,
+    "one_conv": OneConv,
+    "keep": Keep,
+}
 
-__all__ = ["RECIPES", "Kept", "Recipe", "Separable", "SeparableX2", "replace_convolutions", "select"]
+__all__ = [
+    "RECIPES",
+    "Changes",
+    "ConvolutionRecipe",
+    "Cost",
+    "Keep",
+    "Kept",
+    "OneConv",
+    "Recipe",
+    "Separable",
+    "SeparableX2",
+    "View",
+    "option",
+    "replace_convolutions",
+    "select",
+]

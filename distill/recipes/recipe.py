@@ -1,70 +1,98 @@
-"""What every recipe is: a predicate over convolutions and a way to build the replacement of one."""
+"""What every recipe is: it sees a block, says what it would change and what that costs, builds it, and starts it.
+
+A recipe is a frozen dataclass, whose fields are its options. What it changes is plain data: together with its name and
+options it rebuilds the block in a network of the same architecture, without the teacher's weights (student.json).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distill.blocks.chain import switch_off_in_place
-from distill.recipes.plain import plain_form
+from distill.profiling.statistics import InputStatistics
+
+Changes = dict[str, Any]  # JSON values
+Kept = dict[str, str]  # path of what stays as it is -> why
 
 
+def option(default: Any, help: str) -> Any:
+    """Declare an option of a recipe, with one line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class View:
+    """A block as a recipe sees it. `module` is a trainable copy (its mode and statistics may change), whose modules
+    and weights have the teacher's own qualified names: an fx.GraphModule where the teacher was traced. `sample` are two
+    rows or more of its input; on the meta device nothing has values. `changeable` are the paths that the user lets
+    change, in the order of use, of `convolutions` alone where a recipe asks for these. `path` is the one module of the
+    network that the whole block is; None where the block's seams are in the network's own code."""
+
+    name: str
+    module: nn.Module
+    sample: Tensor
+    convolutions: tuple[str, ...]
+    changeable: frozenset[str]
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and FLOPs of one image in use (two per multiply-add)."""
+
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
-    """A way to replace one convolution. Its constructor's arguments travel in student.json and rebuild it."""
+    """A way to make a block cheaper."""
 
-    needs_output = False  # whether a replacement's backward pass reads its output, which a layer behind must then leave
+    replaces: ClassVar[str]  # in words, for "a network with ..."
 
-    def __init__(self, *, rank: int, init: str) -> None:
-        self.rank = rank
-        self.init = init
-
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments, all JSON values."""
-        return {"rank": self.rank, "init": self.init}
+        return asdict(self)
 
     @abstractmethod
-    def build(self, conv: nn.Conv2d) -> nn.Module:
-        """Return the replacement of `conv` with the same input and output shapes, its weights not yet meaningful."""
-
-    def at_full_size(self, conv: nn.Conv2d) -> nn.Module | None:
-        """Return a replacement of `conv`, weights and all, that gives exactly what it gives; None where the recipe has
-        none."""
-        return None
+    def propose(self, view: View) -> tuple[Changes | None, Kept]:
+        """Return what it would change in a block, None where nothing, and why other things stay."""
 
     @abstractmethod
-    def initialize(self, replacement: nn.Module, conv: nn.Conv2d, generator: torch.Generator) -> None:
-        """Give the replacement its first weights; every random number comes from the generator."""
+    def cost(self, view: View, changes: Changes) -> Cost:
+        """Return what the changed block will cost, without building it."""
 
-    def replaces(self, module: nn.Module) -> bool:
-        """Whether `module` is what this recipe is for: a dense convolution with a kernel larger than one pixel."""
-        return isinstance(module, nn.Conv2d) and module.groups == 1 and max(module.kernel_size) > 1
+    @abstractmethod
+    def student(
+        self,
+        block: nn.Module,
+        changes: Changes,
+        generator: torch.Generator | None = None,
+        statistics: Mapping[str, InputStatistics] | None = None,
+    ) -> nn.Module:
+        """Return the student of a block, in its mode and on its device; `block` may be changed in place.
 
+        Its weights have the names that they will have in the network. With a generator they are its first weights,
+        a function of the block's and of these arguments alone; without one they are left for a state dict to fill.
+        """
 
-def replace_convolutions(
-    network: nn.Module, paths: Iterable[str], recipe: Recipe, generator: torch.Generator | None = None
-) -> None:
-    """Put the recipe's replacements in the place of the convolutions at `paths`, in the order given; at all places,
-    where the network has one of them at several.
+    @abstractmethod
+    def install(self, network: nn.Module, changes: Changes) -> None:
+        """Make the changes in a network of the teacher's architecture, in place; weights are not yet meaningful."""
 
-    With a generator they get their first weights from the convolution they replace; without one they are left for a
-    state dict to fill. Layers of the network that work in place stop doing so where the recipe needs that.
-    """
-    if recipe.needs_output:
-        switch_off_in_place(network)
-    for path in paths:
-        conv = network.get_submodule(path)
-        assert isinstance(conv, nn.Conv2d), path
-        form = plain_form(conv)
-        replacement = recipe.build(form.conv)
-        if generator is not None:
-            recipe.initialize(replacement, form.conv, generator)
-        if form.pad is not None:
-            replacement = nn.Sequential(OrderedDict(pad=form.pad, conv=replacement))
-        replacement.train(conv.training)
-        replacement.to(form.conv.weight.device, form.conv.weight.dtype)
-        for place in [other for other, module in network.named_modules(remove_duplicate=False) if module is conv]:
-            network.set_submodule(place, replacement)
+    @abstractmethod
+    def paths(self, changes: Changes) -> list[str]:
+        """Return the paths of the modules that are replaced."""
+
+    def wants(self, changes: Changes) -> list[str]:
+        """Return the paths of the teacher's modules whose inputs' statistics its first weights need."""
+        return []
+
+    def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
+        """Whether there is anything in a network that it could replace; without `first_layer` not in its first one."""
+        return True

@@ -10,17 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.profiling.flops import flop_counter
 from distill.recipes.plain import OddConvolutionError, plain_form
-from distill.recipes.recipe import Recipe, replace_convolutions
+from distill.recipes.recipe import Kept
+from distill.recipes.replacement import Replacing, replace_convolutions
 
 TOLERANCE = 1e-2  # relative error at full size; tf32 explains 1e-3
 CROP = 64  # pixels a side that are enough to compare two convolutions
 
-Kept = dict[str, str]  # path of a convolution that stays as it is -> why
 
-
-def select(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Recipe) -> tuple[tuple[str, ...], Kept]:
+def select(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Replacing) -> tuple[tuple[str, ...], Kept]:
     """Return those of the convolutions at `paths` that `recipe` replaces in `block`, and why it keeps the others.
 
     `x` are two rows or more of the block's input. `block` must be a copy: its mode and its statistics change.
@@ -74,7 +72,7 @@ def _owners(block: nn.Module) -> Mapping[int, list[str]]:
     return owners
 
 
-def _objection(conv: nn.Module, inputs: list[Tensor], recipe: Recipe, owners: Mapping[int, list[str]]) -> str | None:
+def _objection(conv: nn.Module, inputs: list[Tensor], recipe: Replacing, owners: Mapping[int, list[str]]) -> str | None:
     assert isinstance(conv, nn.Conv2d)
     if conv.groups > 1:
         return "its channels are in groups"
@@ -87,34 +85,24 @@ def _objection(conv: nn.Module, inputs: list[Tensor], recipe: Recipe, owners: Ma
         form = plain_form(conv)
     except OddConvolutionError as odd:
         return str(odd)
-    if not recipe.replaces(form.conv):
+    if not recipe.fits(form.conv):
         return "of no kind that the recipe replaces"
     return _too_large(form.conv, inputs[0], recipe) or _inexact(conv, form.pad, form.conv, inputs[0], recipe)
 
 
 @torch.no_grad()
-def _too_large(conv: nn.Conv2d, x: Tensor, recipe: Recipe) -> str | None:
+def _too_large(conv: nn.Conv2d, x: Tensor, recipe: Replacing) -> str | None:
     """Return in words how the replacement exceeds what it replaces, or None."""
-    replacement = recipe.build(conv)
-    params, more = (sum(p.numel() for p in module.parameters()) for module in (conv, replacement))
-    if more > params:
-        return f"its replacement would have {more:,} parameters for {params:,}"
-    shape = (1, *x.shape[1:])
-    flops, more = (_flops(module, shape) for module in (conv, replacement))
-    if more > flops:
-        return f"its replacement would take {more:,} FLOPs an image for {flops:,}"
+    before, after = recipe.compared(conv, (1, *x.shape[1:]))
+    if after.params > before.params:
+        return f"its replacement would have {after.params:,} parameters for {before.params:,}"
+    if after.flops > before.flops:
+        return f"its replacement would take {after.flops:,} FLOPs an image for {before.flops:,}"
     return None
 
 
-def _flops(module: nn.Module, shape: tuple[int, ...]) -> int:
-    imagined = copy.deepcopy(module).to("meta")
-    with flop_counter() as counter:
-        imagined(torch.empty(shape, device="meta", dtype=next(imagined.parameters()).dtype))
-    return int(counter.get_total_flops())
-
-
 @torch.no_grad()
-def _inexact(conv: nn.Conv2d, pad: nn.Module | None, plain: nn.Conv2d, x: Tensor, recipe: Recipe) -> str | None:
+def _inexact(conv: nn.Conv2d, pad: nn.Module | None, plain: nn.Conv2d, x: Tensor, recipe: Replacing) -> str | None:
     """Return in words how far the recipe at full size is from `conv`, or None where it gives the same."""
     if x.device.type == "meta":
         return None
@@ -130,7 +118,7 @@ def _inexact(conv: nn.Conv2d, pad: nn.Module | None, plain: nn.Conv2d, x: Tensor
     return f"the recipe at full size is {error:.2g} off" if not error <= TOLERANCE else None
 
 
-def _failure(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Recipe) -> str | None:
+def _failure(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Replacing) -> str | None:
     """Return in words why `block` could not be trained with replacements at `paths`, or None."""
     with torch.no_grad():
         wanted = block(x)

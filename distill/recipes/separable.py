@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from distill.recipes.recipe import Recipe
+from distill.profiling.statistics import InputStatistics
+from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.recipe import Cost, option
 
 
 class SeparableConv2d(nn.Module):
@@ -38,12 +42,22 @@ class SeparableConv2d(nn.Module):
         return result
 
 
-class Separable(Recipe):
-    """Depthwise then pointwise. `init`: "teacher" (truncated SVD of its kernel) or "random" (He et al. 2015)."""
+@dataclass(frozen=True, kw_only=True)
+class Separable(ConvolutionRecipe):
+    """Depthwise then pointwise, started from the SVD of the teacher's kernel or at random (He et al. 2015)."""
+
+    rank: int = option(2, "depthwise filters per input channel, at most as many as the kernel has pixels")
+    init: str = option("teacher", "first weights: teacher or random")
 
     def build(self, conv: nn.Conv2d) -> SeparableConv2d:
         height, width = conv.kernel_size
         return SeparableConv2d(conv, min(self.rank, height * width))
+
+    def predict(self, conv: nn.Conv2d, pixels: int) -> Cost:
+        height, width = conv.kernel_size
+        channels = conv.in_channels * min(self.rank, height * width)
+        weights = channels * (height * width + conv.out_channels)
+        return Cost(weights + (conv.out_channels if conv.bias is not None else 0), 2 * weights * pixels)
 
     def at_full_size(self, conv: nn.Conv2d) -> SeparableConv2d:
         height, width = conv.kernel_size
@@ -52,7 +66,13 @@ class Separable(Recipe):
         full.initialize(replacement, conv, torch.Generator())
         return replacement
 
-    def initialize(self, replacement: nn.Module, conv: nn.Conv2d, generator: torch.Generator) -> None:
+    def initialize(
+        self,
+        replacement: nn.Module,
+        conv: nn.Conv2d,
+        generator: torch.Generator,
+        statistics: InputStatistics | None = None,
+    ) -> None:
         assert isinstance(replacement, SeparableConv2d)
         if self.init == "teacher":
             depthwise, pointwise = decouple(conv.weight.detach(), replacement.rank)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from distill.recipes.recipe import Recipe
+from distill.profiling.statistics import InputStatistics
+from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.recipe import Cost, option
 
 
-class SeparableX2(Recipe):
+@dataclass(frozen=True, kw_only=True)
+class SeparableX2(ConvolutionRecipe):
     """depthwise-pointwise-ReLU twice; stride and dilation in the first depthwise, bias in both pointwise layers.
 
     Source: Blakeney, Li, Yan, Zong 2021, "Parallel blockwise knowledge distillation for deep neural network
@@ -18,7 +23,10 @@ class SeparableX2(Recipe):
     the recipe fits networks whose convolutions are followed by ReLU.
     """
 
-    needs_output = True  # of its last ReLU; in VGG another ReLU follows, which works in place
+    needs_output: ClassVar[bool] = True  # of its last ReLU; in VGG another ReLU follows, which works in place
+
+    rank: int = option(1, "depthwise filters per channel")
+    init: str = option("random", "first weights: random")
 
     def build(self, conv: nn.Conv2d) -> nn.Sequential:
         same = [size // 2 for size in conv.kernel_size]
@@ -46,12 +54,23 @@ class SeparableX2(Recipe):
             )
         )
 
-    def initialize(self, replacement: nn.Module, conv: nn.Conv2d, generator: torch.Generator) -> None:
+    def predict(self, conv: nn.Conv2d, pixels: int) -> Cost:
+        taps, out = conv.kernel_size[0] * conv.kernel_size[1], conv.out_channels
+        weights = self.rank * (conv.in_channels + out) * (taps + out)
+        return Cost(weights + 2 * out, 2 * weights * pixels)
+
+    def initialize(
+        self,
+        replacement: nn.Module,
+        conv: nn.Conv2d,
+        generator: torch.Generator,
+        statistics: InputStatistics | None = None,
+    ) -> None:
         for layer in replacement.children():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu", generator=generator)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def replaces(self, module: nn.Module) -> bool:
-        return super().replaces(module) and all(size % 2 == 1 for size in getattr(module, "kernel_size", (0,)))
+    def fits(self, module: nn.Module) -> bool:
+        return super().fits(module) and all(size % 2 == 1 for size in getattr(module, "kernel_size", (0,)))

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from distill.blocks.chain import Chain, agree, copied, made_trainable
-from distill.recipes import Recipe, replace_convolutions
+from distill.recipes import Changes, Recipe
 
 
 def assemble(
-    teacher: nn.Module, *, replaced: Iterable[str], recipe: Recipe, blocks: Iterable[Mapping[str, Tensor]]
+    teacher: nn.Module, *, changed: Iterable[tuple[Recipe, Changes]], blocks: Iterable[Mapping[str, Tensor]]
 ) -> nn.Module:
-    """Return a copy of the teacher whose convolutions at `replaced` are the recipe's and whose weights are the blocks'.
+    """Return a copy of the teacher in which recipes have changed what they say, and whose weights are the blocks'.
 
     `blocks` are state dicts with the teacher's own qualified names, one a trained block, without overlap.
     """
     student = copied(teacher)
-    replace_convolutions(student, replaced, recipe)
+    for recipe, changes in changed:
+        recipe.install(student, changes)
     state: dict[str, Tensor] = {}
     for weights in blocks:
         assert not state.keys() & weights.keys(), "two blocks hold the same weights"

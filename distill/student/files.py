@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,19 @@ from safetensors.torch import load, save
 from torch import nn
 
 from distill.errors import ConfigError, DistillError
-from distill.recipes import RECIPES, replace_convolutions
+from distill.recipes import RECIPES, Recipe
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
 from distill.teachers import build_architecture
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentCard:
-    """Everything but the weights. `architecture` holds build_architecture()'s arguments, `recipe` its name and options,
-    `replaced` the paths of the convolutions it replaced.
+    """Everything but the weights. `architecture` holds build_architecture()'s arguments, `blocks` for every block that
+    was changed its recipe's name and options, and what it changed; all JSON values.
 
     A picture becomes an input by: turned as its EXIF orientation says, if `exif_orientation`; its colours as `colours`;
     shorter side resized to `resize_shorter_side` pixels by `resize_filter` (both sides, where the `aspect` is
@@ -35,8 +35,7 @@ class StudentCard:
     """
 
     architecture: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    replaced: Sequence[str]
+    blocks: Sequence[Mapping[str, Any]]
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
@@ -60,11 +59,18 @@ def save_student(folder: Path, student: nn.Module, card: StudentCard) -> Path:
     return path
 
 
-def load_student(path: str | Path) -> nn.Module:
+def load_student(
+    path: str | Path,
+    *,
+    factory: Callable[..., nn.Module] | None = None,
+    recipes: Mapping[str, type[Recipe]] | None = None,
+) -> nn.Module:
     """Return a delivered student in eval mode, on the CPU.
 
-    `path` is a run directory, its student.safetensors or its student.json. Raises DistillError where either file is
-    missing, damaged or of another format.
+    `path` is a run directory, its student.safetensors or its student.json. Nothing that the files name is imported but
+    the registries of architectures: a student of your own network needs its `factory`, which is called with num_classes
+    and teacher.options, and one of a recipe from outside the class in `recipes`, by the name that it had. Raises
+    DistillError where either file is missing, damaged, of another format, or needs what is not given.
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent
@@ -76,11 +82,11 @@ def load_student(path: str | Path) -> nn.Module:
         card, content = read_json(card_path), read_bytes(weights)
     except DamagedFileError as damage:
         raise DistillError(f"{damage}; copy student.json and student.safetensors again") from damage
-    if card.get("format") != FORMAT:
-        raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads format {FORMAT}")
+    if card.get("format") not in (1, FORMAT):
+        raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads formats 1 and {FORMAT}")
     if hashlib.sha256(content).hexdigest() != card.get("weights_sha256"):
         raise DistillError(f"{weights}: damaged, or not the weights that {card_path.name} is about; copy both again")
-    student = _build(card, card_path)
+    student = _build(card, card_path, factory, RECIPES | dict(recipes or {}))
     try:
         load_state(student, load(content))
     except (RuntimeError, SafetensorError) as error:
@@ -88,15 +94,43 @@ def load_student(path: str | Path) -> nn.Module:
     return student.eval()
 
 
-def _build(card: Mapping[str, Any], path: Path) -> nn.Module:
+def _build(
+    card: Mapping[str, Any], path: Path, factory: Callable[..., nn.Module] | None, recipes: Mapping[str, type[Recipe]]
+) -> nn.Module:
     """Return the network that a card describes, its weights not yet meaningful."""
     try:
-        student = build_architecture(**card["architecture"])
-        recipe = RECIPES[card["recipe"]["name"]](**card["recipe"]["options"])
-        replace_convolutions(student, card["replaced"], recipe)
+        student = _architecture(card["architecture"], path, factory)
+        for block in _blocks(card):
+            name = block["recipe"]
+            if name not in recipes:
+                raise DistillError(f"{path}: made by the recipe {name!r}, whose class load_student(recipes=...) takes")
+            recipes[name](**block["options"]).install(student, block["changes"])
     except ConfigError as error:  # its words name settings of the run that made the student
         raise DistillError(f"{path}: the network that it describes cannot be built here: {error}") from error
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DistillError(f"{path}: no card of a student that this version can build ({reason})") from error
     return student
+
+
+def _blocks(card: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return what recipes have changed; format 1 had one recipe, which replaced convolutions alone."""
+    if card["format"] > 1:
+        return card["blocks"]  # type: ignore[no-any-return]
+    recipe = card["recipe"]
+    changes = {"convolutions": card["replaced"]}
+    return [{"recipe": recipe["name"], "options": recipe["options"], "changes": changes}]
+
+
+def _architecture(facts: Mapping[str, Any], path: Path, factory: Callable[..., nn.Module] | None) -> nn.Module:
+    if facts["source"] != "factory":
+        return build_architecture(**facts)
+    if factory is None:
+        raise DistillError(
+            f"{path}: the student of a network that {facts['factory']} makes, and no file says what runs here: "
+            "load_student(path, factory=...) takes that function"
+        )
+    network = factory(num_classes=facts["num_classes"], **facts.get("options", {}))
+    if not isinstance(network, nn.Module):
+        raise DistillError(f"{path}: factory has returned a {type(network).__name__}, no torch.nn.Module")
+    return network

@@ -167,14 +167,14 @@ def test_students_of_every_family_export(tmp_path: Path, source: str, name: str,
     torch.manual_seed(0)
     student = build_architecture(source=source, name=name, num_classes=10)
     made = RECIPES[recipe](rank=2, init="teacher" if recipe == "separable" else "random")
-    paths = [path for path, module in student.named_modules() if made.replaces(module)]
+    paths = [path for path, module in student.named_modules() if made.fits(module)]
     paths = paths[::3] if recipe == "separable_x2" else paths  # random layers in a row blow rounding errors up
     assert paths
     replace_convolutions(student, paths, made, torch.Generator().manual_seed(0))
     images = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
     recalibrate(student, [images])  # else random weights give logits of thousands, and rounding errors to match
     card = StudentCard(
-        architecture={}, recipe={}, replaced=paths, image_size=size, mean=[0.5] * 3, std=[0.5] * 3, classes=[],
+        architecture={}, blocks=[], image_size=size, mean=[0.5] * 3, std=[0.5] * 3, classes=[],
         resize_shorter_side=size,
     )  # fmt: skip
     records = deliver_programs(tmp_path, student, card, [images])

@@ -19,9 +19,9 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"student"},
     "__main__": {"config", "errors", "job", "launch", "planning", "report", "simulation"},
     "job": {
-        "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "launch", "machine",
-        "observability", "planning", "profiling", "recipes", "report", "simulation", "storage", "student", "teachers",
-        "training",
+        "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "extensions", "launch",
+        "machine", "observability", "planning", "profiling", "recipes", "report", "simulation", "storage", "student",
+        "teachers", "training",
     },
     "engine": {
         "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.blocks.cut import HookedChain, TracedChain
-from distill.config.choices import AugmentName, OptimizerName, RecipeName, Schedule
+from distill.config.choices import AugmentName, OptimizerName, Schedule
 from distill.config.compose import compose
 from distill.config.schema import JobConfig
 from distill.job.blocks import cut_blocks
@@ -79,7 +79,7 @@ def test_every_block_is_trained_by_rmsprop_on_the_squared_error_at_one_rate(case
 
 def test_every_3x3_convolution_is_a_block_of_its_own(case: tuple[JobConfig, SetUp]) -> None:
     config, wanted = case
-    assert config.student.recipe is RecipeName.separable_x2
+    assert config.student.recipe == "separable_x2"
     device = torch.device("meta")  # shapes alone: no weights are drawn, no image is computed
     with device:
         teacher = build_architecture(**architecture_of(config, wanted.classes))
@@ -92,7 +92,7 @@ def test_every_3x3_convolution_is_a_block_of_its_own(case: tuple[JobConfig, SetU
     assert len(all_3x3) == wanted.convolutions
     larger = ["features.0"] if wanted.convolutions == 13 else []  # 3 channels: its replacement would be larger
     assert blocks.replaced_paths == [path for path in all_3x3 if path not in larger]
-    assert all(len(paths) == 1 for paths in blocks.replaced.values())
+    assert all(len(one.recipe.paths(one.changes)) == 1 for one in blocks.candidates.values())
     strides = [teacher.get_submodule(path).stride for path in all_3x3]
     assert strides.count((2, 2)) == wanted.strided
     assert type(blocks.chain) is (TracedChain if wanted.convolutions == 13 else HookedChain)

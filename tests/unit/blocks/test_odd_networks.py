@@ -21,7 +21,6 @@ from distill.errors import ConfigError
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.outputs import refuse_lazy, refuse_other_outputs
 from distill.planning.unit import Unit
-from distill.recipes import replace_convolutions
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.student.assemble import assemble, in_a_row, recalibrate
@@ -147,8 +146,7 @@ def _trained(blocks: Blocks, block: int) -> bytes:
     chain = blocks.chain
 
     def fresh() -> BlockTrainer:
-        module = chain.block_module(block)
-        replace_convolutions(module, blocks.replaced[block], blocks.recipe, torch.Generator().manual_seed(block))
+        module = blocks.build(block, torch.Generator().manual_seed(block))
         unit, options = Unit.of_block(block, "b"), TrainerOptions(lr=1e-4)
         return BlockTrainer(unit, to_channels_last(module), budget=9, device=CPU, options=options)
 
@@ -173,17 +171,19 @@ def test_the_student_is_its_blocks_in_a_row(name: str) -> None:
     teacher, blocks = _prepared(case)
     assert tuple(blocks.replaced_paths) == case.replaced
     assert re.search(case.words, "\n".join(blocks.remarks)), blocks.remarks
-    assert case.blocks is None or len(blocks.replaced) == case.blocks
-    weights = {block: load(_trained(blocks, block)) for block in blocks.replaced}
-    student = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=weights.values())
+    assert case.blocks is None or len(blocks.candidates) == case.blocks
+    weights = {block: load(_trained(blocks, block)) for block in blocks.candidates}
+    changed = [(one.recipe, one.changes) for one in blocks.in_order]
+    student = assemble(teacher, changed=changed, blocks=weights.values())
     assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
     modules = {block: blocks.student(block, state) for block, state in weights.items()}
     assert in_a_row(student, blocks.chain, modules, _images())
     recalibrate(student, [_images()])
-    again = assemble(teacher, replaced=blocks.replaced_paths, recipe=blocks.recipe, blocks=())
+    again = assemble(teacher, changed=changed, blocks=())
     load_state(again, load(save(contiguous(student.state_dict()))))
     rebuilt = without_overlaps(case.build())
-    replace_convolutions(rebuilt, blocks.replaced_paths, blocks.recipe)
+    for recipe, changes in changed:
+        recipe.install(rebuilt, changes)
     load_state(rebuilt, load(save(contiguous(student.state_dict()))))
     for network in (again, rebuilt):
         with torch.no_grad():

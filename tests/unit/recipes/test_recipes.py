@@ -1,6 +1,7 @@
 """Recipes: what replaces a convolution, what its first weights are, and how replacements get into a network."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.recipes import RECIPES, Separable, SeparableX2, replace_convolutions, select
+from distill.recipes import RECIPES, Cost, Separable, SeparableX2, replace_convolutions, select
 from distill.recipes.separable import SeparableConv2d, decouple
 
 SEED = 7
@@ -127,7 +128,7 @@ class TestSeparableX2:
     def test_keeps_the_shape_of_the_output(self, form: dict[str, Any]) -> None:
         dense = conv(**form)
         replacement = self.RECIPE.build(dense)
-        assert self.RECIPE.replaces(dense)
+        assert self.RECIPE.fits(dense)
         assert replacement(images()).shape == dense(images()).shape
 
     def test_stride_halves_the_image_once(self) -> None:
@@ -142,21 +143,21 @@ class TestSeparableX2:
         assert out.max() > 0
 
     def test_even_kernels_are_left_alone(self) -> None:
-        assert not self.RECIPE.replaces(conv(kernel_size=2))
-        assert not self.RECIPE.replaces(conv(kernel_size=(3, 2)))
-        assert Separable(rank=1, init="teacher").replaces(conv(kernel_size=2))
+        assert not self.RECIPE.fits(conv(kernel_size=2))
+        assert not self.RECIPE.fits(conv(kernel_size=(3, 2)))
+        assert Separable(rank=1, init="teacher").fits(conv(kernel_size=2))
 
 
 @pytest.mark.parametrize("recipe", [Separable(rank=2, init="random"), SeparableX2(rank=2, init="random")])
 class TestEveryRecipe:
     def test_pointwise_and_grouped_convolutions_are_left_alone(self, recipe: Any) -> None:
-        assert recipe.replaces(nn.Conv2d(4, 4, 3))
-        assert not recipe.replaces(nn.Conv2d(4, 4, 1))
-        assert not recipe.replaces(nn.Conv2d(4, 4, 3, groups=2))
-        assert not recipe.replaces(nn.Conv2d(4, 4, 3, groups=4))
+        assert recipe.fits(nn.Conv2d(4, 4, 3))
+        assert not recipe.fits(nn.Conv2d(4, 4, 1))
+        assert not recipe.fits(nn.Conv2d(4, 4, 3, groups=2))
+        assert not recipe.fits(nn.Conv2d(4, 4, 3, groups=4))
 
     def test_other_layers_are_left_alone(self, recipe: Any) -> None:
-        assert not any(recipe.replaces(module) for module in (nn.Linear(2, 2), nn.BatchNorm2d(2), nn.Conv1d(2, 2, 3)))
+        assert not any(recipe.fits(module) for module in (nn.Linear(2, 2), nn.BatchNorm2d(2), nn.Conv1d(2, 2, 3)))
 
     def test_random_weights_come_from_the_generator_alone(self, recipe: Any) -> None:
         dense = conv(padding=1)
@@ -224,6 +225,10 @@ class _Late(Separable):
         replacement = super().build(conv)
         replacement.depthwise.stride, replacement.pointwise.stride = (1, 1), conv.stride
         return replacement
+
+    def predict(self, conv: nn.Conv2d, pixels: int) -> Cost:
+        usual = super().predict(conv, pixels)
+        return replace(usual, flops=usual.flops * conv.stride[0] * conv.stride[1])
 
 
 class _Wrong(Separable):

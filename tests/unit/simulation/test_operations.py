@@ -7,13 +7,12 @@ import torch
 
 from distill.config.compose import compose
 from distill.errors import ConfigError
-from distill.job.blocks import cut_blocks, make_recipe
+from distill.job.blocks import cut_blocks
 from distill.job.simulate import imagined_costs
 from distill.job.trainers import trainer_options
 from distill.planning.costs import Span
 from distill.planning.unit import Unit
 from distill.profiling.block_costs import flop_costs
-from distill.recipes import replace_convolutions
 from distill.simulation.hardware import Device, Operation, load_device
 from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
@@ -78,15 +77,13 @@ def test_an_imagined_job_has_the_flops_of_a_real_one(extra: list[str]) -> None:
     config = compose(overrides)
     teacher = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
     blocks = cut_blocks(config, (3, 16, 16), teacher, CPU)
-    assert spans == [Span(block, 0, 200) for block in blocks.replaced]
-    recipe = make_recipe(config)
+    assert spans == [Span(block, 0, 200) for block in blocks.candidates]
 
     def trainer(block: int) -> BlockTrainer:
-        module = blocks.chain.block_module(block)
-        replace_convolutions(module, blocks.replaced[block], recipe, torch.Generator().manual_seed(0))
+        module = blocks.build(block, torch.Generator().manual_seed(0))
         return BlockTrainer(Unit.of_block(block, "b"), module, budget=9, device=CPU, options=trainer_options(config))
 
-    students = {Unit.of_block(block, "b"): partial(trainer, block) for block in blocks.replaced}
+    students = {Unit.of_block(block, "b"): partial(trainer, block) for block in blocks.candidates}
     real = flop_costs(blocks.chain, students, torch.zeros(4, 3, 16, 16))
     assert found.teacher_s == real.teacher
     assert found.student_s == real.student

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.recipes import Separable, replace_convolutions
+from distill.recipes import Changes, Recipe, Separable, replace_convolutions
 from distill.recipes.separable import SeparableConv2d
 from distill.student.assemble import assemble, recalibrate
 
@@ -19,6 +19,10 @@ def network() -> nn.Sequential:
 
 
 RECIPE = Separable(rank=1, init="teacher")
+
+
+def at(*paths: str) -> list[tuple[Recipe, Changes]]:
+    return [(RECIPE, {"convolutions": list(paths)})]
 
 
 def trained_block(index: int, *, seed: int) -> dict[str, Tensor]:
@@ -37,7 +41,7 @@ class TestAssemble:
     def test_blocks_weights_are_in_place_and_the_rest_is_the_teacher_s(self) -> None:
         teacher = network()
         block = trained_block(1, seed=3)
-        student = assemble(teacher, replaced=["1.0"], recipe=RECIPE, blocks=[block])
+        student = assemble(teacher, changed=at("1.0"), blocks=[block])
         state = student.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in block.items())
         untouched = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith("1.")}
@@ -48,7 +52,7 @@ class TestAssemble:
     def test_the_teacher_is_left_as_it_was(self) -> None:
         teacher = network().requires_grad_(False)
         before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-        student = assemble(teacher, replaced=["0.0", "1.0"], recipe=RECIPE, blocks=[trained_block(0, seed=1)])
+        student = assemble(teacher, changed=at("0.0", "1.0"), blocks=[trained_block(0, seed=1)])
         assert teacher.state_dict().keys() == before.keys()
         assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
         assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -56,17 +60,17 @@ class TestAssemble:
 
     def test_the_order_of_the_blocks_does_not_matter(self) -> None:
         blocks = [trained_block(0, seed=1), trained_block(1, seed=2)]
-        one = assemble(network(), replaced=["0.0", "1.0"], recipe=RECIPE, blocks=blocks).state_dict()
-        two = assemble(network(), replaced=["0.0", "1.0"], recipe=RECIPE, blocks=blocks[::-1]).state_dict()
+        one = assemble(network(), changed=at("0.0", "1.0"), blocks=blocks).state_dict()
+        two = assemble(network(), changed=at("0.0", "1.0"), blocks=blocks[::-1]).state_dict()
         assert all(torch.equal(one[name], two[name]) for name in one)
 
     def test_two_blocks_with_the_same_weights_are_a_bug_of_ours(self) -> None:
         with pytest.raises(AssertionError, match="two blocks hold the same weights"):
-            assemble(network(), replaced=["1.0"], recipe=RECIPE, blocks=[trained_block(1, seed=1)] * 2)
+            assemble(network(), changed=at("1.0"), blocks=[trained_block(1, seed=1)] * 2)
 
     def test_weights_that_fit_nowhere_are_a_bug_of_ours(self) -> None:
         with pytest.raises(AssertionError, match=r"1\.0\.depthwise\.weight"):
-            assemble(network(), replaced=[], recipe=RECIPE, blocks=[trained_block(1, seed=1)])
+            assemble(network(), changed=at(), blocks=[trained_block(1, seed=1)])
 
 
 class TestRecalibrate:

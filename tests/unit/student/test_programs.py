@@ -23,8 +23,7 @@ IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [IMAGES[:5], IMAGES[5:10], IMAGES[10:]]
 CARD_HERE = StudentCard(
     architecture={"source": "cifar", "name": "cifar_resnet20", "num_classes": 4},
-    recipe={"name": "separable", "options": {"rank": 2, "init": "teacher"}},
-    replaced=[],
+    blocks=[],
     image_size=8,
     mean=[0.5, 0.5, 0.5],
     std=[0.2, 0.2, 0.2],

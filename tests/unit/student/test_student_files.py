@@ -23,12 +23,17 @@ ARCHITECTURE = {"source": "cifar", "name": "cifar_resnet20", "num_classes": 10}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+def block(paths: list[str], **options: Any) -> dict[str, Any]:
+    chosen = {"rank": 2, "init": "teacher"} | options
+    return {"recipe": "separable", "options": chosen, "changes": {"convolutions": paths}}
+
+
 @pytest.fixture(scope="module")
 def student() -> nn.Module:
     torch.manual_seed(0)
     network = build_architecture(**ARCHITECTURE)  # type: ignore[arg-type]
     recipe = Separable(rank=2, init="teacher")
-    paths = [name for name, module in network.named_modules() if recipe.replaces(module)]
+    paths = [name for name, module in network.named_modules() if recipe.fits(module)]
     replace_convolutions(network, paths, recipe, torch.Generator().manual_seed(0))
     network.train()
     network(torch.randn(16, 3, 32, 32))  # batch-norm statistics that are not those of a new network
@@ -41,8 +46,7 @@ def card(student: nn.Module) -> StudentCard:
     assert len(paths) == 19
     return StudentCard(
         architecture=ARCHITECTURE,
-        recipe={"name": "separable", "options": {"rank": 2, "init": "teacher"}},
-        replaced=paths,
+        blocks=[block(paths)],
         image_size=32,
         mean=[0.5, 0.5, 0.5],
         std=[0.2, 0.2, 0.2],
@@ -110,7 +114,9 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [FORMAT + 1, None])
 def test_a_card_of_another_format_is_refused(folder: Path, form: int | None) -> None:
     write_json(folder / "student.json", read_json(folder / "student.json") | {"format": form})
-    with pytest.raises(DistillError, match=rf"student\.json: format {form}, but this version reads format {FORMAT}"):
+    with pytest.raises(
+        DistillError, match=rf"student\.json: format {form}, but this version reads formats 1 and {FORMAT}"
+    ):
         load_student(folder)
 
 
@@ -127,11 +133,16 @@ def test_a_card_that_is_no_json_is_refused(folder: Path) -> None:
             {"architecture": {"source": "cifar", "name": "cifar_resnet21", "num_classes": 4}},
             "cannot be built here.*nearest",
         ),
-        ({"architecture": {"source": "factory", "name": "", "num_classes": 4, "factory": "gone:net"}}, "gone"),
+        (
+            {"architecture": {"source": "factory", "name": "", "num_classes": 4, "factory": "gone:net"}},
+            r"gone:net makes.*load_student\(path, factory=",
+        ),
         ({"architecture": None}, "no card of a student that this version can build"),
-        ({"recipe": {"name": "later", "options": {}}}, "no card of a student .*KeyError: 'later'"),
-        ({"replaced": ["layer9.conv"]}, "no card of a student"),
-        ({"replaced": []}, "not the weights of student.json's network"),
+        ({"blocks": [{"recipe": "later", "options": {}, "changes": {}}]}, r"the recipe 'later'.*recipes="),
+        ({"blocks": [block(["layer9.conv"])]}, "no card of a student"),
+        ({"blocks": [{"recipe": "separable"}]}, "no card of a student"),
+        ({"blocks": [block([], depth=2)]}, "no card of a student"),
+        ({"blocks": []}, "not the weights of student.json's network"),
         ({"weights_sha256": None}, "not the weights that student.json is about"),
     ],
 )
@@ -139,6 +150,45 @@ def test_a_card_of_another_student_is_told_as_that(folder: Path, changes: dict[s
     write_json(folder / "student.json", read_json(folder / "student.json") | changes)
     with pytest.raises(DistillError, match=words):
         load_student(folder)
+
+
+def test_a_card_of_format_1_is_read_as_before(folder: Path, student: nn.Module) -> None:
+    """One recipe for the whole network, and the convolutions that it replaced."""
+    card = read_json(folder / "student.json")
+    (one,) = card.pop("blocks")
+    old = {"recipe": {"name": one["recipe"], "options": one["options"]}, "replaced": one["changes"]["convolutions"]}
+    write_json(folder / "student.json", card | old | {"format": 1})
+    assert torch.equal(logits(load_student(folder)), logits(student))
+
+
+def test_a_network_of_the_user_s_own_is_built_by_the_factory_that_is_given_and_by_no_other(
+    folder: Path, student: nn.Module
+) -> None:
+    facts = {"source": "factory", "name": "x", "num_classes": 10, "factory": "os:getcwd", "options": {"deep": 2}}
+    write_json(folder / "student.json", read_json(folder / "student.json") | {"architecture": facts})
+
+    def mine(num_classes: int, *, deep: int) -> nn.Module:
+        assert (num_classes, deep) == (10, 2)
+        return build_architecture(**ARCHITECTURE)  # type: ignore[arg-type]
+
+    assert torch.equal(logits(load_student(folder, factory=mine)), logits(student))
+    with pytest.raises(DistillError, match=r"os:getcwd makes.*load_student\(path, factory="):
+        load_student(folder)
+    with pytest.raises(DistillError, match="factory has returned a str"):
+        load_student(folder, factory=lambda **_: "x")  # type: ignore[arg-type, return-value]
+
+
+class Mine(Separable):
+    """A recipe from outside."""
+
+
+def test_a_recipe_from_outside_is_the_class_that_is_given(folder: Path, student: nn.Module) -> None:
+    card = read_json(folder / "student.json")
+    card["blocks"][0]["recipe"] = "my_package:Mine"
+    write_json(folder / "student.json", card)
+    with pytest.raises(DistillError, match=r"the recipe 'my_package:Mine', whose class load_student\(recipes="):
+        load_student(folder)
+    assert torch.equal(logits(load_student(folder, recipes={"my_package:Mine": Mine})), logits(student))
 
 
 def test_weights_cut_short_are_refused(folder: Path) -> None:

@@ -143,8 +143,7 @@ def test_googlenet_is_delivered_with_the_input_transformation_of_its_published_w
     assert _same(teacher, published)
     card = StudentCard(
         architecture=architecture_of(config, 1000),
-        recipe={"name": "separable", "options": {"rank": 1, "init": "random"}},
-        replaced=[],
+        blocks=[],
         image_size=64,
         mean=[0.5] * 3,
         std=[0.5] * 3,

@@ -1,0 +1,79 @@
+"""Which recipe makes the student of which block: from the settings of the section student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, get_type_hints
+
+from distill.config.outside import RECIPE
+from distill.config.schema import JobConfig, StudentConfig
+from distill.errors import ConfigError, one_of
+from distill.extensions import named
+from distill.recipes import RECIPES, Recipe
+
+
+@dataclass(frozen=True)
+class Named:
+    """A recipe, and the name by which student.json finds its class again."""
+
+    name: str
+    recipe: Recipe
+
+
+def recipe_of(config: JobConfig) -> Named:
+    """Return the recipe of the blocks that student.per_block does not name."""
+    return _make("student", config.student.recipe, _given(config.student))
+
+
+def recipes_of(config: JobConfig, blocks: Sequence[str]) -> dict[str, Named]:
+    """Return every block's recipe, by its name: the last pattern of student.per_block that matches it decides, with
+    the options of student.options where the recipe is the same. Raises ConfigError naming the setting."""
+    usual = recipe_of(config)
+    found = dict.fromkeys(blocks, usual)
+    for pattern, entry in config.student.per_block.items():
+        setting = f"student.per_block.{pattern}"
+        if not isinstance(entry, Mapping):
+            raise ConfigError(setting, entry, "a mapping of a recipe and its options: {recipe: one_conv, kernel: 3}")
+        matching = [block for block in blocks if fnmatchcase(block, pattern)]
+        if not matching:
+            raise ConfigError(
+                "student.per_block", pattern, f"a pattern that matches a block: {one_of(blocks, pattern)}"
+            )
+        options = dict(entry)
+        name = str(options.pop("recipe", usual.name))
+        own = {**(_given(config.student) if name == usual.name else {}), **options}
+        found |= dict.fromkeys(matching, _make(setting, name, own))
+    return found
+
+
+def _given(student: StudentConfig) -> dict[str, Any]:
+    """Return the options that the section gives: student.rank and student.init to recipes that have them."""
+    known = {field.name for field in fields(_class("student.recipe", student.recipe))}
+    usual = {"rank": student.rank, "init": student.init.name}
+    return {name: value for name, value in usual.items() if name in known} | dict(student.options)
+
+
+def _make(section: str, name: str, options: Mapping[str, Any]) -> Named:
+    kind = _class("student.recipe" if section == "student" else f"{section}.recipe", name)
+    where = "student.options" if section == "student" else section
+    hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
+    for option, value in options.items():
+        if option not in known:
+            what = one_of(list(known), option) if known else "no options at all"
+            raise ConfigError(f"{where}.{option}", value, f"an option of the recipe {name}: {what}")
+        wanted = hints[option]
+        if not (isinstance(value, wanted) or (wanted is float and isinstance(value, int))) or (
+            isinstance(value, bool) and wanted is not bool
+        ):
+            about = known[option].metadata.get("help", "")
+            raise ConfigError(f"{where}.{option}", value, f"{wanted.__name__} ({about})")
+    return Named(name, kind(**options))
+
+
+def _class(setting: str, name: str) -> type[Recipe]:
+    kind = named(setting, name, RECIPES, RECIPE.group)
+    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
+        raise ConfigError(setting, name, "a class derived from distill.recipes.Recipe")
+    return kind

@@ -1,0 +1,80 @@
+"""A job with another recipe for some blocks, one of them from outside, whose first weights ask for statistics."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from distill import load_student
+from distill.errors import DistillError
+from tests.e2e.command import distill
+
+pytestmark = pytest.mark.jobs
+
+OUTSIDE = """
+from dataclasses import dataclass
+
+import torch
+
+from distill.recipes import Separable, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centred(Separable):
+    rank: int = option(1, "depthwise filters")
+    seen: str = option("inputs", "what it looks at")
+
+    def wants(self, changes):
+        return self.paths(changes)
+
+    def initialize(self, replacement, conv, generator, statistics=None):
+        super().initialize(replacement, conv, generator)
+        assert statistics.rows > 0
+        width = conv.weight[0].numel()
+        assert statistics.covariance.shape == (width, width)
+        torch.linalg.cholesky(statistics.covariance + 1e-6 * torch.eye(width, dtype=torch.float64))
+"""
+
+
+def test_blocks_have_the_recipes_that_patterns_give_them(finished: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    recipes = "{layer1.*: {recipe: keep}, layer3.0: {recipe: one_conv}, layer3.2: {recipe: outside:Centred}}"
+    result = distill(
+        f"teacher.weights={finished[0] / 'teacher.safetensors'}", "teacher.fit.epochs=0", "plan.cost=flops",
+        "run.dir=run", "student.options.rank=1", f"student.per_block={recipes}", cwd=tmp_path, ranks=2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    card = json.loads((tmp_path / "run" / "student.json").read_text())
+    made = [(block["recipe"], block["changes"].get("module")) for block in card["blocks"]]
+    assert made == [("separable", None)] * 3 + [
+        ("one_conv", "layer3.0"),
+        ("separable", None),
+        ("outside:Centred", None),
+    ]
+    assert card["blocks"][0]["options"]["rank"] == 1
+    assert "statistics: of the inputs of 2 layers, over 8 batches" in result.stdout
+    with pytest.raises(DistillError, match="outside:Centred"):
+        load_student(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "identity.json").read_text())["student.per_block"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("student.options.rnak=3", r"student.options.rnak: got 3; expected an option of the recipe separable: rank"),
+        ("student.options.rank=two", r"student.options.rank: got 'two'; expected int \(depthwise filters"),
+        ("student.recipe=seperable", r"student.recipe: got 'seperable'.*separable"),
+        ("student.per_block={layer9.*: {recipe: keep}}", r"student.per_block: got 'layer9.\*'.*a block"),
+        ("student.per_block={layer1.*: keep}", r"student.per_block.layer1.\*: got 'keep'; expected a mapping"),
+        ("student.recipe=os:getcwd", r"student.recipe: got 'os:getcwd'; expected a class derived from"),
+        ("student.recipe=keep", r"student.recipe=keep replaces"),
+    ],
+)
+def test_what_cannot_be_made_of_blocks_is_refused_by_its_setting(tmp_path: Path, setting: str, words: str) -> None:
+    result = distill(setting, "stage=plan", cwd=tmp_path)
+    assert result.returncode != 0
+    assert re.search(words, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr

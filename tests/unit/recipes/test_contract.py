@@ -1,0 +1,130 @@
+"""What every recipe must do, whatever it changes; one class over all of them and some of their options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+from distill.blocks.chain import Chain
+from distill.blocks.cut import Granularity, cut
+from distill.profiling.flops import module_flops
+from distill.recipes import RECIPES, Changes, Recipe, View
+from distill.student.assemble import assemble, in_a_row
+from distill.teachers import build_architecture
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+KEEP = RECIPES["keep"]()
+CHANGING = [
+    RECIPES["separable"](rank=1, init="teacher"),
+    RECIPES["separable"](rank=3, init="random"),
+    RECIPES["separable_x2"](),
+    RECIPES["separable_x2"](rank=2),
+    RECIPES["one_conv"](),
+    RECIPES["one_conv"](kernel=1),
+]
+
+
+def network() -> nn.Module:
+    return build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
+
+
+def teacher() -> nn.Module:
+    torch.manual_seed(0)
+    return network().eval()
+
+
+@pytest.fixture(scope="module")
+def chain() -> Chain:
+    return cut(teacher(), IMAGES, granularity=Granularity.residual)
+
+
+def views(chain: Chain) -> Iterator[tuple[int, View]]:
+    """Two blocks: one that keeps shapes, and one with a stride."""
+    for block in (chain.blocks[2], chain.blocks[4]):
+        yield (
+            block.index,
+            View(
+                name=block.name,
+                module=chain.block_module(block.index),
+                sample=chain.run(IMAGES, last=block.index, keep=[block.index])[block.index],
+                convolutions=block.convolutions,
+                changeable=frozenset(block.modules),
+                path=block.name,
+            ),
+        )
+
+
+def proposed(recipe: Recipe, chain: Chain) -> list[tuple[int, View, Changes]]:
+    found = [(index, view, recipe.propose(view)[0]) for index, view in views(chain)]
+    return [(index, view, json.loads(json.dumps(changes))) for index, view, changes in found if changes is not None]
+
+
+def test_every_recipe_is_here() -> None:
+    assert {type(recipe) for recipe in [*CHANGING, KEEP]} == set(RECIPES.values())
+
+
+@pytest.mark.parametrize("recipe", [*CHANGING, KEEP], ids=str)
+def test_options_are_json_with_a_line_of_help_and_rebuild_it(recipe: Recipe) -> None:
+    assert type(recipe)(**json.loads(json.dumps(recipe.options()))) == recipe
+    assert all(field.metadata["help"] for field in fields(recipe))
+    assert recipe.replaces
+
+
+def test_keep_changes_nothing(chain: Chain) -> None:
+    assert [KEEP.propose(view) for _, view in views(chain)] == [(None, {})] * 2
+
+
+@pytest.mark.parametrize("recipe", CHANGING, ids=str)
+class TestEveryChange:
+    def test_something_is_changed_and_nothing_that_must_stay(self, recipe: Recipe, chain: Chain) -> None:
+        assert proposed(recipe, chain)
+        for _, view in views(chain):
+            assert recipe.propose(replace(view, changeable=frozenset()))[0] is None
+
+    def test_it_costs_what_was_said_and_no_more_than_the_block(self, recipe: Recipe, chain: Chain) -> None:
+        for index, view, changes in proposed(recipe, chain):
+            said, student = recipe.cost(view, changes), recipe.student(chain.block_module(index), changes)
+            assert said.params == sum(parameter.numel() for parameter in student.parameters())
+            assert said.flops == module_flops(student.eval(), view.sample[:1])
+            block = chain.block_module(index)
+            assert said.params <= sum(parameter.numel() for parameter in block.parameters())
+            assert said.flops <= module_flops(block.eval(), view.sample[:1])
+
+    def test_shapes_and_gradients(self, recipe: Recipe, chain: Chain) -> None:
+        for index, view, changes in proposed(recipe, chain):
+            student = recipe.student(chain.block_module(index), changes, torch.Generator().manual_seed(0))
+            out = student.train()(view.sample)
+            assert out.shape == chain.run(IMAGES, last=index + 1, keep=[index + 1])[index + 1].shape
+            out.square().sum().backward()
+            assert all(parameter.grad is not None for parameter in student.parameters())
+
+    def test_first_weights_come_from_the_generator_and_the_block_alone(self, recipe: Recipe, chain: Chain) -> None:
+        index, _, changes = proposed(recipe, chain)[0]
+        states = []
+        for _ in range(2):
+            torch.manual_seed(len(states))
+            block = chain.block_module(index)
+            states.append(recipe.student(block, changes, torch.Generator().manual_seed(1)).state_dict())
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+    def test_the_network_is_its_blocks_in_a_row_and_is_rebuilt_without_the_teacher_s_weights(
+        self, recipe: Recipe, chain: Chain
+    ) -> None:
+        changed = {index: changes for index, _, changes in proposed(recipe, chain)}
+        generator = torch.Generator().manual_seed(0)
+        modules = {k: recipe.student(chain.block_module(k), changes, generator) for k, changes in changed.items()}
+        weights = [module.state_dict() for module in modules.values()]
+        student = assemble(teacher(), changed=[(recipe, changes) for changes in changed.values()], blocks=weights)
+        assert in_a_row(student, chain, modules, IMAGES)
+        again = network()
+        for changes in changed.values():
+            recipe.install(again, changes)
+            assert recipe.paths(changes)
+            assert all(again.get_submodule(path) for path in recipe.paths(changes))
+        again.load_state_dict(student.state_dict())
+        assert torch.equal(again.eval()(IMAGES), student.eval()(IMAGES))
