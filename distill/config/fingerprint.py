@@ -46,7 +46,7 @@ _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
-    ("student.options", {}), ("student.per_block", {}),
+    ("student.options", {}), ("student.per_block", []),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
@@ -164,6 +164,8 @@ def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and prefix not in MAPPINGS:
         for key, item in value.items():
             yield from _by_path(f"{prefix}.{key}" if prefix else key, item)
+    elif prefix == "student.per_block":
+        yield prefix, [list(entry) for entry in value.items()]  # of patterns that match one block the last decides
     else:
         yield prefix, value.name if isinstance(value, Enum) else value
 

@@ -32,7 +32,9 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
         weights = {number: ledger.weights(number) for number in sorted(blocks.units)}
         student = assemble(teacher, changed=_changed(blocks), blocks=weights.values())
-        modules = {blocks.units[number].input: blocks.student(number, state) for number, state in weights.items()}
+        modules = {
+            one.input: blocks.student(number, weights.get(number, {})) for number, one in blocks.candidates.items()
+        }
         if not in_a_row(student, blocks.chain, modules, dataset.train_batch(0).images):
             raise DistillError(
                 "the assembled student is not its trained blocks in a row: it gives something else for the first "

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.blocks.bf16 import Bf16Chain
-from distill.blocks.chain import Block, Chain, parameter_owners
+from distill.blocks.chain import Chain
 from distill.blocks.cut import Granularity, cut
+from distill.blocks.whole import whole_modules
 from distill.config.choices import Amp
 from distill.config.schema import JobConfig
 from distill.cuda.graphs import cuda_capture
@@ -40,6 +41,7 @@ class Candidate:
     changes: Changes
     input: int
     target: int
+    trains: bool = True  # a student without weights, such as a shortcut, is put in its place and never planned
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The cut teacher, the candidates by the numbers of their units, and what the user should know of what stays."""
+    """The cut teacher, the candidates by number, and what the user should know of what stays."""
 
     chain: Chain
     candidates: dict[int, Candidate]
@@ -57,11 +59,11 @@ class Blocks:
 
     @cached_property
     def units(self) -> dict[int, Unit]:
-        """What is planned and trained, by number."""
+        """What is planned and trained, by number: candidates that have weights."""
         proposals = [Proposal(one.name, one.input, one.target) for one in self.candidates.values()]
         units = number_units(proposals, [block.name for block in self.chain.blocks])
         assert [unit.number for unit in units] == list(self.candidates)
-        return {unit.number: unit for unit in units}
+        return {unit.number: unit for unit in units if self.candidates[unit.number].trains}
 
     @property
     def replaced_paths(self) -> list[str]:
@@ -110,7 +112,7 @@ def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modu
         asked = {block.index: recipes[block.name] for block in chain.blocks if block.name in chosen}
         candidates, kept = _propose(config, chain, teacher, images, asked)
         kept |= _other_convolutions(teacher)
-        if not candidates:
+        if not any(one.trains for one in candidates.values()):
             raise _nothing_to_replace(config, chain, kept)
         if device.type != "meta":
             _refuse_strangers(teacher, chain, images, candidates)
@@ -142,6 +144,7 @@ def _propose(
     candidates: dict[int, Candidate] = {}
     kept: Kept = {}
     first = None if config.student.first_layer else chain.first_convolution
+    whole = whole_modules(teacher, chain, images)
     for block, inputs in _inputs(chain, images, [block for block, one in asked.items() if chain.blocks[block].modules]):
         facts, one = chain.blocks[block], asked[block]
         view = View(
@@ -150,23 +153,16 @@ def _propose(
             sample=inputs,
             convolutions=facts.convolutions,
             changeable=frozenset(facts.modules) - {first},
-            path=_whole_module(teacher, facts),
+            path=whole.get(block),
         )
         with torch.enable_grad():
             changes, left = one.recipe.propose(view)
         kept |= left
         if changes is not None:
-            candidates[block] = Candidate(one.name, one.recipe, changes, block, block + 1)
+            student = one.recipe.student(chain.block_module(block), changes)
+            trains = any(True for _ in student.parameters())
+            candidates[block] = Candidate(one.name, one.recipe, changes, block, block + 1, trains)
     return candidates, kept
-
-
-def _whole_module(teacher: nn.Module, block: Block) -> str | None:
-    """Return the path of the module that has just the block's parameters, if it is one; that it is called as the block
-    is, in_a_row() sees."""
-    paths = dict(teacher.named_modules())
-    path = block.name if block.name in paths else block.modules[0].rpartition(".")[0]
-    inside = set(parameter_owners(paths[path], path)) if path else set()
-    return path if path and inside == set(block.modules) else None
 
 
 def _inputs(chain: Chain, images: Tensor, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

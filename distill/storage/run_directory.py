@@ -30,7 +30,15 @@ from distill.storage.lease import LOCK, RECORD, HeldError, Lease
 log = logging.getLogger(__name__)
 
 FOLDERS = ("logs", "metrics", "stages")  # that a claim makes
-STAGES = ("teacher", "distill", "assemble", "finetune", "evaluate", "deliver")  # those that leave a record
+STAGES = (
+    "teacher",
+    "statistics",
+    "distill",
+    "assemble",
+    "finetune",
+    "evaluate",
+    "deliver",
+)  # those that leave a record
 
 
 class RunDirectory:

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from distill.errors import ConfigError, DistillError
+from distill.extensions import named
 from distill.recipes import RECIPES, Recipe
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
@@ -102,6 +103,8 @@ def _build(
         student = _architecture(card["architecture"], path, factory)
         for block in _blocks(card):
             name = block["recipe"]
+            if name not in recipes and ":" not in name:  # what is installed by its name is not the file's to choose
+                recipes = {**recipes, name: named("student.recipe", name, recipes, "distill.recipes")}
             if name not in recipes:
                 raise DistillError(f"{path}: made by the recipe {name!r}, whose class load_student(recipes=...) takes")
             recipes[name](**block["options"]).install(student, block["changes"])

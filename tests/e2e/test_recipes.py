@@ -64,7 +64,7 @@ def test_blocks_have_the_recipes_that_patterns_give_them(finished: tuple[Path, s
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("student.options.rnak=3", r"student.options.rnak: got 3; expected an option of the recipe separable: rank"),
+        ("student.options.rnak=3", r"student.options.rnak: got 3; expected an option of the recipe separable: 'rank'"),
         ("student.options.rank=two", r"student.options.rank: got 'two'; expected int \(depthwise filters"),
         ("student.recipe=seperable", r"student.recipe: got 'seperable'.*separable"),
         ("student.per_block={layer9.*: {recipe: keep}}", r"student.per_block: got 'layer9.\*'.*a block"),

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",
         "training",
     },
-    "student": {"blocks", "data", "errors", "profiling", "recipes", "storage", "teachers"},
+    "student": {"blocks", "data", "errors", "extensions", "profiling", "recipes", "storage", "teachers"},
     "recipes": {"blocks", "profiling"},
     "simulation": {"errors", "planning", "profiling", "report", "storage"},
     "profiling": {"blocks", "cuda", "planning", "training"},

@@ -143,9 +143,14 @@ class TestMisspelling:
         message = refusal("plan=relay")
         assert message.startswith("plan: got 'relay'; expected its settings one by one: plan.strategy, plan.cost")
 
-    def test_new_keyword_of_the_architecture_needs_a_plus_sign(self) -> None:
-        assert "expected +teacher.options.width=2" in refusal("teacher.options.width=2")
-        assert compose(["+teacher.options.width=2"]).teacher.options == {"width": 2}
+    @pytest.mark.parametrize("sign", ["", "+", "++"])
+    def test_new_keys_of_mappings_need_no_plus_sign_and_may_have_one(self, sign: str) -> None:
+        config = compose([f"{sign}teacher.options.width=2", f"{sign}student.options.rank=3"])
+        assert (config.teacher.options, config.student.options) == ({"width": 2}, {"rank": 3})
+
+    def test_patterns_of_blocks_are_keys_as_they_are_typed(self) -> None:
+        per_block = compose(["student.per_block={layer1.*: {recipe: keep}, layer2.0: {rank: 1}}"]).student.per_block
+        assert per_block == {"layer1.*": {"recipe": "keep"}, "layer2.0": {"rank": 1}}
 
 
 class TestWrongType:

@@ -1,0 +1,76 @@
+"""What recipes make of the blocks of a network: several recipes in one job, and students without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from distill.config.compose import compose
+from distill.job.blocks import Blocks, cut_blocks
+from distill.profiling.statistics import InputStatistics
+from distill.recipes import Changes, Cost, Kept, Recipe, View
+from distill.student.assemble import assemble, in_a_row
+from distill.teachers import build_architecture
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortcut(Recipe):
+    """Nothing in the place of a block."""
+
+    replaces: ClassVar[str] = "blocks that keep the shape"
+
+    def propose(self, view: View) -> tuple[Changes | None, Kept]:
+        same = view.module.eval()(view.sample).shape == view.sample.shape
+        return ({"module": view.path}, {}) if same and view.path else (None, {view.name: "its shape changes"})
+
+    def cost(self, view: View, changes: Changes) -> Cost:
+        return Cost(0, 0)
+
+    def student(
+        self,
+        block: nn.Module,
+        changes: Changes,
+        generator: torch.Generator | None = None,
+        statistics: Mapping[str, InputStatistics] | None = None,
+    ) -> nn.Module:
+        return nn.Identity()
+
+    def install(self, network: nn.Module, changes: Changes) -> None:
+        network.set_submodule(changes["module"], nn.Identity())
+
+    def paths(self, changes: Changes) -> list[str]:
+        return [changes["module"]]
+
+
+def cut_with(recipes: str) -> tuple[nn.Module, Blocks]:
+    teacher = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10).eval()
+    config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", f"student.per_block={recipes}"])
+    return teacher, cut_blocks(config, (3, 16, 16), teacher, CPU)
+
+
+def test_a_student_without_weights_is_put_in_its_place_and_never_planned() -> None:
+    shortcut = "tests.unit.job.test_blocks:Shortcut"
+    teacher, blocks = cut_with(f"{{layer1.1: {{recipe: {shortcut}}}, layer2.0: {{recipe: {shortcut}}}}}")
+    assert [one.name for one in blocks.in_order][:3] == ["separable", shortcut, "separable"]
+    assert "not replaced: layer2.0 (its shape changes)" in blocks.remarks
+    (number,) = blocks.candidates.keys() - blocks.units.keys()
+    assert blocks.candidates[number].input == number == 2
+    modules = {one.input: blocks.build(k, torch.Generator().manual_seed(0)) for k, one in blocks.candidates.items()}
+    weights = [modules[number].state_dict() for number in blocks.units]
+    student = assemble(teacher, changed=[(one.recipe, one.changes) for one in blocks.in_order], blocks=weights)
+    assert in_a_row(student, blocks.chain, modules, torch.randn(2, 3, 16, 16))
+    assert isinstance(student.get_submodule("layer1.1"), nn.Identity)
+
+
+def test_a_block_that_is_no_single_module_is_kept_with_the_reason() -> None:
+    """The first convolution and the functional ReLU behind it."""
+    _, blocks = cut_with("{conv1: {recipe: one_conv}, layer1.0: {recipe: one_conv}}")
+    assert any("conv1 (" in remark for remark in blocks.remarks)
+    one = blocks.candidates[1]
+    assert (one.name, one.changes["module"], one.recipe.options()) == ("one_conv", "layer1.0", {"kernel": 3})
