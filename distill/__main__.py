@@ -61,7 +61,7 @@ def _run(arguments: Sequence[str], *, is_rank: bool) -> int:
 def _verb(word: str) -> Callable[[Sequence[str]], int] | None:
     """What a first word that is no override asks for; its imports cost nobody else anything."""
     if word == "report":
-        from distill.report.command import main as report
+        from distill.reporting.command import main as report
 
         return report
     if word == "simulate":

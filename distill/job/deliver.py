@@ -23,8 +23,8 @@ from distill.job.teacher import architecture_of
 from distill.launch import provenance
 from distill.machine.host import available_cores
 from distill.observability.energy.joules import joules_per_image, summarize
-from distill.report import result_table, write_report
-from distill.report.tables import STUDENTS
+from distill.reporting import result_table, write_report
+from distill.reporting.tables import STUDENTS
 from distill.storage.files import read_json, write_json
 from distill.storage.ledger import Ledger
 from distill.storage.run_directory import RunDirectory

@@ -17,7 +17,7 @@ from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.observability.numbers import show, show_count
-from distill.report.tables import STUDENTS
+from distill.reporting.tables import STUDENTS
 from distill.student.evaluate import Hits, best_of, count_hits
 
 log = logging.getLogger(__name__)

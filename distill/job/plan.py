@@ -18,7 +18,7 @@ from distill.job.memory import fitting_plans, show_memory
 from distill.job.trainers import Trainers
 from distill.planning.memory_model import Memory
 from distill.planning.plan import STRATEGIES, Plan, memory_of
-from distill.report import plan_table
+from distill.reporting import plan_table
 from distill.storage.files import write_json
 
 log = logging.getLogger(__name__)

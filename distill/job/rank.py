@@ -48,7 +48,7 @@ from distill.launch.launcher import CONFIG_VARIABLE
 from distill.machine.host import share_of_cores
 from distill.observability.tensorboard import Scalars
 from distill.observability.trace import Trace
-from distill.report import console
+from distill.reporting import console
 from distill.storage.files import DiskError, open_to_add, write_text
 from distill.storage.run_directory import RunDirectory
 

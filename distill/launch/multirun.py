@@ -38,7 +38,7 @@ from distill.launch.signals import stoppable
 from distill.launch.submitit_jobs import every_submitted_job
 from distill.launch.sweep import Sweep, compose_master, hydra_ready, read_sweep
 from distill.observability.numbers import show_count
-from distill.report import comparison_table, console, write_comparison
+from distill.reporting import comparison_table, console, write_comparison
 from distill.storage.files import DamagedFileError, read_json, write_json
 from distill.storage.run_directory import RunDirectory
 

@@ -18,7 +18,7 @@ from distill.errors import ConfigError, DistillError
 from distill.planning.costs import Costs, Span
 from distill.planning.network import Link, Network
 from distill.planning.plan import STRATEGIES, Plan, Source
-from distill.report import console, write_scaling
+from distill.reporting import console, write_scaling
 from distill.simulation.hardware import Cluster, Device, described, load_cluster
 from distill.simulation.simulator import Simulation, simulate
 from distill.storage.files import DamagedFileError, read_json

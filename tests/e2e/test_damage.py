@@ -28,7 +28,7 @@ LIMIT_S = 900
 JOBS = """
     import contextlib, io, json, logging, sys, traceback
     from distill.job import run_rank
-    from distill.report.command import main as report
+    from distill.reporting.command import main as report
     for kind, arguments in json.load(sys.stdin):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distill.job import run_rank
-from distill.report import write_report
+from distill.reporting import write_report
 from tests.e2e.command import SMALL, bits, distill
 
 pytestmark = pytest.mark.jobs

@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).parents[2] / "distill"
 # Room, or file beside the rooms -> the rooms that it may import. What a room does within itself is its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"student"},
-    "__main__": {"config", "errors", "job", "launch", "planning", "report", "simulation"},
+    "__main__": {"config", "errors", "job", "launch", "planning", "reporting", "simulation"},
     "job": {
         "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "extensions", "launch",
-        "machine", "observability", "planning", "profiling", "recipes", "report", "simulation", "storage", "student",
+        "machine", "observability", "planning", "profiling", "recipes", "reporting", "simulation", "storage", "student",
         "teachers", "training",
     },
     "engine": {
@@ -29,12 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "student": {"blocks", "data", "errors", "extensions", "profiling", "recipes", "storage", "teachers"},
     "recipes": {"blocks", "profiling"},
-    "simulation": {"errors", "planning", "profiling", "report", "storage"},
+    "simulation": {"errors", "planning", "profiling", "reporting", "storage"},
     "profiling": {"blocks", "cuda", "planning", "training"},
     "training": {"blocks", "cuda", "data", "distributed", "errors", "extensions", "planning", "storage"},
     "distributed": {"blocks", "cuda", "errors", "machine", "observability", "planning"},
-    "launch": {"__init__", "config", "errors", "machine", "observability", "report", "storage"},
-    "report": {"errors", "observability", "planning", "storage"},
+    "launch": {"__init__", "config", "errors", "machine", "observability", "reporting", "storage"},
+    "reporting": {"errors", "observability", "planning", "storage"},
     "cache": {"blocks", "errors", "machine", "storage"},
     "config": {"data", "errors", "extensions", "planning", "storage", "teachers"},
     "teachers": {"blocks", "errors", "extensions", "storage"},
@@ -53,7 +53,7 @@ SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
     "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
-    "observability/trace", "planning", "report", "simulation/command", "simulation/hardware", "simulation/simulator",
+    "observability/trace", "planning", "reporting", "simulation/command", "simulation/hardware", "simulation/simulator",
     "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
     "storage/run_directory", "storage/siblings", "engine/rebalance/moves",
 )  # fmt: skip
@@ -146,7 +146,7 @@ def test_what_runs_on_a_laptop_imports_no_torch(start: str) -> None:
         assert not any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(file)), file.name
 
 
-@pytest.mark.parametrize("module", ["launch.launcher", "report", "observability.energy.joules"])
+@pytest.mark.parametrize("module", ["launch.launcher", "reporting", "observability.energy.joules"])
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, distill.{module}; sys.stdout.write(str('torch' in sys.modules))"
     done = subprocess.run(

@@ -179,7 +179,7 @@ def test_every_command_has_help_and_its_reader_may_leave(verb: str) -> None:
 
 def test_a_job_whose_reader_leaves_goes_on() -> None:
     program = (
-        "from distill.report import console; import sys; out = console(); [out.print('line') for _ in range(9)];"
+        "from distill.reporting import console; import sys; out = console(); [out.print('line') for _ in range(9)];"
         "sys.exit(7)"
     )
     reading, writing = os.pipe()

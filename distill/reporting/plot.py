@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from distill.report.markup import Markup, escape, join, tag
+from distill.reporting.markup import Markup, escape, join, tag
 
 SPAN = 1000  # of the inner coordinates, both ways
 

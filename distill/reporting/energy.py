@@ -7,9 +7,9 @@ from typing import Any
 
 from distill.observability.energy.joules import job_joules, joules_per_image
 from distill.observability.numbers import finite, show
-from distill.report.markup import Markup, join, table, tag
-from distill.report.plot import bar, legend
-from distill.report.run import STAGES, Run
+from distill.reporting.markup import Markup, join, table, tag
+from distill.reporting.plot import bar, legend
+from distill.reporting.run import STAGES, Run
 
 
 def energy_section(run: Run) -> Markup:

@@ -10,10 +10,10 @@ from typing import Any
 
 from distill.observability.energy.joules import job_joules
 from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
-from distill.report.energy import show_joules
-from distill.report.markup import Markup, folded, join, section, table, tag
-from distill.report.plot import bar
-from distill.report.run import STAGES, Run
+from distill.reporting.energy import show_joules
+from distill.reporting.markup import Markup, folded, join, section, table, tag
+from distill.reporting.plot import bar
+from distill.reporting.run import STAGES, Run
 
 
 def headline(run: Run) -> Markup:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from distill.observability.numbers import show_count, show_seconds
 from distill.observability.trace import RankTrace, TimeSpan
-from distill.report.markup import Markup, escape, join, table, tag
-from distill.report.plot import SPAN, Axis, bar, legend, stretched, tick_label
-from distill.report.run import Run
+from distill.reporting.markup import Markup, escape, join, table, tag
+from distill.reporting.plot import SPAN, Axis, bar, legend, stretched, tick_label
+from distill.reporting.run import Run
 
 TRAINING = ("teacher", "student", "wait")  # what a training thread does; the rest of its time it is idle
 BACKGROUND = ("send", "receive", "ledger")

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.errors import DistillError
-from distill.report.comparison import comparison_table, write_comparison
-from distill.report.console import console
-from distill.report.page import write_report
-from distill.report.run import EXPECTED, NoRunError, is_run, runs_below
+from distill.reporting.comparison import comparison_table, write_comparison
+from distill.reporting.console import console
+from distill.reporting.page import write_report
+from distill.reporting.run import EXPECTED, NoRunError, is_run, runs_below
 
 EPILOG = """\
 examples:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.errors import DistillError
-from distill.report.markup import Markup, escape, tag
-from distill.report.plot import Axis, axes, point
+from distill.reporting.markup import Markup, escape, tag
+from distill.reporting.plot import Axis, axes, point
 from distill.storage.files import write_text
 
 COLOURS = ("#2f6fb5", "#2f9e6e", "#c8553d", "#7d3cc8", "#8a5200", "#4f7f8f")

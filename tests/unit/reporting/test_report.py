@@ -14,9 +14,9 @@ from distill.errors import DistillError
 from distill.planning.costs import Costs, Span
 from distill.planning.placement.plans import plan_broadcast
 from distill.planning.unit import Unit
-from distill.report import plan_table, result_table, write_report
-from distill.report.headline import go_on_command
-from distill.report.run import Run
+from distill.reporting import plan_table, result_table, write_report
+from distill.reporting.headline import go_on_command
+from distill.reporting.run import Run
 from distill.storage.files import json_line, write_json
 from tests.run_directories import (
     EVIL,

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from distill.observability.energy.joules import job_joules
 from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
-from distill.report.energy import show_joules
-from distill.report.markup import Markup, join, section, table, tag
-from distill.report.page import document
-from distill.report.plot import Axis, chart, point
-from distill.report.run import NoRunError, Run
-from distill.report.tables import STUDENTS
+from distill.reporting.energy import show_joules
+from distill.reporting.markup import Markup, join, section, table, tag
+from distill.reporting.page import document
+from distill.reporting.plot import Axis, chart, point
+from distill.reporting.run import NoRunError, Run
+from distill.reporting.tables import STUDENTS
 from distill.storage.files import write_text
 
 # What a speed-up is over, in the lines of its heading.

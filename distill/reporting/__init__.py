@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from distill.report.comparison import comparison_table, write_comparison
-from distill.report.console import console
-from distill.report.page import write_report
-from distill.report.scaling import write_scaling
-from distill.report.tables import plan_table, result_table
+from distill.reporting.comparison import comparison_table, write_comparison
+from distill.reporting.console import console
+from distill.reporting.page import write_report
+from distill.reporting.scaling import write_scaling
+from distill.reporting.tables import plan_table, result_table
 
 __all__ = [
     "comparison_table",

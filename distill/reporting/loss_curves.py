@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill.observability.numbers import finite, show, show_count
-from distill.report.markup import Markup, folded, join, tag
-from distill.report.plot import Axis, chart, curve, stretched, tick_label
-from distill.report.run import Run, UnitState
+from distill.reporting.markup import Markup, folded, join, tag
+from distill.reporting.plot import Axis, chart, curve, stretched, tick_label
+from distill.reporting.run import Run, UnitState
 
 POINTS_IN_ALL = 20_000  # of all blocks' curves: about 0.2 MB
 MOST_OPEN = 24  # more blocks than this have their own plots folded away

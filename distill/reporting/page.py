@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from distill.observability.numbers import show, show_seconds
-from distill.report.energy import energy_section
-from distill.report.headline import headline, what_stopped
-from distill.report.loss_curves import block_curves, fit_curves
-from distill.report.markup import Markup, facts, folded, join, section, table, tag
-from distill.report.predictions import predictions
-from distill.report.run import Run
-from distill.report.style import STYLE
-from distill.report.tables import result_rows
-from distill.report.timeline import time_line
+from distill.reporting.energy import energy_section
+from distill.reporting.headline import headline, what_stopped
+from distill.reporting.loss_curves import block_curves, fit_curves
+from distill.reporting.markup import Markup, facts, folded, join, section, table, tag
+from distill.reporting.predictions import predictions
+from distill.reporting.run import Run
+from distill.reporting.style import STYLE
+from distill.reporting.tables import result_rows
+from distill.reporting.timeline import time_line
 from distill.storage.files import write_text
 
 log = logging.getLogger(__name__)

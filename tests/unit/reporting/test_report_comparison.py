@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from distill.observability.numbers import show, show_count, show_seconds, show_short
-from distill.report import comparison_table, write_comparison
-from distill.report.command import main
-from distill.report.plot import Axis
+from distill.reporting import comparison_table, write_comparison
+from distill.reporting.command import main
+from distill.reporting.plot import Axis
 from tests.run_directories import EVIL, metrics, network, planned, run_directory
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.observability.numbers import finite, show, show_seconds
-from distill.report.markup import Markup, join, table, tag
-from distill.report.plot import bar, legend
-from distill.report.run import Run
+from distill.reporting.markup import Markup, join, table, tag
+from distill.reporting.plot import bar, legend
+from distill.reporting.run import Run
 
 
 def predictions(run: Run) -> Markup:
