@@ -1,22 +1,29 @@
-"""distill: compress trained convolutional networks by parallel blockwise knowledge distillation."""
+"""distill: compress trained networks by parallel blockwise knowledge distillation.
+
+As a program: `python -m distill`. As a library: cut(), compress(), load_student() and report(); docs/api.md.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from distill.version import __version__
+
 if TYPE_CHECKING:
+    from distill.api import Result, compress, cut, report
     from distill.student.files import load_student
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "load_student"]
+__all__ = ["Result", "__version__", "compress", "cut", "load_student", "report"]
+
+_FROM = dict.fromkeys(("Result", "compress", "cut", "report"), "distill.api")
+_FROM["load_student"] = "distill.student.files"
 
 
 def __getattr__(name: str) -> object:
-    """Import load_student only when it is asked for: the launcher and the schema need no torch."""
-    if name == "load_student":
-        from distill.student.files import load_student
-
-        return load_student
+    """Import what is asked for only then: the launcher and the schema need no torch."""
+    if name in _FROM:
+        return getattr(import_module(_FROM[name]), name)
     raise AttributeError(f"module 'distill' has no attribute {name!r}")
 
 

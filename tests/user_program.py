@@ -3,6 +3,7 @@
 from typing import assert_type
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import distill
 
@@ -13,3 +14,10 @@ def logits(folder: str, images: Tensor) -> object:
     assert_type(student, nn.Module)
     assert_type(distill.__version__, str)
     return student(images)
+
+
+def smaller(model: nn.Module, train: Dataset[tuple[Tensor, int]]) -> nn.Module:
+    """Return a student of a network at hand."""
+    made = distill.compress(model, train, overrides=["distill.steps=100"])
+    assert_type(made, distill.Result)
+    return made.student

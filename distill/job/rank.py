@@ -76,6 +76,28 @@ def run_rank(overrides: Sequence[str]) -> int:
         return _run_and_tell(control, overrides, ending)
 
 
+def run_alone(config: JobConfig) -> Path:
+    """Run a job as its only rank, within a process that goes on afterwards; return its run directory.
+
+    Raises DistillError. What is logged goes to the console and the run directory while it lasts; the number of threads
+    is the caller's again at the end.
+    """
+    address = StoreAddress(rank=0, world_size=1, environment={}, timeout_s=EXCHANGE_S)
+    control = Control(address, rank=0, world_size=1, timeout_s=config.plan.timeout_s)
+    logger, threads = logging.getLogger("distill"), torch.get_num_threads()
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    held = HeldBack()
+    with ExitStack() as ending:
+        try:
+            return _run(config, control, ending, held)
+        finally:
+            held.hand_on()
+            for handler in set(logger.handlers) - set(before[2]):
+                handler.close()
+            logger.level, logger.propagate, logger.handlers = before
+            torch.set_num_threads(threads)
+
+
 def _run_and_tell(control: Control, overrides: Sequence[str], ending: ExitStack) -> int:
     """Run this process's part of the job; `ending` is what is left to do after all ranks have left."""
     rank, held = control.rank, HeldBack()
@@ -154,7 +176,8 @@ def _let_peers_know(control: Control) -> None:
             time.sleep(0.05)
 
 
-def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> None:
+def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> Path:
+    """Run the stages that the configuration asks for; return the run directory."""
     make_importable(config.run.code)
     device = _device(config, control.local_rank)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))
@@ -191,6 +214,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
                 context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
             else:
                 _distill(context, dataset, teacher, blocks)
+    return run.path
 
 
 def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:

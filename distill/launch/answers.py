@@ -9,13 +9,13 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill import __version__
 from distill.config.command_line import VERBS, is_hydras
 from distill.config.command_line import overrides as in_hydras_words
 from distill.config.compose import compose, config_dir, groups
 from distill.config.load import to_yaml
 from distill.errors import ConfigError, one_of
 from distill.launch.sweep import compose_master, hydra_ready
+from distill.version import __version__
 
 HELP = """\
 distill - compress a trained convolutional network by parallel blockwise knowledge distillation

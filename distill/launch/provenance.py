@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import distill
+from distill.version import __version__
 
 COMMAND_VARIABLE = "DISTILL_COMMAND"  # what the user typed, for the ranks that a launcher starts
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -33,8 +33,8 @@ def of_job(started_s: float) -> dict[str, Any]:
 def of_place() -> dict[str, Any]:
     """Return the versions and the machine of this process."""
     return {
-        "distill": distill.__version__,
-        "commit": commit(Path(distill.__file__).resolve().parents[1]),
+        "distill": __version__,
+        "commit": commit(Path(__file__).resolve().parents[2]),
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "machine": platform.machine(),
