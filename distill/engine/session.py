@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 
 from distill.engine.completion import Collector, Deliverer
 from distill.engine.loop import Attempt, Outlets, distill
+from distill.engine.news import News
 from distill.engine.rebalance.handover import HandOver
 from distill.engine.rebalance.moves import Headroom, Move
 from distill.engine.rebalance.pace import PaceKeeper
 from distill.engine.rebalance.stealing import say_headroom
+from distill.engine.setting import Setting
 from distill.engine.streams.broadcast import Stream
-from distill.engine.streams.factory import News, Setting, Streams
+from distill.engine.streams.factory import Streams
 from distill.planning.costs import Span
 from distill.planning.plan import memory_of
 from distill.profiling.peak_memory import PeakMemory

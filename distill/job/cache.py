@@ -22,7 +22,8 @@ from distill.config.fingerprint import fingerprint
 from distill.config.schema import CacheConfig, JobConfig
 from distill.data import Dataset
 from distill.distributed.roll_call import RollCall
-from distill.engine.streams.recording import Contents, Recorded, record
+from distill.engine.streams.cached import Contents, Recorded
+from distill.engine.streams.recording import record
 from distill.errors import ConfigError
 from distill.job.blocks import Blocks
 from distill.job.context import Context

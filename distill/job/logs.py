@@ -1,8 +1,13 @@
-"""What is logged before the run directory, and with it the place for logs, is known: kept, and logged then."""
+"""Where a rank logs to; and what is logged before the run directory, and with it that place, is known."""
 
 from __future__ import annotations
 
 import logging
+
+from rich.console import Console
+
+from distill.job.context import Context
+from distill.storage.files import open_to_add
 
 
 class HeldBack(logging.Handler):
@@ -25,3 +30,29 @@ class HeldBack(logging.Handler):
         for record in self._records:
             self._logger.handle(record)
         self._records.clear()
+
+
+def log_to(context: Context) -> None:
+    """Every rank logs to its own file; rank 0 also to standard output, without the decoration."""
+    root = logging.getLogger("distill")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    path = context.run.path / "logs" / f"rank{context.rank}.log"
+    open_to_add(path).close()  # an error in our words, where it cannot be written
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(file)
+    if context.rank == 0:
+        root.addHandler(_ConsoleHandler(context.console))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the live display, where there is one; errors are told on standard error instead."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.addFilter(lambda record: record.levelno < logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from distill.config.choices import Device, Stage
@@ -34,29 +31,28 @@ from distill.job.assemble import assemble_student
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.cache import is_cached, refuse_too_large, tell_unused
 from distill.job.context import Context
+from distill.job.data import open_data
 from distill.job.deliver import deliver, refuse_unfinished
 from distill.job.distill import train_blocks
 from distill.job.energy import metering
 from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
+from distill.job.failure import MOURNING_S, leave_word, let_peers_know, tell
 from distill.job.finetune import finetune_student, refuse_ranks_without_rows
-from distill.job.logs import HeldBack
+from distill.job.logs import HeldBack, log_to
 from distill.job.memory import refuse_too_little
 from distill.job.outside import refuse_unusable_block_loss, refuse_unusable_objective
 from distill.job.plan import refuse_impossible
-from distill.job.teacher import build_teacher, open_data, train_teacher
+from distill.job.teacher import build_teacher, train_teacher
 from distill.launch.launcher import CONFIG_VARIABLE
 from distill.machine.host import share_of_cores
 from distill.observability.tensorboard import Scalars
 from distill.observability.trace import Trace
 from distill.reporting import console
-from distill.storage.files import DiskError, open_to_add, write_text
 from distill.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
 EXCHANGE_S = 600.0  # for the exchange of the configuration, before its own time limits are known
-MOURNING_S = 10.0  # how long a failing rank waits for rank 0 to tell the same error
-FAREWELL_S = 2.0  # how long a failing rank 0 waits for the others to hear of it
 
 
 def run_rank(overrides: Sequence[str]) -> int:
@@ -109,16 +105,16 @@ def _run_and_tell(control: Control, overrides: Sequence[str], ending: ExitStack)
         held.hand_on()
         if isinstance(error, LeaderFailedError) and rank != 0:
             time.sleep(MOURNING_S)  # rank 0 ends the job with its own words; if it cannot, these are told after all
-        _leave_word(str(error))
-        _tell(error, control)
+        leave_word(str(error))
+        tell(error, control)
         return 1
     except Exception as error:
         held.hand_on()
-        _leave_word(f"{type(error).__name__}: {error}")
+        leave_word(f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", rank)
         sys.stderr.write(f"distill: rank {rank}: {type(error).__name__}: {error}\n")  # one line to look for
         if rank == 0:
-            _let_peers_know(control)
+            let_peers_know(control)
         raise
     control.leave()
     return 0
@@ -133,47 +129,6 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
         return config
     text = control.wait("config", peer=0, purpose="configuration")
     return from_yaml(text)
-
-
-def _leave_word(reason: str) -> None:
-    """Tell the agent that started this rank why it fails, in the file where torch's agents look for that."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        facts = {"timestamp": str(int(time.time())), "py_callstack": traceback.format_exc()}
-        with suppress(DiskError):  # a full disk may be the very reason
-            write_text(Path(path), json.dumps({"message": {"message": reason, "extraInfo": facts}}))
-
-
-def _tell(error: DistillError, control: Control) -> None:
-    """Log an error, and print it once: the same mistake usually stops every rank."""
-    if logging.getLogger("distill").handlers:
-        log.error("%s", error)
-    if control.rank == 0:
-        sys.stderr.write(f"distill: {error}\n")
-        _let_peers_know(control)
-        return
-    if not isinstance(error, LeaderFailedError):
-        deadline = time.monotonic() + MOURNING_S
-        with suppress(LeaderFailedError):
-            while time.monotonic() < deadline:
-                if control.get("failed"):
-                    control.set(f"mourned/{control.rank}", True)
-                    time.sleep(MOURNING_S)
-                    return
-                time.sleep(0.1)
-    sys.stderr.write(f"distill: {error}\n")
-
-
-def _let_peers_know(control: Control) -> None:
-    """Rank 0 stays until those who wait for it know that it has failed: it may serve the store, whose loss they would
-    report instead."""
-    with suppress(DistillError, RuntimeError):  # the store may be what has failed
-        control.set("failed", True)
-        deadline = time.monotonic() + FAREWELL_S
-        peers = set(range(1, control.world_size))
-        while peers and time.monotonic() < deadline:
-            peers -= {peer for peer in peers if control.get(f"mourned/{peer}")}
-            time.sleep(0.05)
 
 
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> Path:
@@ -255,7 +210,7 @@ def _claim(
     scalars = Scalars(run.path / "tensorboard" / f"rank{control.rank}")
     roll_call = call_roll(control, device)
     context = Context(config, control, run, device, roll_call, console(), trace, scalars, facts)
-    _log_to(context)
+    log_to(context)
     return context
 
 
@@ -267,29 +222,3 @@ def _device(config: JobConfig, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _log_to(context: Context) -> None:
-    """Every rank logs to its own file; rank 0 also to standard output, without the decoration."""
-    root = logging.getLogger("distill")
-    root.setLevel(logging.INFO)
-    root.propagate = False
-    path = context.run.path / "logs" / f"rank{context.rank}.log"
-    open_to_add(path).close()  # an error in our words, where it cannot be written
-    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter(f"%(asctime)s [rank {context.rank}] %(levelname)s %(name)s: %(message)s"))
-    root.addHandler(file)
-    if context.rank == 0:
-        root.addHandler(_ConsoleHandler(context.console))
-
-
-class _ConsoleHandler(logging.Handler):
-    """Log lines above the live display, where there is one; errors are told on standard error instead."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-        self.addFilter(lambda record: record.levelno < logging.ERROR)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)

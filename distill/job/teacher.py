@@ -16,7 +16,7 @@ from distill.config.choices import CropMode, TeacherSource
 from distill.config.outside import make_importable
 from distill.config.plain import options_of
 from distill.config.schema import JobConfig
-from distill.data import Augment, DataOptions, Dataset, open_dataset
+from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
 from distill.job.context import Context
@@ -39,19 +39,6 @@ from distill.training.finetune import Epoch, FitOptions, Team, fit
 from distill.training.objective import Labels
 
 log = logging.getLogger(__name__)
-
-
-def open_data(config: JobConfig, device: torch.device, *, ranks_here: int) -> Dataset:
-    """Open the configured images, for one of `ranks_here` ranks on this host; nothing is written."""
-    options = options_of(
-        DataOptions,
-        config.data,
-        image_size=config.data.side,
-        augment=Augment[config.data.augment.name],
-        mean=config.mean,
-        std=config.std,
-    )
-    return open_dataset(options, seed=config.seed, device=device, ranks_here=ranks_here)
 
 
 def architecture_of(config: JobConfig, num_classes: int) -> dict[str, Any]:

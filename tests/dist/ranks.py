@@ -29,7 +29,8 @@ from distill.data import Augment, Dataset
 from distill.distributed.store import Control, StoreAddress
 from distill.engine.rebalance.moves import Move
 from distill.engine.session import Session, SessionReport
-from distill.engine.streams.recording import Contents, Recorded, record
+from distill.engine.streams.cached import Contents, Recorded
+from distill.engine.streams.recording import record
 from distill.observability.trace import Trace
 from distill.planning.costs import Span
 from distill.planning.memory_model import Memory

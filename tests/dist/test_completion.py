@@ -13,8 +13,8 @@ import pytest
 from distill.distributed.store import Control, PeerLostError
 from distill.distributed.transport import TransportError
 from distill.engine.completion import Collector, Deliverer
+from distill.engine.news import News
 from distill.engine.rebalance.handover import announce_stolen
-from distill.engine.streams.factory import News
 from distill.errors import DistillError
 from distill.observability.trace import Trace
 from distill.planning.costs import Span

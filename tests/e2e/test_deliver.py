@@ -22,7 +22,7 @@ from distill.config.load import from_yaml
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.data.digits import open_digits
-from distill.job.teacher import open_data
+from distill.job.data import open_data
 from distill.recipes import RECIPES, replace_convolutions
 from distill.storage.files import read_json
 from distill.student.assemble import recalibrate

@@ -2,101 +2,30 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from distill.blocks.chain import Chain
-from distill.data import Dataset
 from distill.distributed.edges.receiver import BoundaryReceiver
 from distill.distributed.edges.sender import BoundarySender
 from distill.distributed.edges.wire import Wire
-from distill.distributed.store import Control
 from distill.distributed.transport import Averager, Edge
-from distill.engine.announcements import Announcement, Announcements
 from distill.engine.rebalance.assignments import Assignments, Balancer
 from distill.engine.rebalance.handover import HandOver
 from distill.engine.rebalance.moves import Headroom, Move
 from distill.engine.rebalance.stealing import Giver, Taker
+from distill.engine.setting import Setting
 from distill.engine.streams.broadcast import RemoteStream, Stream, TeacherStream
-from distill.engine.streams.recording import CachedStream, Recorded
+from distill.engine.streams.cached import CachedStream
 from distill.engine.streams.relay import Next, OwnBatches, Part, PassedOn, RelayStream
 from distill.engine.streams.rows import overlaps, rows_of
 from distill.engine.streams.teacher_turns import MergedStream, Merger, OwnTurns, TeacherInTurn
-from distill.observability.trace import Trace
 from distill.planning.costs import Span
-from distill.planning.memory_model import Memory
 from distill.planning.network import RING_SLOTS
-from distill.planning.plan import Plan, Source
-from distill.planning.schedule import Checks, Feed, Schedule, Turns
+from distill.planning.plan import Source
+from distill.planning.schedule import Feed, Schedule, Turns
 from distill.planning.unit import boundaries_of
-
-
-class News:
-    """Which blocks of other ranks that this rank runs the teacher for have finished, or gone to ranks that it does not
-    run the teacher for, so that it stops doing so."""
-
-    def __init__(self, control: Control, plan: Plan) -> None:
-        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._rank = control.rank
-        self._announcements = Announcements(
-            control, units=plan.taught_elsewhere(control.rank), heard=self._heard, moved=self._moved
-        )
-
-    def finished_elsewhere(self) -> list[int]:
-        """Return the blocks heard of since the last call; raises what the watching thread met."""
-        if self._announcements.error is not None:
-            raise self._announcements.error
-        news = []
-        while not self._queue.empty():
-            news.append(self._queue.get())
-        return news
-
-    def close(self) -> None:
-        self._announcements.close()
-
-    def _heard(self, block: int, _: Announcement) -> None:
-        self._queue.put(block)
-
-    def _moved(self, move: Move) -> None:
-        if move.target != self._rank:
-            self._queue.put(move.unit)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all ranks of a distill stage have in common."""
-
-    control: Control
-    chain: Chain
-    dataset: Dataset
-    plan: Plan
-    budget: int
-    checks: Checks
-    wire_dtype: torch.dtype
-    wire_backend: str
-    shared_memory: bool
-    take_over: bool
-    device: torch.device
-    window: int
-    timeout_s: float
-    trace: Trace
-    memory: Memory | None = None  # on rank 0: what take-overs have to keep to
-    recorded: Recorded | None = None  # under a plan that reads what was recorded
-
-    @property
-    def moves_units(self) -> bool:
-        """Whether rank 0, which feeds everybody, may move units to a rank that has run dry."""
-        return self.take_over and self.plan.how.fed_by_one(self.plan) and self.plan.world_size > 1
-
-    @property
-    def steals(self) -> bool:
-        """Whether a rank that has run dry may take blocks from others and run the teacher for them itself."""
-        return self.take_over and self.plan.how.steals and self.plan.world_size > 1
 
 
 class Streams:

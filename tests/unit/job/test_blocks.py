@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import nn
 
 from distill.config.compose import compose
 from distill.job.blocks import Blocks, cut_blocks
-from distill.profiling.statistics import InputStatistics
-from distill.recipes import Changes, Cost, Kept, Recipe, View
 from distill.student.assemble import assemble, in_a_row
 from distill.teachers import build_architecture
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shortcut(Recipe):
-    """Nothing in the place of a block."""
-
-    replaces: ClassVar[str] = "blocks that keep the shape"
-
-    def propose(self, view: View) -> tuple[Changes | None, Kept]:
-        same = view.module.eval()(view.sample).shape == view.sample.shape
-        return ({"module": view.path}, {}) if same and view.path else (None, {view.name: "its shape changes"})
-
-    def cost(self, view: View, changes: Changes) -> Cost:
-        return Cost(0, 0)
-
-    def student(
-        self,
-        block: nn.Module,
-        changes: Changes,
-        generator: torch.Generator | None = None,
-        statistics: Mapping[str, InputStatistics] | None = None,
-    ) -> nn.Module:
-        return nn.Identity()
-
-    def install(self, network: nn.Module, changes: Changes) -> None:
-        network.set_submodule(changes["module"], nn.Identity())
-
-    def paths(self, changes: Changes) -> list[str]:
-        return [changes["module"]]
 
 
 def cut_with(recipes: str) -> tuple[nn.Module, Blocks]:
@@ -55,7 +20,7 @@ def cut_with(recipes: str) -> tuple[nn.Module, Blocks]:
 
 
 def test_a_student_without_weights_is_put_in_its_place_and_never_planned() -> None:
-    shortcut = "tests.unit.job.test_blocks:Shortcut"
+    shortcut = "tests.shortcut:Shortcut"
     teacher, blocks = cut_with(f"{{layer1.1: {{recipe: {shortcut}}}, layer2.0: {{recipe: {shortcut}}}}}")
     assert [one.name for one in blocks.in_order][:3] == ["separable", shortcut, "separable"]
     assert "not replaced: layer2.0 (its shape changes)" in blocks.remarks

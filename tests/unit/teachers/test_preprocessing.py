@@ -18,7 +18,8 @@ from distill.config.schema import JobConfig
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.errors import ConfigError
-from distill.job.teacher import _tell_preprocessing, open_data
+from distill.job.data import open_data
+from distill.job.teacher import _tell_preprocessing
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5] * 3, [0.5] * 3)
