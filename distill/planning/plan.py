@@ -26,7 +26,8 @@ class Plan:
     of the next rank that owns units. Other strategies have no `starts`. In a broadcast the first `teacher_ranks` ranks
     take the batches in turn. The ranks of one of the `groups` train the units of its first rank together, each on its
     rows of every batch; a rank that is in none of them is on its own. `gap` is by how much the prediction may exceed
-    that of the best placement under this strategy, relatively: 0 where none is better, None where nothing is proven.
+    that of the best placement under this strategy, relatively: 0 where none is
+    better by more than half a per cent, None where nothing is proven.
     Rank r takes `slowness[r]` times as long as a usual rank (1 for every rank that is not listed).
     """
 

@@ -6,7 +6,7 @@ T_k is the teacher's forward of block k, S_u one step of unit u, b_k the bytes o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
@@ -40,6 +40,7 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
     bases = [teacher_s / teacher_ranks * costs.slowness_of(rank) for rank in range(teacher_ranks)]
     bases += [0.0] * (world_size - teacher_ranks)
     bytes_needed, room = _limits(costs, spans, [rank < teacher_ranks for rank in range(world_size)])
+    wire, shared = _wires(sizes, spans)
     return Problem(
         spans=spans,
         world_size=world_size,
@@ -51,8 +52,8 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
         packing=Packing(
             work_s=np.array([costs.student_s[span.unit] * span.steps for span in spans]),
             reach_s=np.zeros(len(spans)),
-            wire_s=np.array([(sizes[span.input] + sizes[span.target]) * span.steps for span in spans], float),
-            shared_s=np.array(_shared(sizes, spans)),
+            wire_s=np.array(wire),
+            shared_s=np.array(shared),
             slowness=np.array([costs.slowness_of(rank) for rank in range(world_size)]),
             base_s=np.array(bases),
             price=np.array(price),
@@ -73,10 +74,25 @@ def _limits(costs: Costs, spans: Sequence[Span], sends: Sequence[bool]) -> tuple
     return (None, None) if sizes.sum() <= room.min() else (sizes, room)
 
 
-def _shared(sizes: Sequence[int], spans: Sequence[Span]) -> list[float]:
-    """Return for every span the bytes that it does not need of its own where the span before it is on its rank."""
-    common = ((min(a.steps, b.steps), boundaries_of([a]) & boundaries_of([b])) for a, b in pairwise(spans))
-    return [0.0 for _ in spans[:1]] + [float(steps * sum(sizes[k] for k in shared)) for steps, shared in common]
+def _wires(sizes: Sequence[int], spans: Sequence[Span]) -> tuple[list[float], list[float]]:
+    """Return for every span the bytes that are sent for it, and those of them that are not where the span before it is
+    on its rank; together never more than what is really sent.
+
+    A boundary that more spans need than two neighbours, as candidates of one block do, counts with the first alone:
+    which of the others have it on their ranks anyway, neighbours do not tell.
+    """
+    users: dict[int, list[int]] = {}
+    for place, span in enumerate(spans):
+        for boundary in boundaries_of([span]):
+            users.setdefault(boundary, []).append(place)
+    wire, shared = [0.0] * len(spans), [0.0] * len(spans)
+    for boundary, places in users.items():
+        chained = len(places) == 1 or (len(places) == 2 and places[1] - places[0] == 1)
+        for place in places if chained else places[:1]:
+            wire[place] += sizes[boundary] * spans[place].steps
+        if chained and len(places) == 2:
+            shared[places[1]] += sizes[boundary] * min(spans[place].steps for place in places)
+    return wire, shared
 
 
 def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from distill.planning.costs import Costs, Span, in_order, teacher_seconds
 from distill.planning.memory_model import Memory
-from distill.planning.network import Flow
+from distill.planning.network import Flow, Link, Network
 from distill.planning.placement.plans import plan_broadcast, plan_cached, plan_ddp, plan_layerwise, plan_replicate
+from distill.planning.placement.problems import broadcast_problem
 from distill.planning.plan import Plan, memory_of
 from distill.planning.relay.relay_plans import plan_groups, plan_relay
 from distill.planning.schedule import Checks, Feed
@@ -58,6 +61,19 @@ def test_replicas_are_placed_as_well_as_by_trying_everything(instance: Instance)
     plan = plan_replicate(costs, spans, world_size)
     assert plan.predicted_makespan_s == pytest.approx(makespan([owner(plan, span.unit) for span in spans]))
     assert plan.predicted_makespan_s <= best * 1.02
+
+
+@settings(deadline=None, max_examples=60)
+@given(instances(), st.integers(1, 2))
+def test_a_broadcast_s_arrays_never_cost_more_than_it_really_does(instance: Instance, teacher_ranks: int) -> None:
+    """So that what they prove of units with boundaries in common holds."""
+    costs, spans, world_size = instance
+    priced = replace(costs, network=Network(within=Link(sender_s_per_byte=1e-3)))
+    problem = broadcast_problem(priced, spans, world_size, min(teacher_ranks, world_size))
+    for ranks in itertools.product(range(world_size), repeat=len(spans)):
+        real = problem.seconds({span.unit: rank for span, rank in zip(problem.spans, ranks, strict=True)})
+        counted = problem.packing.seconds(np.array(ranks, dtype=np.intp))
+        assert all(one <= other * (1 + 1e-9) + 1e-12 for one, other in zip(counted, real, strict=True))
 
 
 def owner(plan: Plan, unit: int) -> int:
