@@ -16,7 +16,7 @@ def test_the_configuration_reference_is_what_the_schema_says() -> None:
 
 def test_every_file_that_the_documents_name_exists() -> None:
     missing = []
-    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for name in re.findall(r"`((?:launch|benchmarks|docs|conf|slurm|tests)/[\w./-]+\.\w+)`", document.read_text()):
             if not (ROOT / name).exists():
                 missing.append(f"{document.name}: {name}")
