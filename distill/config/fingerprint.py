@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.choices import Cache, DataName, TeacherSource
-from distill.config.outside import make_importable, sources
+from distill.config.outside import TEACHER, make_importable, sources
 from distill.config.schema import MAPPINGS, JobConfig
 from distill.config.sources import describe_module
 from distill.errors import ConfigError
@@ -141,8 +141,8 @@ def _weights(source: TeacherSource, weights: str | None) -> Found:
 def _network(source: TeacherSource, factory: str | None, folder: str | None) -> Found:
     """What the architecture's code is: a factory's own source, or the version of a library."""
     if source is TeacherSource.factory:
-        module = str(factory).partition(":")[0]
-        described = _read("teacher.factory", str(factory), lambda: describe_module(module, folder))
+        module = TEACHER.module(factory)
+        described = _read("teacher.factory", str(factory), lambda: describe_module(module, folder)) if module else None
         return {"teacher.factory (source)": described}
     if source in (TeacherSource.torchvision, TeacherSource.timm):
         try:

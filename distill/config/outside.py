@@ -47,6 +47,7 @@ LOSS = Door("distill", "loss", BLOCK_LOSSES, "distill.losses")
 OBJECTIVE = Door("finetune", "objective", OBJECTIVES, "distill.objectives")
 DATA = Door("data", "factory", (), "distill.data")
 RECIPE = Door("student", "recipe", RECIPES, "distill.recipes")
+TEACHER = Door("teacher", "factory", (), "distill.teachers")  # has a folder of its own, teacher.folder
 DOORS = (LOSS, OBJECTIVE, DATA, RECIPE)
 
 

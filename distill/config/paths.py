@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.config.outside import code_folder
+from distill.config.outside import TEACHER, code_folder
 from distill.config.sources import import_folder
 
 ALWAYS = (("cache", "dir"), ("run", "dir"))
@@ -31,11 +31,9 @@ def make_absolute(plain: Mapping[str, Any]) -> None:
             owner[name] = str(Path(os.path.expanduser(owner[name])).absolute())
     if "code" in run and run["code"] is None:
         run["code"] = code_folder(plain)
-    factory = teacher.get("factory")
-    if teacher.get("source") == "factory" and isinstance(factory, str) and not teacher.get("folder"):
-        module = factory.partition(":")[0]
-        if all(part.isidentifier() for part in module.split(".")):
-            teacher["folder"] = import_folder(module)
+    module = TEACHER.module(teacher.get("factory"))
+    if teacher.get("source") == "factory" and module is not None and not teacher.get("folder"):
+        teacher["folder"] = import_folder(module)
 
 
 def whole(path: str) -> str:

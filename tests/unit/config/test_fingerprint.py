@@ -5,11 +5,13 @@ import json
 import os
 import re
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill import extensions
 from distill.config import choices
 from distill.config import fingerprint as rule
 from distill.config.compose import compose
@@ -232,6 +234,16 @@ def test_a_factory_is_its_source_and_that_of_what_it_imports_beside_it(
     (tmp_path / "zoo" / "layers.py").write_text("def broken(:")
     assert digits(config) != before, "importing it will say what is wrong"
     assert compose(["teacher=custom", "teacher.factory=torchvision.models:resnet18"]).teacher.folder is None
+
+
+def test_a_factory_that_a_package_names_is_its_source_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = EntryPoints([EntryPoint("small", "nets:net", "distill.teachers")])
+    monkeypatch.setattr(extensions, "entry_points", points.select)
+    (tmp_path / "nets.py").write_text("")
+    config = compose(["teacher=custom", "teacher.factory=small"])
+    assert config.teacher.folder == str(tmp_path)
+    assert identity(config)["teacher.factory (source)"].startswith("nets; content ")
 
 
 def test_what_comes_from_outside_is_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
