@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -12,17 +13,25 @@ import pytest
 import torch
 from torch import nn
 
-from distill.config.outside import DOORS
-from distill.data import Batch
+from distill.config.compose import compose
+from distill.config.outside import DOORS, TEACHER
+from distill.data import Augment, Batch
+from distill.data.items import describe
+from distill.job.blocks import cut_blocks
+from distill.job.teacher import build_teacher
 from distill.planning.costs import Costs, Span
 from distill.planning.plan import STRATEGIES, Plan
 from distill.planning.strategies.choice import rank_plans
+from distill.profiling.flops import module_flops
+from distill.recipes import View
 from distill.simulation.simulator import simulate
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.finetune import FitOptions, Team, fit
 from distill.training.losses import block_loss, refuse_unusable_loss
 from distill.training.objective import TeacherHere, make_objective, try_out
 from tests.documents import ROOT, Example, example, fenced
+from tests.opened import opened
+from tests.stripes import COUNT, write_stripes
 from tests.training import batch, same_bits, train, trainer
 
 PAGES = sorted(path.stem for path in (ROOT / "docs" / "extending").glob("*.md"))
@@ -49,7 +58,7 @@ def test_every_page_is_linked_and_tested() -> None:
 def test_a_package_brings_it_by_an_entry_point_of_a_group_that_is_looked_at(page: str) -> None:
     (toml,) = fenced(f"docs/extending/{page}.md", "toml")
     ((group, points),) = tomllib.loads(toml)["project"]["entry-points"].items()
-    assert group in {"distill.teachers", *(door.group for door in DOORS)}
+    assert group in {door.group for door in (*DOORS, TEACHER)}
     assert list(points.values()) == [f"my_package.{example(page).name}"]
 
 
@@ -124,3 +133,40 @@ def test_the_strategy_plans_what_can_be_simulated(tmp_path: Path, monkeypatch: p
     assert simulate(plan, costs).makespan_s == pytest.approx(plan.predicted_makespan_s)
     best = rank_plans([strategy, STRATEGIES["replicate"]], costs, plan.spans, 2)[0]
     assert best.strategy == "replicate"
+
+
+def test_the_data_set_gives_batches_by_address(bring: Bring, tmp_path: Path) -> None:
+    factory, options = bring("data_set").name, {"root": str(write_stripes(tmp_path / "arrays", 16))}
+    assert describe(factory, options, train=True).startswith(f"{COUNT['train']} items, content ")
+    one, other = (
+        opened("custom", factory=factory, options=options, augment=Augment.none, num_workers=workers)
+        for workers in (0, 1)
+    )
+    assert (one.classes, one.num_test) == (("lying", "standing"), COUNT["test"])
+    for step in (0, 7):
+        (found,), (again,) = (list(data.train_batches(step, step + 1)) for data in (one, other))
+        assert torch.equal(found.images, again.images), "whichever process reads them"
+        assert found.images.shape == (32, 3, 16, 16)
+        lying, standing = (found.images.mean((1, dim)).std(1) for dim in (3, 2))
+        assert torch.equal(standing > lying, found.labels == 1)
+
+
+def test_the_teacher_is_cut_and_the_recipe_changes_all_of_its_blocks(bring: Bring) -> None:
+    factory, recipe = bring("teacher").name, bring("recipe").name
+    named = (f"teacher.factory={factory}", "teacher.options.width=8", f"student.recipe={recipe}")
+    config = compose(["teacher=custom", *named, "student.options.ratio=0.25", "blocks.granularity=residual"])
+    shape = (3, 16, 16)
+    teacher = build_teacher(config, opened(), CPU)
+    blocks = cut_blocks(config, shape, teacher, CPU)
+    assert blocks.remarks == ()
+    assert len(blocks.replaced_paths) == 12, "two convolutions of each of six blocks"
+    kept = blocks.chain.run(torch.randn(2, *shape), last=7, keep=range(8))
+    for number, one in blocks.candidates.items():
+        block = blocks.chain.block_module(one.input)
+        student = blocks.build(number, torch.Generator().manual_seed(0))
+        view = View(one.name, block, kept[one.input], (), frozenset(), None)
+        cost = one.recipe.cost(view, one.changes)
+        assert cost.params == sum(parameter.numel() for parameter in student.parameters())
+        assert cost.flops == module_flops(student.eval(), kept[one.input][:1])
+        full = replace(one.recipe, ratio=1.0).student(block, one.changes, torch.Generator())
+        torch.testing.assert_close(full.eval()(kept[one.input]), kept[one.target], rtol=1e-3, atol=1e-4)
