@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_configuration_reference_is_what_the_schema_says() -> None:
@@ -16,11 +17,17 @@ def test_the_configuration_reference_is_what_the_schema_says() -> None:
 
 def test_every_file_that_the_documents_name_exists() -> None:
     missing = []
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for document in DOCUMENTS:
         for name in re.findall(r"`((?:launch|benchmarks|docs|conf|slurm|tests)/[\w./-]+\.\w+)`", document.read_text()):
             if not (ROOT / name).exists():
                 missing.append(f"{document.name}: {name}")
     assert missing == []
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    links = [(page, link) for page in DOCUMENTS for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text())]
+    assert len(links) > 50
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_architecture_names_every_folder_and_no_other() -> None:
