@@ -15,7 +15,7 @@ HEAD = """# Configuration
 Generated from `distill/config/schema.py` by `python docs/make_configuration.py`; a test keeps it true.
 
 A job is composed by Hydra from `conf/job.yaml`, the groups below and your overrides: `group=choice` picks a file,
-`setting=value` changes one value, `+teacher.options.NAME=VALUE` adds an argument of the architecture.
+`setting=value` changes one value, `teacher.options.NAME=VALUE` adds an argument of the architecture.
 
 Texts (paths, names) are taken as they are typed, whatever signs are in them; what the shell minds is quoted for the
 shell: `"data.root=/data/My Images (2)"`. A leading `~` is your home, `${...}` another setting or a variable

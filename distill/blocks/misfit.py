@@ -33,7 +33,7 @@ def channel_misfit(model: nn.Module, sample: Tensor) -> ConfigError | None:
     name, takes, gets = met[0]
     allowed = (
         f"a network for images of {sample.shape[1]} channels, which grey pictures are given too; its {name} takes "
-        f"{takes} and is given {gets}: +teacher.options.in_chans={sample.shape[1]} where it is timm's, or a factory "
+        f"{takes} and is given {gets}: teacher.options.in_chans={sample.shape[1]} where it is timm's, or a factory "
         "that wraps it"
     )
     return ConfigError("teacher", f"{takes} channel{'s' * (takes != 1)}", allowed)

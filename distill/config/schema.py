@@ -157,7 +157,7 @@ class DataConfig:
             raise ConfigError("data.factory", self.factory, "package.module:function for data=custom")
         DATA.check(self.factory)
         if self.root is not None:
-            raise ConfigError("data.root", self.root, "null with data=custom; +data.options.root=DIR is an argument")
+            raise ConfigError("data.root", self.root, "null with data=custom; data.options.root=DIR is an argument")
         if self.augment is AugmentName.resized_crop_flip:
             raise ConfigError("data.augment", "resized_crop_flip", "none, crop or crop_flip of data.factory's items")
 

@@ -1,4 +1,4 @@
-"""Data sets of the user's own: data=custom data.factory=package.module:function, with +data.options.NAME=VALUE.
+"""Data sets of the user's own: data=custom data.factory=package.module:function, with data.options.NAME=VALUE.
 
 The function is called as function(train=True, **options) and function(train=False, **options), and returns a map-style
 data set: len(), and by index an image and its label.

@@ -4,7 +4,8 @@ A block loss takes the student's activation and the teacher's, the target. One f
 distill.loss=package.module:function:
 
     def huber(student, target):
-        return torch.nn.functional.smooth_l1_loss(student.float(), target.float())
+        error = (student.float() - target.float()) / target.float().std()
+        return torch.where(error.abs() < 1, 0.5 * error.square(), error.abs() - 0.5).mean()
 
 Both have the shape (batch, ...) of the block's boundary. With distill.amp=bf16 the student's is bfloat16, hence the
 float(). It returns a scalar tensor by differentiable operations, a mean over the batch: where ranks share a batch,

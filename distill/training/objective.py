@@ -6,7 +6,7 @@ beside the student, are checkpointed with it, and are no part of what is deliver
     class Adversarial(Distillation):
         taps = ("layer3",)
 
-        def __init__(self, *, weight: float = 0.1, **usual: float) -> None:  # +finetune.options.weight=0.2
+        def __init__(self, *, weight: float = 0.1, **usual: float) -> None:  # finetune.options.weight=0.2
             super().__init__(**usual)
             self.weight = weight
             self.critic = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(1))
