@@ -20,6 +20,7 @@ WATCH_S = 0.1  # between two looks at what has finished elsewhere: each takes a 
 def announce(control: Control, entry: Entry, size: int) -> None:
     """Say to all ranks that a unit is done; its weights have `size` bytes. A rank's announcements are heard in the
     order in which it makes them."""
+    # counted first, said second: whoever watches must bear a number that has no message yet
     number = control.count("done", 1) - 1
     control.set(f"done/{number}", {"entry": asdict(entry), "bytes": size})
 
@@ -62,6 +63,8 @@ class Announcements:
         try:
             control, seen, num_moves = self._control.second(), 0, 0
             while self._missing and not self._closed.is_set():
+                # The count comes before the moves: a move is said before its unit can end on the taker, so that all
+                # moves of the units counted here are heard of first.
                 count = control.count("done")
                 while self._moved is not None and (move := stolen(control, num_moves)) is not None:
                     self._moved(move)

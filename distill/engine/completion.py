@@ -52,6 +52,7 @@ class Deliverer:
             handed_over = []
             while (item := self._queue.get()) is not None:
                 entry, blob = item
+                # not before the first unit: rank 0 makes its end when it hears of one, and connecting has a time limit
                 if group is None:
                     group = edge.connect(control.store_for("edges"), control.rank)
                 with self._trace.span("ledger", f"hand over {entry.name}"):
@@ -179,10 +180,12 @@ class Collector:
                 if isinstance(content, int):
                     group = group or edge.connect(control.store_for("edges"), 0)
                     content = receive_blob(group, content)
+                # one thread an owner, but one ledger: its lines are written one at a time
                 with self._lock, self._trace.span("ledger", f"record {entry.name}"):
                     entry = self._ledger.record(entry, content)
                 self._on_recorded(entry)
                 control.set(f"collected/{entry.unit}", True)
+                # after all else: when nothing is missing the main thread goes on without this one
                 self._missing.discard(entry.unit)
                 self._wake.set()
                 del item, content  # not until the next one comes

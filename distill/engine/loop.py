@@ -102,6 +102,7 @@ class Training:
     def train(self, delivery: Delivery) -> None:
         """Let every unit that it is for learn from a batch, or look at it."""
         address, boundaries = delivery.address, delivery.boundaries
+        # a list of its own: units that finish leave self._owned within the loop
         for trainer in _due(self._owned.values(), address, self._first):
             inputs, targets = boundaries[trainer.unit.input], boundaries[trainer.unit.target]
             reading = None
@@ -136,6 +137,7 @@ class Training:
             self._owned[taken.unit.number], self._first[taken.unit.number] = taken, taken.step
 
     def _is_time_to_save(self, trainer: BlockTrainer, address: Address) -> bool:
+        # after the looks that follow a step, not before them: a unit resumed from a checkpoint lets those looks pass
         return trainer.step % self._outlets.checkpoint_every == 0 and self._checks.after(address).is_training
 
     def _save(self, trainer: BlockTrainer) -> None:

@@ -82,6 +82,7 @@ class Session(Setting):
         moves: list[Move] = []
 
         def recorded(entry: Entry) -> None:
+            # only when the ledger has the unit: a crash between the two finds both, never neither
             self.checkpoints.remove(unit_name(entry.unit))
             on_recorded(entry)
 
@@ -101,6 +102,7 @@ class Session(Setting):
             on_stolen=moved if self.steals else None,
             trace=self.trace,
         )
+        # only now: no rank gives anything before it knows this, so no move is heard of while there is no `collector`
         if self.steals:
             say_headroom(self.control, self._headroom)
         reports = {

@@ -84,6 +84,7 @@ class Assignments:
         """Return the ranks that can take a batch, where `num_waiting` of rank 0's own wait for their unit; raises what
         the edges' threads met."""
         for sender in self._closed:
+            # a closed edge may still have batches under way, and nobody else asks it for its errors
             _ = sender.ready
         own = {self._home} if num_waiting < self._backlog or not self._awaited else set()
         return own | {rank for rank, sender in self._senders.items() if sender.ready}
@@ -166,6 +167,7 @@ class Assignments:
     def _reassign(self, rank: int, moves: tuple[Move, ...]) -> None:
         units = tuple(span.unit for span in self._schedule.feeds[rank].remaining)
         self._numbers[rank] += 1
+        # before the edge is closed: a rank that has come to its end finds the word there and need not wait for it
         announce(self._control, rank, self._numbers[rank], Assignment(units, moves))
         if rank in self._senders:
             self._close(rank)

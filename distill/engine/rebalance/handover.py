@@ -127,6 +127,7 @@ class _Gift(_Transfer):
             control.set(key, {"bytes": 0})
             return
         blob = save(state.tensors)
+        # before connecting: the other end connects only when it knows the length, which its buffer needs
         control.set(key, {"bytes": len(blob), "step": state.step, "progress": state.progress})
         with self._trace.span("send", f"block {self._move.unit} to rank {self._move.target}"):
             send_blob(self._edge.connect(control.store_for("edges"), self._move.source), blob)

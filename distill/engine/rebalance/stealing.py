@@ -89,6 +89,8 @@ class Giver:
         moves: list[Move] = []
         while not self._requests.empty():
             number, request = self._requests.get()
+            # Announced before it is answered: the taker may finish the unit soon, and everybody hears of moves before
+            # ends.
             granted = [announce_stolen(self._control, *move) for move in self._chosen(request, mine)]
             self._control.set(f"answer/{self._rank}/{number}", [asdict(move) for move in granted])
             mine = [span for span in mine if span.unit not in {move.unit for move in granted}]
@@ -98,6 +100,7 @@ class Giver:
     def close(self) -> None:
         """Give nothing any more."""
         self._closed.set()
+        # also the answer to requests that nobody reads any more: whoever waits for one looks here too
         self._control.set(f"remaining/{self._rank}", asdict(Left(0.0, 0, self._pass_s(), closed=True)))
 
     def _say(self, spans: Sequence[Span]) -> None:

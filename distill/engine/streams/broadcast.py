@@ -51,10 +51,12 @@ class TrainingBatches:
         self._iterator: Iterator[Tensor] = iter(())
 
     def images(self, step: int) -> Tensor:
+        # begun anew rather than run forward: what lies between would be decoded for nobody
         if step > self._next:
             self._next = step
             batches = self._dataset.train_batches(step, self._stop, self._part, self._num_parts, every=self._every)
             self._iterator = (batch.images for batch in batches)
+        # a pass for one that was left behind: the iterator stays where the others are
         if step < self._next:
             return self._dataset.train_batch(step, self._part, self._num_parts).images
         self._next += self._every
@@ -97,6 +99,7 @@ class TeacherStream:
             self._hear_of_finished()
             yield from self._assignments.changes()
             yield from self._own()
+            # a unit on its way here still has batches in self._waiting, though nobody is fed any more
             if self._schedule.finished and not self._assignments.awaiting:
                 break
             now = time.monotonic()
@@ -109,6 +112,7 @@ class TeacherStream:
                 self._trace.since(idle_since, "wait", "for a free slot", service.address.step)
             own = self._serve(service)
             if own is not None:
+                # through the queue even where it can be had at once: what waits there already is older
                 self._waiting.append(own)
                 yield from self._own()
             idle_since, waiting = time.perf_counter(), False
@@ -194,6 +198,7 @@ class RemoteStream:
             self._trace.since(start, "wait", "for word on what to do next")
             if not assignment.units and not assignment.moves:
                 return
+            # before the moves: taking a unit waits for its state, and its first batches arrive meanwhile
             receiver = self._open_edge(number, assignment.units) if assignment.units else None
             yield from assignment.moves
 

@@ -164,6 +164,7 @@ class Streams:
             for peer in sorted({rank, *trained})
         ]
         schedule = Schedule(feeds, home=rank)
+        # as much as an edge holds: the window at this end, the ring at the other
         backlog = setting.window + RING_SLOTS
         balancer = Balancer(
             control=setting.control,

@@ -38,6 +38,7 @@ def record(
         place.check()
         if not place.complete:
             place.reserve(layout.nbytes)
+        # after the memory is reserved: the others map all of it as soon as they read this
         control.set(f"cache/place/{leader}", {"path": str(place.path), "complete": place.complete})
     found = control.wait(f"cache/place/{leader}", peer=leader, purpose="place of the cache")
     cache = Cache(map_file(Path(found["path"]), layout.nbytes), layout)
@@ -47,6 +48,7 @@ def record(
             for first, images in contents.inputs(peers.index(control.rank), len(peers)):
                 cache.write(first, chain.run(images, last=max(layout.forms), keep=layout.forms.keys()))
                 passes += 1
+    # said even where nothing was to record: rank 0 adds up every rank's passes at the end
     control.set(f"cache/share/{control.rank}", {"passes": passes})
     with trace.span("record", "wait for the other ranks"):
         for peer in peers:

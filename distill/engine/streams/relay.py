@@ -128,6 +128,7 @@ class PassedOn:
             return [part for part in found if part]
         for part, receiver in zip(found, self._receivers, strict=True):
             if part is not None:
+                # what is left there would keep its sender waiting for a free slot until its deadline
                 receiver.take_the_rest()
         return []
 
@@ -170,11 +171,13 @@ class RelayStream:
             self._hear_of_finished()
             yield from self._given()
             yield from self._taken()
+            # asked only now: what was just heard or moved may have left nobody who needs this batch
             ours = self._own.cursor == address
             theirs = self._after is not None and self._after.feed.cursor == address
             keep = set(self._own.boundaries_at(address)) if ours else set()
             if theirs:
                 assert self._after is not None
+                # before the pass: what it computes would else lie in memory beyond the window that plans count with
                 self._wait_for(self._after, address)
                 keep.add(self._after.boundary)
             if not keep:
@@ -182,6 +185,7 @@ class RelayStream:
             boundaries = self._teach(x, address, keep)
             if theirs:
                 assert self._after is not None
+                # the next rank before this one's units: it computes while they train
                 self._after.send(address, boundaries[self._after.boundary])
                 self._after.feed.advance()
                 self._close_if_done()
@@ -199,6 +203,7 @@ class RelayStream:
 
     def _given(self) -> Iterator[Move]:
         """Give units to ranks that have run dry, between two training steps."""
+        # A move names a step and looks lie between two steps: amid them there is no place that it could name.
         if self._giver is not None and (self._own.cursor is None or self._own.cursor.is_training):
             for move in self._giver.moves(self._own.remaining):
                 self._own.finish(move.unit)

@@ -147,6 +147,8 @@ class TeacherInTurn(TeacherStream):
         idle_since, waiting = time.perf_counter(), False
         while True:
             self._hear_of_finished()
+            # What has arrived comes first: taking it frees a slot that another teacher rank may be waiting for, while
+            # computing ahead only fills some.
             delivery = self._merger.arrived()
             service = self._schedule.choose(self._ready(), time.monotonic()) if delivery is None else None
             step = self._merger.step if service is None else service.address.step
@@ -163,6 +165,8 @@ class TeacherInTurn(TeacherStream):
                 self._wait(time.perf_counter() - idle_since)
                 continue
             idle_since, waiting = time.perf_counter(), False
+        # The edges from here were closed by _hear_of_finished() above, before the loop could end: two teacher ranks
+        # that wait for one another's end both find it.
         with self._trace.span("wait", "for the other teacher ranks to end"):
             self._merger.end()
         self._end()
