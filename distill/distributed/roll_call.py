@@ -55,6 +55,7 @@ def call_roll(control: Control, device: torch.device) -> RollCall:
     control.set(f"seat/{control.rank}", asdict(own))
     if control.rank == 0:
         ranks = range(control.world_size)
+        # read by one and said once: if every rank asked for every seat, the store would answer world_size squared times
         control.set("seats", [control.wait(f"seat/{rank}", peer=rank, purpose="host and device") for rank in ranks])
     found = control.wait("seats", peer=0, purpose="hosts and devices of all ranks")
     return RollCall(

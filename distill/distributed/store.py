@@ -46,6 +46,7 @@ class StoreAddress:
         agent_has_it = environment.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
         self._served: dist.Store | None = None
         if rank == 0 and not agent_has_it:
+            # kept though nobody asks it for anything: the store ends with the object that serves it
             self._served = dist.TCPStore(self._host, self._port, is_master=True, wait_for_workers=False)
 
     def connect(self) -> dist.Store:
@@ -120,6 +121,7 @@ class Control:
     def heed_leader(self) -> None:
         """Raise LeaderFailedError if rank 0 has said that it failed."""
         if self.get("failed"):
+            # rank 0 waits for this before it ends, and with it perhaps the store, so that nobody blames the store
             self.set(f"mourned/{self.rank}", True)
             raise LeaderFailedError(f"rank {self.rank}: rank 0 has failed; read logs/rank0.log")
 
@@ -164,6 +166,7 @@ class Control:
 
     def _read(self, name: str) -> bytes | None:
         try:
+            # check() first: get() alone would block until somebody sets the key
             return self._store.get(name) if self._store.check([name]) else None
         except dist.DistNetworkError as error:
             raise LeaderFailedError(

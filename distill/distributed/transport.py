@@ -88,6 +88,7 @@ def send_tensor(group: PairGroup, tensor: Tensor) -> list[dist.Work]:
     pieces = flat(tensor).view(torch.uint8)
     if tensor.is_cuda:
         return [group.send([pieces], 1, 0)]
+    # all are posted at once, so every piece has a tag of its own for the other end to find it by
     return [group.send([piece], 1, tag) for tag, piece in enumerate(torch.split(pieces, CHUNK_BYTES), start=1)]
 
 
@@ -153,6 +154,7 @@ class Averager:
 
 def send_blob(group: PairGroup, blob: bytes) -> None:
     """Send bytes whose length the receiver knows (finished weights); returns when they have arrived."""
+    # copied: PyTorch warns of tensors over memory that cannot be written to, as bytes are
     for work in send_tensor(group, torch.frombuffer(bytearray(blob), dtype=torch.uint8)):
         work.wait()
 

@@ -105,6 +105,7 @@ class BoundaryReceiver:
         event = None
         if self._wire.stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # after what has been queued on the slot: it is free when that has run, which nobody waits for here
             event.record()
         self._free.put((self._in_use, event))
         self._in_use = None
@@ -155,6 +156,8 @@ class BoundaryReceiver:
     def _receive(self, headers: PairGroup, data: PairGroup) -> Delivery | None:
         """Return the next batch, in the slot that has been free for longest: the sender counts on their turns, so that
         heartbeats must take none."""
+        # before the header is asked for: a batch is let in only when it has a place, which is what holds the sender
+        # back
         slot, consumed = self._free.get()
         while True:
             header = torch.empty(self._header_size, dtype=torch.int64)
@@ -171,6 +174,7 @@ class BoundaryReceiver:
                 break
             self._ready.put(Delivery(Address(step, check), {}))  # only a heartbeat
             self._on_arrival()
+        # as late as can be: kernels may still read the slot's last batch while the header is waited for
         if consumed is not None:
             consumed.synchronize()
         buffers = {k: self._ring[slot][k][:rows] for k in rest[:count]}

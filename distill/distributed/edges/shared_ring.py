@@ -73,6 +73,7 @@ def offer_ring(edge: Edge, group: PairGroup, sizes: Sequence[int], *, slots: int
         answer = torch.empty(1, dtype=torch.int64)
         group.recv([answer], 0, 0).wait()
     finally:
+        # not before the answer: the other rank opens the memory by this process's descriptor, through /proc
         if descriptor >= 0:
             os.close(descriptor)
     reason = reason or int(answer)
