@@ -65,6 +65,7 @@ class CheckpointFolder:
             "progress": checkpoint.progress,
             "generation": self._generation,
             "origin": self._origin,
+            # safetensors has no checksum of its own
             "tensors": _digest(tensors),
         }
         path = self.file(checkpoint.name)
@@ -116,6 +117,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a checkpoint's file says and its tensors. Raises DamagedFileError."""
+    # read once: what the header says and the tensors are of one file, even if another is put in its place meanwhile
     content = read_bytes(path)
     try:
         length = int.from_bytes(content[:8], "little")  # of the header, which begins a safetensors file

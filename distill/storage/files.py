@@ -41,6 +41,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # in the same folder: a rename is whole or nothing only within one file system
         scratch = path.parent / f".{path.name}.{uuid.uuid4().hex}"
         handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask: others may read
     except OSError as error:
@@ -50,6 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        # flushed before it is renamed: after a power cut the name might else stand for an empty file
         os.replace(scratch, path)
     except IsADirectoryError as error:
         scratch.unlink(missing_ok=True)

@@ -105,6 +105,7 @@ class Lease:
         """Let others have it. The lock's file stays: a lock on one that was removed would hold nobody off."""
         self._released.set()
         with suppress(DistillError, OSError):
+            # the record may be another process's by now, and is then not this one's to remove
             self.check()
             self._record.unlink()
         os.close(self._handle)
@@ -137,6 +138,7 @@ class Lease:
             return
         if isinstance(holder, Holder) and holder.alive:
             raise HeldError(holder)
+        # Both times below are the file system's, which sets them: two hosts' clocks may differ by more than STALE_S.
         os.utime(self._handle)
         if os.fstat(self._handle).st_mtime - self._renewed() > STALE_S:
             return
@@ -175,6 +177,7 @@ class Lease:
                 log.error("%s", error)
                 return
             except FileNotFoundError:
+                # removed by somebody: without a record a job on another host would find that nobody works here
                 with suppress(DiskError):
                     write_json(self._record, asdict(self._holder))
             except OSError as error:

@@ -112,6 +112,7 @@ class Ledger:
         load(blob)  # never record what cannot be read back
         entry = replace(entry, sha256=hashlib.sha256(blob).hexdigest(), origin=self._origin)
         write_bytes(self.file(entry.unit), blob)
+        # written anew as a whole: lines that are not believed would be complained of at every start
         if self._untidy:
             believed = [*self.entries.values(), entry]
             write_text(self._path, "".join(json_line(asdict(one), self._path.name) for one in believed))

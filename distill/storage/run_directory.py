@@ -72,6 +72,7 @@ class RunDirectory:
             raise ConfigError("run.dir", str(self.path), allowed) from error
         try:
             return self._take(identity, resolved_yaml)
+        # whatever it is: the process may go on after the job (api.py), and the lock would go on with it
         except BaseException:
             self.release()
             raise
@@ -85,6 +86,7 @@ class RunDirectory:
     def _take(self, identity: Mapping[str, Any], resolved_yaml: str) -> int:
         """Write what says whose the directory is, now that nobody else does."""
         self.mended = []
+        # before any stage is reopened: what is another run's stays as it is
         self.refuse_others(identity)
         for stage, damage in self.damaged():
             if damage.path.is_dir():
@@ -139,6 +141,8 @@ class RunDirectory:
         if self._lease is not None:
             self._lease.check()
         digests = {name: file_digest(self.path / name) for name in made}
+        # Later stages are forgotten before this one is recorded: a crash between leaves too little recorded, never too
+        # much.
         for other in STAGES:
             record = self._record(other) or {"used": {}}
             changed = [name for name in digests if record["used"].get(name, digests[name]) != digests[name]]
