@@ -54,6 +54,7 @@ def record(
         for peer in peers:
             control.wait(f"cache/share/{peer}", peer=peer, purpose="share of the cache")
         if place is not None:
+            # not before everybody's share: in memory the path goes with this handle, and all have mapped it by now
             if not place.complete:
                 place.finish()
             control.set(f"cache/end/{leader}", True)
