@@ -75,6 +75,7 @@ class Caching:
             return costs
         dataset = self._contents.dataset
         batch_s = sum(costs.teacher_s[: max(layout.forms)]) + prices.write_s * layout.row_bytes * dataset.batch_size
+        # the host with the fewest ranks records longest, and the stage ends with the last
         passes = math.ceil(self._contents.num_batches / min(len(host.ranks) for host in self._hosts))
         slowest = max(costs.slowness_of(rank) for rank in range(self._context.world_size))
         return replace(costs, recording_s=passes * batch_s * slowest)
@@ -160,6 +161,7 @@ class Caching:
         place = Memory()
         place.reserve(sample.nbytes)
         memory = CacheMemory(map_file(place.path, sample.nbytes), sample)
+        # the mapping holds the memory for as long as it is needed
         place.discard()
         batch_size = self._contents.dataset.batch_size
         return measure_prices(memory, batch_size=batch_size, device=self._context.device)

@@ -137,6 +137,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
     device = _device(config, control.local_rank)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))
     facts, run = _agree_on_identity(config, control)
+    # when all ranks have left, not at the end of this one's part: until then others may write there
     ending.callback(run.release)
     if config.stage is Stage.deliver:
         refuse_unfinished(config, facts, run)
@@ -204,6 +205,7 @@ def _claim(
     """Rank 0 takes the run directory; everybody learns this attempt's generation."""
     if control.rank == 0:
         control.set("generation", run.claim(facts, to_yaml(config)))
+    # set last: keys lie under the generation, and this one was said under the one before
     control.generation = control.wait("generation", peer=0, purpose="run directory")
     clock = DeviceClock(device) if device.type == "cuda" else None
     trace = Trace(control.rank, control.generation, device_clock=clock)

@@ -159,6 +159,7 @@ def _take_stage(context: Context, siblings: Siblings, identities: set[str], *, m
         if result is None:
             continue
         with suppress(DamagedFileError):
+            # all are read before one is written: where one of them is damaged, nothing here has changed
             files = {name: read_bytes(run / name) for name in ("plan.json", "costs.json")}
             for name, content in files.items():
                 write_bytes(context.run.path / name, content)

@@ -72,6 +72,7 @@ def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:
 
     options = config.launch
     threads = options.threads_per_rank or share_of_cores(options.nproc_per_node)
+    # torchrun would set this, its API does not: every rank would begin with threads for all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # One store for all attempts makes restarted ranks read the addresses of dead ones (pytorch#135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

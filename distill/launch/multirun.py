@@ -134,6 +134,7 @@ def _run(jobs: Sequence[Job], master: DictConfig, loader: ConfigLoader) -> int:
     for job in jobs:
         if job.status == "failed":
             sys.stderr.write(f"distill: job {job.number} ({_shown(job)}): {job.reason}\n")
+    # before the first job too: a sweep that is killed leaves word of what it was to run
     _write(folder, jobs)
     status, returned = 0, {}
     try:
@@ -156,6 +157,7 @@ def _launch_all(due: Sequence[Job], folder: Path, master: DictConfig, loader: Co
         hydra_context=HydraContext(config_loader=loader, callbacks=callbacks), task_function=run_job, config=master
     )
     for job in due:
+        # the record of an earlier attempt would be taken for this one's where this one leaves none
         _record_of(job, folder).unlink(missing_ok=True)
     submitting = type(launcher).__module__.startswith("hydra_plugins.hydra_submitit_launcher")
     callbacks.on_multirun_start(config=master, config_name="job")
