@@ -154,6 +154,7 @@ class Collector:
     def _announced(self, unit: int, announcement: Announcement) -> None:
         if announcement.entry.rank == 0:
             return  # delivered here
+        # no longer waited for by its rank's heartbeats: its weights have a deadline of their own on the edge
         self._elsewhere.pop(unit, None)
         self._news.put(unit)
         self._hand_to_thread(announcement.entry.rank, announcement.entry, announcement.bytes)

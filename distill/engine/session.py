@@ -115,6 +115,7 @@ class Session(Setting):
                 moved=moved,
             )
         }
+        # the reports come after this: the makespan ends with the ledger, not when the last rank has said so
         collector.wait(all_fed=self.plan.how.fed_by_one(self.plan))
         makespan_s = time.monotonic() - started
         for rank in ranks:

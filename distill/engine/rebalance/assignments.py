@@ -110,6 +110,7 @@ class Assignments:
             for rank in self._parked():
                 if not self._balancer.could_take(rank):
                     self._dismiss(rank)
+            # counted from the end: a look asks the store several times, and may itself take a while
             self._considered = time.monotonic()
 
     def finish(self) -> None:
@@ -153,6 +154,7 @@ class Assignments:
         for unit, source, target in chosen:
             moves.append(Move(self._num_moves, unit, source, target, self._schedule.move(unit, source, target)))
             self._num_moves += 1
+            # before anybody is told: the unit may end on its new rank soon, and is expected from there by then
             self._moved(moves[-1])
         self._on_the_way += moves
         for rank in self._numbers.keys() & {rank for move in moves for rank in (move.source, move.target)}:

@@ -93,6 +93,7 @@ class Giver:
             # ends.
             granted = [announce_stolen(self._control, *move) for move in self._chosen(request, mine)]
             self._control.set(f"answer/{self._rank}/{number}", [asdict(move) for move in granted])
+            # the next request in the queue is judged by what this one has left
             mine = [span for span in mine if span.unit not in {move.unit for move in granted}]
             moves += granted
         return moves
@@ -127,6 +128,7 @@ class Giver:
         if len(spans) < 2 or load is None or headroom is None or pass_s is None:
             return []
         left = Headroom(**headroom["headroom"]) if headroom["limited"] else None
+        # rank 0 said the headroom once, at the beginning: what has been taken since is the asking rank's to tell
         for unit in request.taken:
             left = left and left.after(unit, request.rank)
         taker = Load((), slowness=self._plan.slowness_of(request.rank), pass_s=pass_s)

@@ -198,6 +198,7 @@ class RelayStream:
     def finish(self, unit: int) -> None:
         self._own.finish(unit)
         if self._after is not None:
+            # nothing may follow this unit: the ranks behind are let go now, not when this one comes to its own end
             self._after.feed.finish(unit)
             self._close_if_done()
 
@@ -217,6 +218,7 @@ class RelayStream:
         self._taker.seek(first_stretch=self._own.rank + 1)
         for move in self._taker.arrived():
             self._own.take(self._taker.span_of(move))
+            # the unit needs nothing on the ranks behind any more: it is fed here
             after.feed.finish(move.unit)
             self._close_if_done()
             origin.lag()

@@ -181,6 +181,7 @@ class TeacherInTurn(TeacherStream):
             self._own_turns.put(own)
 
     def _ready(self) -> set[int]:
+        # this rank has no edge to itself whose window would hold it back from computing ahead without end
         ready = super()._ready()
         return ready if len(self._own_turns) < self._window else ready - {self._rank}
 
