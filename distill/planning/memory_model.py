@@ -100,6 +100,7 @@ class Memory:
             return None
         everything = sum(self.boundary)
         teaching = self.teaching(everything) - everything + self.sending(everything) if sends else 0
+        # The steps of all units, although they will not all be here: which will be is what is being decided.
         return self.limit - self.resident - self._steps(range(len(self.step))) - self.held - teaching
 
     def unit(self, unit: int) -> int:

@@ -104,6 +104,7 @@ class Plan:
     def started_in(self, seconds: float) -> Plan:
         """This plan where the first batch of a pass over the images takes so long to come."""
         passes = max((len(self.trained_by(rank)) for rank in range(self.world_size)), default=0)
+        # One by one, every unit has a pass over the images of its own, and each pass waits for its first batch.
         start_s = seconds * (passes if self.how.one_by_one else min(passes, 1))
         return replace(self, predicted_makespan_s=self.predicted_makespan_s + start_s, start_s=start_s)
 

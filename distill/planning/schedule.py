@@ -195,6 +195,7 @@ class Schedule:
 
     def served(self, service: Service, now: float) -> None:
         """Note that `service` has been carried out at time `now`."""
+        # A pass for those behind alone says nothing of the pace of those in step.
         catching_up = self._behind.issuperset(service.ranks)
         for rank in service.ranks:
             self.feeds[rank].advance()
@@ -223,7 +224,10 @@ class Schedule:
         """Whether a ready destination has waited for a slower one for longer than `patience` usual steps."""
         if self._waiting_since is None:
             self._waiting_since = now
+        # Before a step has been timed, nobody knows how long is too long.
         if self._step_s is None or self._served_at is None:
             return False
+        # What came before the wait counts too: a step that is long for everybody is no reason to leave one of them
+        # behind.
         usual = max(self._step_s, self._waiting_since - self._served_at)
         return now - self._waiting_since > self._patience * usual

@@ -43,8 +43,11 @@ def shorter(
     from scipy.optimize import milp  # here: importing it takes half a second, and few plans need it
 
     cost, whole, most = np.zeros(variables), np.zeros(variables), np.ones(variables)
+    # To give up costs as much as a makespan of just the limit: any placement within the limit is cheaper.
     cost[columns["makespan"]] = cost[columns["none"]] = 1
+    # What is together, and reaches, need not be declared whole: where `on` is, the makespan pulls them to their ends.
     whole[columns["on"]] = whole[columns["none"]] = 1
+    # Not 1: a rank that is faster than the mean (slowness below 1) has room for a reach longer than the limit.
     most[columns["reach"]] = np.inf
     most[columns["on"]] = _allowed(packing, limit_s).ravel()
     solved = milp(
@@ -112,6 +115,7 @@ def _constraints(
     number, ranks = packing.num_blocks, packing.num_ranks
     every_rank = np.eye(ranks)
     yield LinearConstraint(rows(number, on=np.repeat(np.eye(number), ranks, axis=1), none=1), 1, 1)
+    # Nothing beats what is known as a bound: said here, the search need not find it out. `none` has no makespan.
     yield LinearConstraint(rows(1, makespan=1, none=reached_s / limit_s), lb=reached_s / limit_s)
 
     teaches = packing.sends * (np.arange(ranks) < packing.teacher_ranks) / packing.teacher_ranks
@@ -135,6 +139,7 @@ def _constraints(
         there = np.eye(number * ranks)[each * ranks + at]
         yield LinearConstraint(rows(len(each), on=-there, together=np.eye(len(each))), ub=0)
     if packing.bytes is not None and packing.room is not None:
+        # Shares and not bytes: the tolerances of HiGHS are absolute, made for numbers near 1.
         total = packing.bytes.sum()
         sizes: Floats = np.kron(packing.bytes / total, every_rank)
         yield LinearConstraint(rows(ranks, on=sizes), ub=np.maximum(packing.room, 0) / total)

@@ -40,9 +40,11 @@ def improve(
 class _Search:
     def __init__(self, packing: Packing, owner: NDArray[np.intp], effort: float) -> None:
         self._packing, self._owner = packing, owner
+        # Always the same numbers, so that the same problem gives the same plan.
         self._random = np.random.default_rng(0)
         self._loads = packing.seconds(owner)
         self.best, self.best_s = owner.copy(), float(self._loads.max())
+        # Loads are compared by their 32nd powers: as shares of the first makespan they neither overflow nor vanish.
         self._scale = self.best_s or 1.0
         self._effort = effort
 
@@ -99,6 +101,7 @@ class _Search:
             )
         worth = np.sum([self._weighed(values) for values in seconds.values()], axis=0)
         best = int(np.argmin(worth))
+        # What rounding alone makes better is no gain: ranks would hand the same blocks to and fro.
         if worth[best] >= self._weighed(loads[list(seconds)]).sum() * (1 - 1e-12):
             return False
         self._owner[blocks] = np.where(ways[best] > 0, a, b)

@@ -64,12 +64,15 @@ class Packing:
             return np.zeros(len(chosen))
         over = np.maximum(0.0, chosen @ self.bytes[blocks] - self.room[rank]) / self.bytes.sum()
         worst = self.base_s.sum() + self.slowness.max() * (self.work_s + self.reach_s).sum()
+        # A step, so that what fits always wins, and a slope, so that the search finds its way out where nothing fits
+        # yet.
         penalty: Floats = worst * ((over > 0) + over)
         return penalty
 
     def sent_s(self, chosen: Floats, blocks: Chosen = slice(None)) -> Floats:
         """Return what it costs, at price 1, to send each row's blocks their boundaries."""
         where = np.arange(self.num_blocks)[blocks]
+        # `blocks` may have gaps. What lies there is on other ranks, so that those on either side share nothing.
         shared = np.where(np.diff(where) == 1, self.shared_s[where[1:]], 0.0)
         sent: Floats = chosen @ self.wire_s[where] - (chosen[:, 1:] * chosen[:, :-1]) @ shared
         return sent
@@ -117,6 +120,7 @@ class Packing:
         high_s = low_s
         while not possible(high_s):
             high_s *= 2
+        # The lower end is returned and not the middle: a bound may be too low, but never too high.
         for _ in range(40 if high_s > low_s else 0):
             middle_s = (low_s + high_s) / 2
             low_s, high_s = (low_s, middle_s) if possible(middle_s) else (middle_s, high_s)

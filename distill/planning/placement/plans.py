@@ -27,6 +27,7 @@ def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int, teacher
         for part in DEARER:
             dear = replace(costs, network=costs.network.dearer(part))
             other = place(broadcast_problem(dear, spans, world_size, teacher_ranks))
+            # The dearer bytes only guided the placement; its seconds are counted at what bytes really cost.
             found = replace(other, rank_s=tuple(problem.seconds(other.rank_of)), bound_s=best.bound_s)
             plans.append(over_links(replace(_on("broadcast", problem, found), teacher_ranks=teacher_ranks), costs))
     return min(plans, key=lambda one: one.predicted_makespan_s)
@@ -34,6 +35,7 @@ def plan_broadcast(costs: Costs, spans: Sequence[Span], world_size: int, teacher
 
 def plan_teachers(costs: Costs, spans: Sequence[Span], world_size: int) -> Plan:
     """A broadcast with as many teacher ranks as pay."""
+    # One as well: the other number is an estimate, by quick placements.
     numbers = sorted({1, teacher_ranks_needed(costs, spans, world_size)})
     return min(
         (plan_broadcast(costs, spans, world_size, number) for number in numbers), key=lambda p: p.predicted_makespan_s

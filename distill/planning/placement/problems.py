@@ -100,6 +100,7 @@ def _price_of_serving(costs: Costs, rank: int, teacher_ranks: int) -> float:
     prices = [
         costs.network.link(teacher, rank).sender_s_per_byte for teacher in range(teacher_ranks) if teacher != rank
     ]
+    # Without a price for the only teacher rank: what it computes itself does not travel.
     return sum(prices) / max(1, len(prices))
 
 

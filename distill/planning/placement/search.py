@@ -85,6 +85,7 @@ def place(problem: Problem) -> Placement:
     if not packing.num_blocks:
         return _placement(problem, {}, max(problem.base))
     owner = largest_first(packing)
+    # The whole search counts with loads(), which know nothing of memory.
     if packing.bytes is None and _few(packing):
         rank_of, complete = _branch_and_bound(_by_block(problem, owner), problem)
         if complete:
@@ -119,6 +120,7 @@ def _makespan(packing: Packing, owner: NDArray[np.intp]) -> float:
 
 def _placement(problem: Problem, rank_of: Mapping[int, int], bound_s: float) -> Placement:
     rank_s = tuple(map(float, problem.seconds(rank_of)))
+    # The packing's seconds, and so a bound, may hold rounding, and penalties where nothing fits, which these do not.
     return Placement(rank_of, rank_s, min(float(bound_s), max(rank_s)))
 
 
@@ -144,6 +146,7 @@ def largest_first(packing: Packing) -> NDArray[np.intp]:
 
 def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict[int, int], bool]:
     """Return the best placement found within SEARCH_NODES, and whether all have been searched."""
+    # The largest first: loads grow soonest, and most branches are cut off near the root.
     ordered = sorted(problem.spans, key=lambda span: (-problem.work(span, 0), span.unit))
     best, best_score, nodes = incumbent, problem.score(problem.shares(incumbent)), 0
     loads = list(problem.base)
@@ -151,6 +154,7 @@ def _branch_and_bound(incumbent: dict[int, int], problem: Problem) -> tuple[dict
     def descend(depth: int, placement: dict[int, int]) -> None:
         nonlocal best, best_score, nodes
         nodes += 1
+        # An equal makespan is not cut off: it may have less work and traffic (see score).
         if nodes > SEARCH_NODES or max(loads) > best_score[0]:
             return
         if depth == len(ordered):

@@ -61,13 +61,17 @@ class RangeCosts:
             computing = (self.divided - self.shared) / (limit_s - self.shared)
             computing = np.where(self.shared < limit_s, computing, np.inf)
             slope, surplus = limit_s - self.moved + self.hops, self.heaviest - self.moved
+            # The smaller root in the form that loses no digits where hops are short, and holds without any (hops = 0).
             root = np.sqrt(slope**2 - 4 * self.hops * surplus)
             averaging = 2 * surplus / (slope + root)
+            # From two ranks on: one averages nothing, and is seen to in the last line.
             found = np.maximum(2.0, np.ceil(np.maximum(computing, averaging) - 1e-9))
             seconds = np.maximum(
                 self.divided / found + (1 - 1 / found) * self.shared,
                 self.heaviest / found + (1 - 1 / found) * self.moved + (found - 1) * self.hops,
             )
+            # Tried, as rounding up may go too far, and there may be no root: comparisons with NaN are false, which
+            # makes it infinite.
             found = np.where((found <= most) & (seconds <= limit_s * (1 + 1e-9)), found, np.inf)
             return np.where(self.divided <= limit_s, 1.0, found)
 
@@ -98,6 +102,7 @@ def _bisected(costs: RangeCosts, ranks: int, most: int) -> list[Range]:
         if better is None:
             low = middle
         else:
+            # What was found is often far below the limit it was asked for: that saves halvings.
             found, high = better, min(middle, _slowest(costs, better))
     return found
 
@@ -135,6 +140,7 @@ def _every_group(costs: RangeCosts, slowness: list[float], most: int) -> list[Ra
     before = np.zeros((ranks + 1, blocks + 1, 2), dtype=int)  # size of the last group (0: the last rank is idle), cut
     every_size = [costs.seconds(size) for size in range(1, min(most, ranks) + 1)]
     for seconds in every_size:
+        # No range without blocks: a rank that has none is idle, which is told apart below (size 0).
         seconds[np.tril_indices(blocks + 1)] = np.inf
     for used in range(1, ranks + 1):
         best[used] = best[used - 1]

@@ -114,6 +114,7 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
     seconds = _between(teacher + student) + (passed_on * hop.sender_s_per_byte)[None, :]
     wire_s = passed_on / hop.bytes_per_s  # the first boundary of a range must come as fast, and its last one leave
     seconds = np.maximum(seconds, np.maximum(wire_s[:, None], wire_s[None, :]))
+    # A rank without units is passed by (Plan.group_before): nobody would run the teacher over its range.
     seconds[_between(trained) == 0] = np.inf
     if costs.memory is not None and costs.memory.limit is not None:
         room, sizes = costs.memory.room(sends=False), np.zeros(depth + 1)
@@ -122,6 +123,7 @@ def _range_seconds(costs: Costs, spans: Sequence[Span], depth: int) -> np.ndarra
         seconds[_between(np.array(sizes)) > room] = np.inf
     inside = sorted({boundary for span in spans for boundary in range(span.input + 1, span.target)})
     seconds[inside, :] = seconds[:, inside] = np.inf  # a unit is not cut in two
+    # Only now, after all that is not allowed: a rank may always be idle.
     np.fill_diagonal(seconds, 0.0)
     seconds[np.tril_indices(depth + 1, -1)] = np.inf
     return seconds
@@ -132,6 +134,7 @@ def _steps_from(spans: Sequence[Span], block: int) -> int:
     deeper = sorted((s.first, s.budget) for s in spans if s.target > block and s.steps > 0)
     total, reached = 0, 0
     for first, budget in deeper:
+        # A batch that several units train on counts once, as the teacher runs once for all of them.
         total += max(0, budget - max(first, reached))
         reached = max(reached, budget)
     return total
