@@ -41,6 +41,7 @@ def simulate(plan: Plan, costs: Costs, *, window: int = 4) -> Simulation:
     longest = max((span.steps for span in plan.spans), default=0)
     if longest <= 2 * SAMPLE_STEPS:
         return _simulate(plan, costs, window)
+    # Two lengths, because their difference is free of what happens once: the first batches, and the last.
     half = _simulate(_shortened(plan, SAMPLE_STEPS / longest), costs, window)
     whole = _simulate(_shortened(plan, 2 * SAMPLE_STEPS / longest), costs, window)
     more = (longest - 2 * SAMPLE_STEPS) / SAMPLE_STEPS
@@ -149,6 +150,8 @@ def _broadcast(plan: Plan, costs: Costs, window: int) -> Simulation:
     teachers = [_Teacher(rank, plan, costs, window, lines) for rank in range(plan.teacher_ranks)]
     receivers = [_Receiver(rank, plan, costs, teachers) for rank in range(plan.world_size)]
     while unfinished := [teacher for teacher in teachers if not teacher.finished(receivers)]:
+        # The one whose clock is furthest behind: nothing that it does can be earlier than what others have done
+        # already.
         min(unfinished, key=lambda teacher: teacher.now).act(receivers)
     busy = [receiver.busy for receiver in receivers]
     for teacher in teachers:
@@ -187,6 +190,8 @@ class _Teacher:
         here = receivers[self.rank]
         slots = {peer: edge.ready_at(self.now) for peer, edge in self.edges.items()}
         if here.arrives_at <= self.now:
+            # A teacher rank does one thing at a time: its students begin when it turns to them, not when their batch is
+            # there.
             here.done = self.now
             here.train()
             self.now = here.done
@@ -283,6 +288,8 @@ def _relay(plan: Plan, costs: Costs, window: int) -> Simulation:
                 size = costs.boundary_bytes[end]
                 spent += size * costs.network.link(rank, target).sender_s_per_byte
                 edges[target].send(size, begin + spent)
+                # Known at once: each batch goes down the whole chain before the next is begun, so that all before it
+                # are released.
                 arrived = edges[target].arrived_at[-1]
             if feeds[rank].cursor == address:
                 spent += _students_s(costs, rank, feeds[rank].units_at(address))
