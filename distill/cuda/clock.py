@@ -15,6 +15,7 @@ class DeviceClock:
         self._device = device
         self._origin = self.mark()
         self._origin.synchronize()
+        # Only after the wait do both clocks show the same moment: the device may be far behind the host.
         self._origin_s = time.time()
 
     def mark(self) -> torch.cuda.Event:

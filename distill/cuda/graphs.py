@@ -56,9 +56,11 @@ class Captured:
         if self._replay is None and self._calls > WARM_UPS and not self._failed:
             self._try_capture()
         if self._replay is None:
+            # Work that does nothing returns its own input: the buffer, which the next call overwrites.
             buffers = set(map(id, self._inputs))
             return [result.clone() if id(result) in buffers else result for result in self._work(*self._inputs)]
         self._replay()
+        # What a graph has found lies where the next replay writes, of this graph or of another one of the lane.
         return [result.clone() for result in self._results]
 
     def _try_capture(self) -> None:

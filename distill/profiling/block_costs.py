@@ -68,6 +68,7 @@ def measure_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def flop_costs(chain: Chain, students: Students, sample: Tensor) -> BlockCosts:
     """Return FLOPs per block for a batch like `sample` (batch, channels, height, width); two images are counted."""
+    # Two images and not one: batch norms in training mode refuse a single value a channel.
     scale = len(sample) / 2
     with flop_counter() as counter:
         costs = _costs(chain, students, lambda unit: students[unit](), sample[:2], counter.get_total_flops)
@@ -185,6 +186,8 @@ def _kept_bytes(trainer: BlockTrainer, inputs: Tensor, targets: Tensor) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        # By storage: autograd saves views, and the same tensor for several operations, which take no memory of their
+        # own.
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -20,6 +20,7 @@ class ChannelMap:
         self._index = torch.tensor(flat, device=device)
         self._group = torch.tensor([n for n, group in enumerate(channels) for _ in group], device=device)
         self._sizes = torch.tensor([float(len(group)) for group in channels], device=device)
+        # No group is empty: where there are as many as channels taken, each has one, and nothing is to be summed.
         self._sliced = len(flat) == len(channels)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -95,12 +95,14 @@ def fit(
             network.train()
             objective.train()
             for module in frozen:
+                # After train(), which has reached these as well.
                 module.eval()
             mean = _epoch(trained, dataset, learn, options=options, team=team, epoch=epoch, seed=seed)
             finite = math.isfinite(mean)
             course.append(
                 {"epoch": epoch + 1, "loss": mean if finite else None, "seconds": time.perf_counter() - start}
             )
+            # Before the checkpoint: what is added to the last record here has to be in it.
             report(course)
             if not finite:
                 break
@@ -243,6 +245,7 @@ def _learn_together(lesson: Lesson, others: Averager, batch: Batch, step: int) -
     known = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=value.device)
     without = [number for number, parameter in enumerate(parameters) if parameter.grad is None]
     for number in without:
+        # Averaging is one exchange of equal lengths, so that every rank must have every gradient.
         parameters[number].grad = torch.zeros_like(parameters[number])
     others([*(parameter.grad for parameter in parameters if parameter.grad is not None), known, value])()
     for number in without:
@@ -270,6 +273,7 @@ def _epoch(
         torch.manual_seed(derive_seed(seed, step))
         value = learn(batch, step)
         trained.step(_rate(step, steps=steps, options=options))
+        # Summed where it is: reading each loss would wait for the device at every step.
         total = total.to(value.device) + value
     return float(total) / max(1, steps)
 

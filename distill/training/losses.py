@@ -52,6 +52,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     trained by default, because it makes blocks comparable, and the relative error that every report shows.
     """
     teacher = teacher.float()
+    # A constant target has no variance: without the floor a perfect student's error would be NaN, and end the block.
     variance = teacher.var(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
     return mean_squared_error(student, teacher) / variance
 

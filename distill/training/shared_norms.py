@@ -62,9 +62,11 @@ class SharedStatistics(TorchFunctionMode):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {inputs.shape}")
         share = (counts / total)[:, None]
         mean = (share * means).sum(0)
+        # From the spread of the means, not as E[x^2] - E[x]^2, which cancels where the mean is large.
         variance = (share * (variances + (means - mean).square())).sum(0)
         if running_mean is not None:
             _forget(running_mean, mean, call["momentum"])
+            # As in PyTorch the variance that is remembered is the unbiased one; what normalises is not.
             _forget(running_var, variance * (total / (total - 1)), call["momentum"])
         found = _Found(mean, variance, total, call["eps"], self._gather)
         result: Tensor = _Normalised.apply(inputs, call["weight"], call["bias"], found)
@@ -122,6 +124,8 @@ class _Normalised(torch.autograd.Function):
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, inputs, weight, found.mean, found.variance, found.mean, inverse, False, found.eps, mask
         )
+        # Summed over all ranks for the inputs alone. Weight and bias get this rank's share: whoever trains adds
+        # those up.
         mean_gradient, mean_product = (found.gather(torch.stack([by_bias, by_weight])).sum(0) / found.total).unbind()
         scale = inverse if weight is None else inverse * weight
         slope = scale * inverse * mean_product

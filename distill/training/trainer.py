@@ -107,12 +107,14 @@ class BlockTrainer:
             rate = learning_rate(self.step, budget=self.budget, options=self._options)
             for group in self._optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
+                    # In place: a captured update reads the tensor that was there at the capture.
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
             loss, error = self._update(inputs, targets)
             if self._average is not None:
                 gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                # The losses as well: ranks that judged by their own rows could stop a block at different steps.
                 self._averaged = self._average([*gradients, loss, error])
         self._losses.append(loss)
         self._errors.append(error)
@@ -136,6 +138,7 @@ class BlockTrainer:
 
     def _differentiate(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         """Find the gradients; return the loss and the relative error."""
+        # None and not zeros: where this is captured, the gradients are then made in the graph's own memory.
         self._optimizer.zero_grad(set_to_none=True)
         targets = targets if self._gives is None else self._gives(targets)
         outputs = self.forward(inputs)
@@ -214,6 +217,7 @@ class BlockTrainer:
         self._held_out.clear()
         progress = self.progress
         progress.rel_error_held_out = error
+        # An error that is not a number is smaller than nothing, so that it counts as no improvement.
         if error < progress.best_held_out * (1 - self._options.min_delta):
             progress.best_held_out, progress.looks_without_improvement = error, 0
         else:
