@@ -81,6 +81,7 @@ def run_sample(model: nn.Module, sample: Tensor) -> object:
     """Return what `model` gives for a batch. Raises ConfigError on data.image_size where it fails."""
     try:
         return model(sample)
+    # A RuntimeError too, but not one that another size of image is the answer to.
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:

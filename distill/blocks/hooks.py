@@ -28,6 +28,7 @@ from distill.errors import ConfigError
 Tap = tuple[str, str]  # where a tensor is heard: (module path, "in" or "out")
 
 
+# No Exception: the code of a network may catch those, and go on.
 class _EnoughError(BaseException):
     """Ends a forward pass whose remaining boundaries nobody needs."""
 
@@ -215,6 +216,7 @@ def _listen_to_sample(
             raise ConfigError("blocks.modules", path, allowed)
         if tap in heard:
             raise ConfigError("blocks.modules", path, "a module that runs once; this one runs again")
+        # PyTorch raises a tensor's version with every change in place, through whichever view.
         heard[tap], versions[tap] = value, value._version
 
     before = sample._version

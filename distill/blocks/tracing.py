@@ -227,6 +227,7 @@ class _Recorder(fx.Interpreter):
         inputs = [(node, value) for node in n.all_input_nodes if isinstance(value := self.env[node], Tensor)]
         versions = [value._version for _, value in inputs]
         result = super().run_node(n)
+        # Work in place that the rewriting did not know shows in the versions, which PyTorch raises with every change.
         if versions != [value._version for _, value in inputs]:
             raise UntraceableError(f"{n.format_node()} changes its input in place")
         if isinstance(result, Tensor):

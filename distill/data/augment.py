@@ -60,6 +60,7 @@ def padding(image_size: int) -> int:
 
 def draw(*, batch_size: int, image_size: int, seed: int, step: int) -> Draws:
     """Return the random numbers of the whole batch `step`, whatever augmentation will use them."""
+    # All are drawn, whichever are used, and in this order: it is part of what a seed means.
     source = generator(seed, "augment", step)
     flips = torch.rand(batch_size, generator=source) < 0.5
     offsets = torch.randint(0, 2 * padding(image_size) + 1, (batch_size, 2), generator=source)
@@ -116,6 +117,7 @@ def normalise(images_BHWC: Tensor, *, mean_C11: Tensor, std_C11: Tensor) -> Tens
     Takes uint8 images, or float32 ones that are / 255 already, and statistics that lie on the images' device already:
     torchvision's normalize copies its statistics to the device at every call, which makes the host wait for the GPU.
     """
+    # A copy, as all that follows is in place: float32 images would be changed for whoever holds them.
     images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
     if images_BHWC.dtype == torch.uint8:
         images_BCHW.div_(255)

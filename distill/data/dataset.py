@@ -66,6 +66,7 @@ class Reading:
         if isinstance(source, Items):
             return self._stream_items(source)
         num_bytes = len(source) * self.squaring.image_size**2 * 3
+        # In memory images have their final size already, and random resized crops are of those as they come.
         if num_bytes <= self.memory_limit_bytes and self.augment is not Augment.resized_crop_flip:
             if num_bytes > (spare := available_memory()):
                 allowed = f"less than {num_bytes / GIB:.3g}, so that images are streamed: {spare / GIB:.3g} are free"

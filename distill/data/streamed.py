@@ -145,6 +145,7 @@ class StreamImages:
 
     def read_many(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
         coming = iter(requests)
+        # The first is looked at before any worker starts: its rows tell how much room batches take.
         first = next(coming, None)
         if first is None:
             return iter(())
@@ -201,6 +202,7 @@ class StreamImages:
             allowed = f"0, which reads in the rank's own process: the data set cannot be sent to others ({error})"
             raise ConfigError("data.num_workers", num_workers, allowed) from error
         for decoded in batches:
+            # The loader gives batches in the order of their requests, whichever worker is done first.
             yield self._accept(decoded, sizes.pop(0))
 
     def _accept(self, decoded: Decoded, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,8 @@ def replace_convolutions(
         if form.pad is not None:
             replacement = nn.Sequential(OrderedDict(pad=form.pad, conv=replacement))
         replacement.train(conv.training)
+        # Only after the first weights: they are drawn where the generator is, on the CPU, the same bits for every
+        # device.
         replacement.to(form.conv.weight.device, form.conv.weight.dtype)
         for place in [other for other, module in network.named_modules(remove_duplicate=False) if module is conv]:
             network.set_submodule(place, replacement)

@@ -38,6 +38,7 @@ def in_a_row(student: nn.Module, chain: Chain, modules: Mapping[int, nn.Module],
         module.eval()
     try:
         return agree(student(x), chain.run_with(modules, x))
+    # A RuntimeError too, but one that says nothing about the student.
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a network's own code can raise anything

@@ -57,6 +57,7 @@ def count_hits(network: nn.Module, batches: Iterable[Batch]) -> Hits:
         logits = network(batch.images)
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
         finite = logits.isfinite().all(dim=1)
+        # topk takes NaN for the largest number: such a guess could be right by its place alone.
         right = (guesses == batch.labels[:, None]) & finite[:, None]
         counts = right[:, 0].sum(), right.any(dim=1).sum(), len(batch.labels), (~finite).sum()
         total += Hits(*map(int, counts))

@@ -55,6 +55,7 @@ class StudentCard:
 def save_student(folder: Path, student: nn.Module, card: StudentCard) -> Path:
     """Write student.safetensors and student.json into `folder`; return the path of the weights."""
     path, content = folder / "student.safetensors", save(contiguous(student.state_dict()))
+    # The card last: it has the hash of the weights, so that a break in between leaves a pair that is refused.
     write_bytes(path, content)
     write_json(folder / "student.json", asdict(card) | {"weights_sha256": hashlib.sha256(content).hexdigest()})
     return path

@@ -129,12 +129,14 @@ def compare(program: Program, eager: Program, batches: Sequence[Tensor]) -> Agre
 
 
 def _difference(given: Tensor, expected: Tensor) -> float:
+    # Checked first: the subtraction would broadcast shapes that differ.
     if given.shape != expected.shape:
         raise DistillError(f"it returns logits of shape {tuple(given.shape)}, not {tuple(expected.shape)}")
     return float((given - expected).abs().max())
 
 
 def _larger(a: float, b: float) -> float:
+    # max() keeps its first argument where the second is NaN: a failure would be lost among the batches.
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
