@@ -60,7 +60,7 @@ def handed_over(run: Path, tmp_path: Path) -> Path:
 def eager_logits(folder: Path) -> torch.Tensor:
     """The student's answer to the first test image as the job itself reads it."""
     config = from_yaml((folder / "resolved.yaml").read_text())
-    with open_data(config, torch.device("cpu")) as dataset, torch.no_grad():
+    with open_data(config, torch.device("cpu"), ranks_here=1) as dataset, torch.no_grad():
         return load_student(folder)(next(iter(dataset.test_batches(1))).images)
 
 

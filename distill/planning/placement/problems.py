@@ -48,7 +48,7 @@ def broadcast_problem(costs: Costs, spans: Sequence[Span], world_size: int, teac
         share=share,
         loads=loads,
         base=bases,
-        kind=[(rank < teacher_ranks, costs.slowness_of(rank)) for rank in range(world_size)],
+        kind=[(rank < teacher_ranks, costs.slowness_of(rank), price[rank]) for rank in range(world_size)],
         packing=Packing(
             work_s=np.array([costs.student_s[span.unit] * span.steps for span in spans]),
             reach_s=np.zeros(len(spans)),

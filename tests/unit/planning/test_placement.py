@@ -379,3 +379,12 @@ def inside(subset: int) -> np.ndarray:
         if subset >> bit & 1:
             found = np.concatenate([found, found | 1 << bit])
     return found
+
+
+def test_empty_ranks_on_hosts_that_cost_differently_to_serve_are_not_taken_for_alike() -> None:
+    """Rank 2 is on the teacher's host, rank 1 is not: it is the former that is to share the work."""
+    far = Network(between=Link(sender_s_per_byte=1e-2), hosts=(0, 1, 0))
+    costs = Costs((1.0, 1.0), (5.0, 5.0), (1000,) * 3, network=far)
+    found = place(broadcast_problem(costs, [Span(0, 0, 10), Span(1, 0, 10)], 3))
+    assert max(found.rank_s) == 70.0
+    assert sorted(found.rank_of.values()) == [0, 2]
