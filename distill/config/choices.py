@@ -78,6 +78,9 @@ RECIPES = ("separable", "separable_x2", "one_conv", "keep")  # those of distill.
 
 
 class Init(Choice):
+    """Where first weights come from: what flows into layers, their weights alone, or nothing."""
+
+    data = "data"
     teacher = "teacher"
     random = "random"
 

@@ -172,21 +172,27 @@ class StudentConfig:
         MISSING, f"how a student block is made: {', '.join(RECIPES)}, an entry point's name, or package.module:Class"
     )
     rank: int = setting(2, "the recipe's option rank, where it has one: depthwise filters per input channel")
-    init: Init = setting(Init.teacher, "the recipe's option init: from the teacher's kernels, or random")
+    init: Init = setting(
+        Init.data, "the recipe's option init: from the teacher's weights and data, from its weights alone, or random"
+    )
+    align: int | None = setting(
+        None, "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or CUDA, else 8"
+    )
     options: dict[str, Any] = setting({}, "the recipe's options by name (docs/networks.md lists them)")
     per_block: dict[str, Any] = setting(
         {}, "pattern of block names -> {recipe: NAME, OPTION: VALUE}, where it is another one; the last match counts"
     )
     first_layer: bool = setting(False, "whether the network's first convolution is replaced too")
     statistics_batches: int = setting(
-        8, "training batches over which the statistics of layers' inputs are gathered that a recipe asks for"
+        8, "training batches over which the statistics of layers' inputs are gathered that first weights need"
     )
 
     def __post_init__(self) -> None:
-        at_least("student", self, rank=1, statistics_batches=1)
+        at_least("student", self, rank=1, align=1, statistics_batches=1)
         RECIPE.check(self.recipe)
-        if self.recipe == "separable_x2" and self.init is Init.teacher:
-            raise ConfigError("student.init", "teacher", "random: separable_x2 has no initialisation from the teacher")
+        if self.recipe == "separable_x2" and self.init is not Init.random:
+            allowed = "random: separable_x2 has no initialisation from the teacher"
+            raise ConfigError("student.init", self.init.name, allowed)
 
 
 @dataclass(kw_only=True)

@@ -49,9 +49,9 @@ def recipes_of(config: JobConfig, blocks: Sequence[str]) -> dict[str, Named]:
 
 
 def _given(student: StudentConfig) -> dict[str, Any]:
-    """Return the options that the section gives: student.rank and student.init to recipes that have them."""
+    """Return the options that the section gives: student.rank, init and align to recipes that have them."""
     known = {field.name for field in fields(_class("student.recipe", student.recipe))}
-    usual = {"rank": student.rank, "init": student.init.name}
+    usual = {"rank": student.rank, "init": student.init.name, "align": student.align or 16}
     return {name: value for name, value in usual.items() if name in known} | dict(student.options)
 
 

@@ -54,6 +54,9 @@ class ConvolutionRecipe(Recipe, Replacing):
     def install(self, network: nn.Module, changes: Changes) -> None:
         replace_convolutions(network, changes["convolutions"], self)
 
+    def wants(self, changes: Changes) -> list[str]:
+        return list(changes["convolutions"]) if getattr(self, "init", None) == "data" else []
+
     def paths(self, changes: Changes) -> list[str]:
         return list(changes["convolutions"])
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.blocks.chain import switch_off_in_place
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
+from distill.recipes.least_squares import Flow, keep_mean, matrix, norm_of, rebase
 from distill.recipes.plain import plain_form
 from distill.recipes.recipe import Cost
 
@@ -41,10 +42,15 @@ class Replacing(ABC):
         replacement: nn.Module,
         conv: nn.Conv2d,
         generator: torch.Generator,
-        statistics: InputStatistics | None = None,
+        flow: Flow | None = None,
     ) -> None:
-        """Give the replacement its first weights; every random number comes from the generator. `statistics` are those
-        of the convolution's input, where the recipe wants() them."""
+        """Give the replacement its first weights; every random number comes from the generator. `flow` is what is known
+        of the convolution's input, where the recipe wants() that."""
+
+    def kernel_of(self, replacement: nn.Module) -> Tensor | None:
+        """Return the weight (D, ...) of the one convolution that the replacement amounts to, float64 on the CPU; None
+        where it is not linear, or not known."""
+        return None
 
     def fits(self, module: nn.Module) -> bool:
         """Whether `module` is what this recipe is for: a dense convolution with a kernel larger than one pixel."""
@@ -79,7 +85,7 @@ def replace_convolutions(
         form = plain_form(conv)
         replacement = recipe.build(form.conv)
         if generator is not None:
-            recipe.initialize(replacement, form.conv, generator, (statistics or {}).get(path))
+            _start(recipe, replacement, form.conv, generator, (statistics or {}).get(path), network)
         if form.pad is not None:
             replacement = nn.Sequential(OrderedDict(pad=form.pad, conv=replacement))
         replacement.train(conv.training)
@@ -88,3 +94,28 @@ def replace_convolutions(
         replacement.to(form.conv.weight.device, form.conv.weight.dtype)
         for place in [other for other, module in network.named_modules(remove_duplicate=False) if module is conv]:
             network.set_submodule(place, replacement)
+
+
+def _start(
+    recipe: Replacing,
+    replacement: nn.Module,
+    conv: nn.Conv2d,
+    generator: torch.Generator,
+    statistics: InputStatistics | None,
+    network: nn.Module,
+) -> None:
+    """Give a replacement its first weights, and what comes behind it the mean and the scale that it had."""
+    if statistics is None:
+        recipe.initialize(replacement, conv, generator)
+        return
+    norm = norm_of(network, statistics)
+    before = matrix(conv.weight)
+    flow = Flow.of(statistics, before, norm)
+    recipe.initialize(replacement, conv, generator, flow)
+    kernel = recipe.kernel_of(replacement)
+    if kernel is None:
+        return
+    if norm is not None:
+        rebase(norm, flow, before, matrix(kernel))
+    else:
+        keep_mean(replacement, flow, before, matrix(kernel))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.profiling.statistics import InputStatistics
 from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.least_squares import Flow, iterations_for, matrix, minimised
 from distill.recipes.recipe import Cost, option
 
 
@@ -47,7 +47,7 @@ class Separable(ConvolutionRecipe):
     """Depthwise then pointwise, started from the SVD of the teacher's kernel or at random (He et al. 2015)."""
 
     rank: int = option(2, "depthwise filters per input channel, at most as many as the kernel has pixels")
-    init: str = option("teacher", "first weights: teacher or random")
+    init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random")
 
     def build(self, conv: nn.Conv2d) -> SeparableConv2d:
         height, width = conv.kernel_size
@@ -66,16 +66,22 @@ class Separable(ConvolutionRecipe):
         full.initialize(replacement, conv, torch.Generator())
         return replacement
 
+    def kernel_of(self, replacement: nn.Module) -> Tensor:
+        assert isinstance(replacement, SeparableConv2d)
+        return composed(matrix(replacement.depthwise.weight), matrix(replacement.pointwise.weight), replacement.rank)
+
     def initialize(
         self,
         replacement: nn.Module,
         conv: nn.Conv2d,
         generator: torch.Generator,
-        statistics: InputStatistics | None = None,
+        flow: Flow | None = None,
     ) -> None:
         assert isinstance(replacement, SeparableConv2d)
-        if self.init == "teacher":
+        if self.init != "random":
             depthwise, pointwise = decouple(conv.weight.detach(), replacement.rank)
+            if flow is not None:
+                depthwise, pointwise = fitted(conv.weight, depthwise, pointwise, flow)
             with torch.no_grad():
                 replacement.depthwise.weight.copy_(depthwise)
                 replacement.pointwise.weight.copy_(pointwise)
@@ -107,3 +113,18 @@ def decouple(kernel_DCKK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     depthwise = (root[:, :, None] * vh[:, :rank]).permute(1, 0, 2).reshape(rank * in_channels, 1, height, width)
     pointwise = (u[:, :, :rank] * root[:, None, :]).permute(1, 2, 0).reshape(out_channels, rank * in_channels, 1, 1)
     return depthwise.to(kernel_DCKK), pointwise.to(kernel_DCKK)
+
+
+def composed(depthwise: Tensor, pointwise: Tensor, rank: int) -> Tensor:
+    """Return the kernel (D, C k k) of a depthwise (rank C, k k) and a pointwise (D, rank C) layer in a row."""
+    per_filter = depthwise.reshape(rank, -1, depthwise.shape[1])
+    weights = pointwise.reshape(len(pointwise), rank, -1)
+    return torch.einsum("rck,drc->dck", per_filter, weights).flatten(1)
+
+
+def fitted(kernel: Tensor, depthwise: Tensor, pointwise: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
+    """Return the pair, in the shapes given, that loses least of what the dense kernel gives on the data."""
+    wanted, rank = matrix(kernel), depthwise.shape[0] // kernel.shape[1]
+    start = [matrix(depthwise), matrix(pointwise)]
+    found = minimised(start, lambda d, p: composed(d, p, rank), wanted, flow, iterations=iterations_for(wanted))
+    return found[0].reshape(depthwise.shape), found[1].reshape(pointwise.shape)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from distill.profiling.statistics import InputStatistics
 from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.least_squares import Flow
 from distill.recipes.recipe import Cost, option
 
 
@@ -64,7 +64,7 @@ class SeparableX2(ConvolutionRecipe):
         replacement: nn.Module,
         conv: nn.Conv2d,
         generator: torch.Generator,
-        statistics: InputStatistics | None = None,
+        flow: Flow | None = None,
     ) -> None:
         for layer in replacement.children():
             if isinstance(layer, nn.Conv2d):

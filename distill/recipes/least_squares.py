@@ -1,0 +1,132 @@
+"""First weights that lose least of what a layer gives on the data, in closed form or by a smooth minimisation.
+
+A layer's output is W u for its unfolded inputs u. Another kernel W' in its place is off by (W - W') u, of which the next
+layer sees what the batch norm behind lets through, S = diag(s), s = gamma / sqrt(variance + eps). With the mean put
+right, the expected squared error is tr(S (W - W') Sigma (W - W')^T S), Sigma being the covariance of u. Everything is
+float64 on the CPU, so that every rank gets the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.profiling.statistics import InputStatistics
+
+DAMPING = 1e-4  # of the mean variance: directions that few batches have shown are not taken for empty ones
+MOST_WORK = 2e11  # multiplications of one minimisation: seconds; wide layers get fewer steps from a better start
+LEAST_SCALE = 1e-3  # of the largest: a channel that the batch norm has switched off still has to have some weight
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What is known of one layer: `mean` (d) and damped `covariance` (d, d) of the rows that it sees, and the `scale`
+    (D) at which its outputs count."""
+
+    mean: Tensor
+    covariance: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, statistics: InputStatistics, kernel: Tensor, norm: nn.Module | None) -> Flow:
+        """Return what is known of the layer with the weight `kernel` (D, ...), with `norm` or nothing behind it."""
+        covariance = statistics.covariance.clone()
+        covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
+        ones = torch.ones(len(kernel), dtype=torch.float64)
+        return cls(statistics.mean, covariance, ones if norm is None else scale_of(norm))
+
+    def error(self, difference: Tensor) -> Tensor:
+        """Return the expected squared error of outputs whose kernel is off by `difference` (D, d)."""
+        scaled = self.scale[:, None] * difference
+        return ((scaled @ self.covariance) * scaled).sum()
+
+
+def matrix(kernel: Tensor) -> Tensor:
+    """Return a layer's weight as (D, d), float64 on the CPU."""
+    return kernel.detach().cpu().double().flatten(1)
+
+
+def norm_of(network: nn.Module, statistics: InputStatistics) -> nn.Module | None:
+    """Return the batch norm behind a layer, if the network (or the block) has it, and it has statistics and weights."""
+    norm = dict(network.named_modules()).get(statistics.norm or "")
+    known = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None and norm.affine
+    return norm if known else None
+
+
+def scale_of(norm: nn.Module) -> Tensor:
+    """Return a batch norm's gamma / sqrt(variance + eps) in eval mode; never quite 0."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
+    scale = norm.weight.detach().cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    least = LEAST_SCALE * scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny)
+    return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+
+
+@torch.no_grad()
+def rebase(norm: nn.Module, flow: Flow, before: Tensor, after: Tensor) -> None:
+    """Give the batch norm behind a layer the statistics of the layer's new kernel, and keep the function's mean and
+    scale: m' = W' mu, v' = diag(W' Sigma W'^T), gamma' = s sqrt(v' + eps), beta' = beta + s (W mu - m), so that they
+    also last where the statistics are estimated anew. Kernels are (D, d)."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_mean is not None and norm.running_var is not None
+    variance = ((after @ flow.covariance) * after).sum(1)
+    shift = flow.scale * (before @ flow.mean - norm.running_mean.cpu().double())
+    norm.bias.copy_(norm.bias.cpu().double() + shift)
+    norm.weight.copy_(flow.scale * (variance + norm.eps).sqrt())
+    norm.running_mean.copy_(after @ flow.mean)
+    norm.running_var.copy_(variance)
+
+
+@torch.no_grad()
+def keep_mean(layer: nn.Module, flow: Flow, before: Tensor, after: Tensor) -> None:
+    """Change the bias that a replacement ends with, if there is one, so that its outputs keep their mean."""
+    *_, last = (part for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Linear))
+    if last.bias is not None:
+        last.bias.copy_(last.bias.cpu().double() + (before - after) @ flow.mean)
+
+
+def iterations_for(kernel: Tensor) -> int:
+    """Return the steps of a minimisation that a layer with a weight of this form (D, d) can have."""
+    rows, width = kernel.shape
+    return min(60, int(MOST_WORK / (4 * rows * width**2)))
+
+
+def minimised(
+    factors: Sequence[Tensor], kernel_of: Callable[..., Tensor], kernel: Tensor, flow: Flow, *, iterations: int
+) -> list[Tensor]:
+    """Return the factors, by L-BFGS from those given, whose kernel_of(*factors) (D, d) loses least of `kernel`; those
+    given where that is no better.
+
+    Source of the method: Liu, Nocedal 1989, "On the limited memory BFGS method for large scale optimization".
+    """
+    start = [factor.detach().double().clone() for factor in factors]
+    if iterations == 0:
+        return start
+    scale = flow.error(kernel).clamp_min(torch.finfo(torch.float64).tiny)
+
+    def loss(factors: Sequence[Tensor]) -> Tensor:
+        return flow.error(kernel - kernel_of(*factors)) / scale
+
+    free = [factor.clone().requires_grad_() for factor in start]
+    optimizer = torch.optim.LBFGS(
+        free,
+        max_iter=iterations,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-9,
+        tolerance_change=1e-10,
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = loss(free)
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    ended = [factor.detach() for factor in free]
+    with torch.no_grad():
+        return ended if loss(ended) < loss(start) else start
