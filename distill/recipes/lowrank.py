@@ -102,11 +102,14 @@ def _width(layer: nn.Module) -> int:
 
 def _others(view: View) -> Kept:
     """Return the modules of a block with matrices of weights that are neither convolutions nor linear layers."""
+    modules = dict(view.module.named_modules())
+    layers = [module for module in modules.values() if isinstance(module, nn.Conv2d | nn.Linear)]
+    inside = {part for layer in layers for part in layer.modules()}  # also what normalises a kernel
     kept: Kept = {}
-    for path, module in view.module.named_modules():
+    for path, module in modules.items():
         own = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
         matrices = [weight for weight in own if min(len(weight), weight[0].numel()) > 1]
-        if path in view.changeable and matrices and not isinstance(module, nn.Conv2d | nn.Linear):
+        if path in view.changeable and matrices and module not in inside:
             name = type(module).__name__
             kept[path] = f"a {name}" if type(module) is not nn.Module else "the network reads its weights"
     return kept
