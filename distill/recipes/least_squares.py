@@ -1,9 +1,9 @@
 """First weights that lose least of what a layer gives on the data, in closed form or by a smooth minimisation.
 
-A layer's output is W u for its unfolded inputs u. Another kernel W' in its place is off by (W - W') u, of which the next
-layer sees what the batch norm behind lets through, S = diag(s), s = gamma / sqrt(variance + eps). With the mean put
-right, the expected squared error is tr(S (W - W') Sigma (W - W')^T S), Sigma being the covariance of u. Everything is
-float64 on the CPU, so that every rank gets the same bits.
+A layer's output is W u for its unfolded inputs u. Another kernel W' in its place is off by (W - W') u, of which the
+next layer sees what the batch norm behind lets through, S = diag(s), s = gamma / sqrt(variance + eps). With the mean
+put right, the expected squared error is tr(S (W - W') Sigma (W - W')^T S), Sigma being the covariance of u. Everything
+is float64 on the CPU, so that every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def norm_of(network: nn.Module, statistics: InputStatistics) -> nn.Module | None
 
 def scale_of(norm: nn.Module) -> Tensor:
     """Return a batch norm's gamma / sqrt(variance + eps) in eval mode; never quite 0."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_var is not None
     scale = norm.weight.detach().cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
     least = LEAST_SCALE * scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
@@ -70,7 +71,8 @@ def rebase(norm: nn.Module, flow: Flow, before: Tensor, after: Tensor) -> None:
     scale: m' = W' mu, v' = diag(W' Sigma W'^T), gamma' = s sqrt(v' + eps), beta' = beta + s (W mu - m), so that they
     also last where the statistics are estimated anew. Kernels are (D, d)."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     variance = ((after @ flow.covariance) * after).sum(1)
     shift = flow.scale * (before @ flow.mean - norm.running_mean.cpu().double())
     norm.bias.copy_(norm.bias.cpu().double() + shift)
@@ -126,7 +128,7 @@ def minimised(
         return found
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     ended = [factor.detach() for factor in free]
     with torch.no_grad():
         return ended if loss(ended) < loss(start) else start
