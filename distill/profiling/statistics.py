@@ -18,11 +18,13 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class InputStatistics:
     """Of one layer: `mean` (d) and `covariance` (d, d) of the rows that it sees, float64 on the CPU, over `rows` of
-    them; d is the number of its weights for one output."""
+    them; d is the number of its weights for one output. `norm` is the path of the batch norm whose input is exactly
+    this layer's output, where there is one."""
 
     mean: Tensor
     covariance: Tensor
     rows: int
+    norm: str | None = None
 
 
 def gather(
