@@ -53,7 +53,7 @@ def inner_groups(module: nn.Module, x: Tensor) -> tuple[list[Group], dict[str, s
     shapes = _Shapes(graph)
     with torch.no_grad():
         shapes.run(x)
-    return _Analysis(graph, shapes.found).groups()
+    return _Analysis(graph, shapes).groups()
 
 
 @torch.no_grad()
@@ -66,16 +66,19 @@ def _traced(module: nn.Module, x: Tensor) -> fx.GraphModule:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the shape of every tensor."""
+    """Runs a graph and keeps the shape of every tensor, and of what else tensors come out."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.found: dict[fx.Node, tuple[int, ...]] = {}
+        self.several: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.found[n] = tuple(result.shape)
+        elif any(isinstance(part, Tensor) for part in tree_leaves(result)):
+            self.several.add(n)
         return result
 
 
@@ -93,9 +96,10 @@ class _Use:
 class _Analysis:
     """One walk through a graph. Tensors whose channels are not spoken of, the block's input first, have a reason."""
 
-    def __init__(self, module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> None:
+    def __init__(self, module: fx.GraphModule, shapes: _Shapes) -> None:
         self._module = module
-        self._shapes = shapes
+        self._shapes: Mapping[fx.Node, tuple[int, ...]] = shapes.found
+        self._several = shapes.several
         self._channels: dict[fx.Node, Channels] = {}
         self._stays: dict[fx.Node, str] = {}
         self._uses: dict[str, list[_Use]] = {"producers": [], "passes": [], "readers": []}
@@ -155,9 +159,12 @@ class _Analysis:
             raise MismatchError(EDGE)
         if node.op == "call_module":
             return self._layer(node, self._module.get_submodule(str(node.target)))
-        if not any(source in self._channels for source in _inputs(node)) or node not in self._shapes:
-            return None  # a size is the same number wherever it is read; what is made of it counts
-        return self._function(node)
+        if not any(source in self._channels for source in _inputs(node)):
+            return None
+        if node in self._several:
+            raise MismatchError(f"its channels meet in {_name(node)}()")
+        # A size is the same number whatever it is read from: what is made of it counts.
+        return self._function(node) if node in self._shapes else None
 
     def _layer(self, node: fx.Node, layer: nn.Module) -> Channels | None:
         given = self._channels.get(_inputs(node)[0])
@@ -204,7 +211,7 @@ class _Analysis:
         return made
 
     def _function(self, node: fx.Node) -> Channels:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        name = _name(node)
         if name in POINTWISE:
             return self._pointwise(node)
         if name in CONCATENATING:
@@ -296,6 +303,10 @@ class _Analysis:
 
 def _is_one_slope(layer: nn.Module) -> bool:
     return isinstance(layer, nn.PReLU) and layer.num_parameters == 1
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

@@ -38,10 +38,11 @@ class Reader:
         self._h = torch.cholesky_inverse(torch.linalg.cholesky(covariance[order][:, order]))
         self._g = kernel.T @ kernel
         self._h_cc, self._g_cc = self._diagonal(self._h), self._diagonal(self._g)
+        self._left = torch.arange(self._units)  # the units whose columns the large matrices have, in order
         self._start()
 
     def _start(self) -> None:
-        self._delayed: list[int] = []
+        self._delayed: list[int] = []  # places among those left
         room = max(1, DELAYED // self._size) * self._size
         self._u = torch.zeros(room, len(self._h), dtype=torch.float64)
         self._z = torch.zeros_like(self._u)
@@ -61,7 +62,8 @@ class Reader:
 
     def remove(self, unit: int) -> None:
         """Take a unit away, and repair the others for it."""
-        own = slice(unit * self._size, (unit + 1) * self._size)
+        place = int(torch.searchsorted(self._left, unit))
+        own = slice(place * self._size, (place + 1) * self._size)
         used = len(self._delayed) * self._size
         u, z = self._u[:used], self._z[:used]
         h_c = self._h[own] - u[:, own].T @ u
@@ -72,25 +74,30 @@ class Reader:
         inner = torch.linalg.solve_triangular(factor, half[:, own].T, upper=False)
         new_z = half - inner @ new_u / 2
         self._u[used : used + self._size], self._z[used : used + self._size] = new_u, new_z
-        self._delayed.append(unit)
+        self._delayed.append(place)
         self._update_diagonal(new_u, new_z)
         self._h_cc[unit] = torch.eye(self._size)  # nothing but rounding is left of it, which has no inverse
         if used + self._size == len(self._u):
             self._settle()
 
     def _update_diagonal(self, u: Tensor, z: Tensor) -> None:
-        n, m = self._units, self._size
+        n, m = len(self._left), self._size
         u_c, z_c = (one[:, : n * m].reshape(m, n, m).transpose(0, 1) for one in (u, z))
-        self._h_cc -= u_c.transpose(1, 2) @ u_c
+        self._h_cc[self._left] -= u_c.transpose(1, 2) @ u_c
         cross = u_c.transpose(1, 2) @ z_c
-        self._g_cc -= cross + cross.transpose(1, 2)
+        self._g_cc[self._left] -= cross + cross.transpose(1, 2)
 
     def _settle(self) -> None:
-        """Carry the delayed removals out."""
-        self._h -= self._u.T @ self._u
-        cross = self._u.T @ self._z
-        self._g -= cross
-        self._g -= cross.T
+        """Carry the delayed removals out, and leave the columns of what is gone behind."""
+        stays = torch.ones(len(self._left), dtype=torch.bool)
+        stays[self._delayed] = False
+        columns = torch.ones(len(self._h), dtype=torch.bool)
+        columns[: len(stays) * self._size] = stays.repeat_interleave(self._size)
+        u, z = self._u[:, columns], self._z[:, columns]
+        cross = u.T @ z
+        self._h = self._h[columns][:, columns] - u.T @ u
+        self._g = self._g[columns][:, columns] - cross - cross.T
+        self._left = self._left[stays]
         self._start()
 
 
