@@ -107,24 +107,30 @@ class _Analysis:
 
     def groups(self) -> tuple[list[Group], dict[str, str]]:
         for node in self._module.graph.nodes:
-            try:
-                channels = self._of(node)
-            except MismatchError as mismatch:
-                channels = None
-                self._pin(node, str(mismatch))
-                self._stays[node] = str(mismatch)
-            if channels is None:
-                self._stays.setdefault(node, next((self._stays[x] for x in _inputs(node) if x in self._stays), EDGE))
-            else:
-                self._channels[node] = channels
-        roots = dict.fromkeys(use.run.settled().space for use in self._uses["producers"])
-        groups = [self._group(root) for root in roots if root.pinned is None]
-        kept = {
-            str(use.node.target): root.pinned
-            for use in self._uses["producers"]
-            if (root := use.run.settled().space).pinned not in {None, EDGE}
-        }
-        return [group for group in groups if group.consumers], kept
+            self._visit(node)
+        made = {use: use.run.settled().space for use in self._uses["producers"]}
+        groups = {space: self._group(space) for space in made.values() if space.pinned is None}
+        kept: dict[str, str] = {}
+        for use, space in made.items():
+            if space.pinned is None and not groups[space].consumers:
+                kept[use.site.path] = "no layer reads its channels"
+            elif space.pinned not in {None, EDGE}:
+                kept[use.site.path] = str(space.pinned)
+        return [group for group in groups.values() if group.consumers], kept
+
+    def _visit(self, node: fx.Node) -> None:
+        """Write down what an operation makes of channels, or why they stay."""
+        try:
+            channels = self._of(node)
+        except MismatchError as mismatch:
+            self._pin(node, str(mismatch))
+            self._stays[node] = str(mismatch)
+            return
+        if channels is None:
+            reasons = [self._stays[source] for source in _inputs(node) if source in self._stays]
+            self._stays.setdefault(node, reasons[0] if reasons else EDGE)
+        else:
+            self._channels[node] = channels
 
     def _group(self, root: Space) -> Group:
         producers, passes, readers = (
