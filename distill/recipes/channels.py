@@ -173,7 +173,10 @@ class _Analysis:
         return self._function(node) if node in self._shapes else None
 
     def _layer(self, node: fx.Node, layer: nn.Module) -> Channels | None:
-        given = self._channels.get(_inputs(node)[0])
+        known = [self._channels[source] for source in _inputs(node) if source in self._channels]
+        given = known[0] if known else None
+        if known and len(_inputs(node)) > 1:
+            raise MismatchError(f"its channels meet others in a {type(layer).__name__}")
         if isinstance(layer, nn.Conv2d | nn.Linear):
             grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
             return self._grouped(node, layer, given) if grouped else self._dense(node, layer, given)

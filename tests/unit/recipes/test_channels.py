@@ -74,6 +74,10 @@ STOPPED: dict[str, tuple[Block, str]] = {
     "softmax": (Block(lambda self, x: x.softmax(1)), r"meet in softmax\(\)"),
     "shuffle": (Block(lambda self, x: x.view(2, 3, 4, 6, 6).transpose(1, 2).reshape(2, 12, 6, 6)), r"view\(\)"),
     "split": (Block(lambda self, x: x + torch.cat(x.split(6, 1)[::-1], 1)), r"meet in split\(\)"),
+    "a second input": (
+        Block(lambda self, x: x * self.near(torch.ones(2, 12, 6, 6), x)[:, None], near=nn.CosineSimilarity()),
+        "meet others in a CosineSimilarity",
+    ),
     "mean over channels": (Block(lambda self, x: x * x.mean(1, keepdim=True)), r"meet in mean\(\)"),
     "a weight": (Block(lambda self, x: x * self.first.bias.view(1, 12, 1, 1)), "a weight of it is used more than once"),
     "twice": (Block(lambda self, x: x + self.same(self.same(x)), same=nn.Conv2d(12, 12, 1)), "used more than once"),
