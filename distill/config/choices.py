@@ -74,7 +74,7 @@ class GranularityName(Choice):
     modules = "modules"
 
 
-RECIPES = ("separable", "separable_x2", "one_conv", "keep")  # those of distill.recipes, which needs torch
+RECIPES = ("separable", "separable_x2", "one_conv", "thin", "keep")  # those of distill.recipes, which needs torch
 
 
 class Init(Choice):

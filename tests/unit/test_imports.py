@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "training",
     },
     "student": {"blocks", "data", "errors", "extensions", "profiling", "recipes", "storage", "teachers"},
-    "recipes": {"blocks", "profiling"},
+    "recipes": {"blocks", "errors", "profiling"},
     "simulation": {"errors", "planning", "profiling", "reporting", "storage"},
     "profiling": {"blocks", "cuda", "planning", "training"},
     "training": {"blocks", "cuda", "data", "distributed", "errors", "extensions", "planning", "storage"},

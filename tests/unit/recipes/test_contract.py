@@ -26,6 +26,8 @@ CHANGING = [
     RECIPES["separable_x2"](rank=2),
     RECIPES["one_conv"](),
     RECIPES["one_conv"](kernel=1),
+    RECIPES["thin"](),
+    RECIPES["thin"](ratio=0.25, align=4, init="random"),
 ]
 
 
