@@ -66,18 +66,19 @@ def scale_of(norm: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def rebase(norm: nn.Module, flow: Flow, before: Tensor, after: Tensor) -> None:
+def rebase(norm: nn.Module, flow: Flow, before: Tensor, after: Tensor, bias: Tensor | None = None) -> None:
     """Give the batch norm behind a layer the statistics of the layer's new kernel, and keep the function's mean and
-    scale: m' = W' mu, v' = diag(W' Sigma W'^T), gamma' = s sqrt(v' + eps), beta' = beta + s (W mu - m), so that they
-    also last where the statistics are estimated anew. Kernels are (D, d)."""
+    scale: m' = W' mu + b, v' = diag(W' Sigma W'^T), gamma' = s sqrt(v' + eps), beta' = beta + s (W mu + b - m), so that
+    they also last where the statistics are estimated anew. Kernels are (D, d); `bias` is the layer's b (D)."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     variance = ((after @ flow.covariance) * after).sum(1)
-    shift = flow.scale * (before @ flow.mean - norm.running_mean.cpu().double())
+    offset = 0.0 if bias is None else bias.detach().cpu().double()
+    shift = flow.scale * (before @ flow.mean + offset - norm.running_mean.cpu().double())
     norm.bias.copy_(norm.bias.cpu().double() + shift)
     norm.weight.copy_(flow.scale * (variance + norm.eps).sqrt())
-    norm.running_mean.copy_(after @ flow.mean)
+    norm.running_mean.copy_(after @ flow.mean + offset)
     norm.running_var.copy_(variance)
 
 

@@ -110,4 +110,4 @@ def _keep_mean_and_scale(
     if norm is None:
         keep_mean(replacement, flow, matrix(conv.weight), matrix(kernel))
     else:
-        rebase(norm, flow, matrix(conv.weight), matrix(kernel))
+        rebase(norm, flow, matrix(conv.weight), matrix(kernel), conv.bias)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, Site, others
+from distill.recipes.least_squares import Flow, keep_mean, norm_of, rebase
 from distill.recipes.surgeon import Reader, regularized, remaining, repaired
 
 
@@ -78,7 +79,7 @@ def _by_surgery(block: nn.Module, group: Group, statistics: Mapping[str, InputSt
         reads[path] = torch.cat([columns(_layer(block, path).weight, site, every) for site in sites], 1)
         rest = others(len(covariance), torch.cat([reads[path].flatten(), lost.columns[path]]))
         kernel = _kernel(block, path)
-        scale = _scale(block, statistics[path].norm, len(kernel))
+        scale = Flow.of(statistics[path], kernel, norm_of(block, statistics[path])).scale.clone()
         scale[lost.outputs[path]] = 0.0
         readers.append(Reader(scale[:, None] * kernel, covariance, reads[path], rest))
     kept = remaining(readers, group.units, group.kept)
@@ -93,21 +94,13 @@ def _by_surgery(block: nn.Module, group: Group, statistics: Mapping[str, InputSt
 
 def _put(block: nn.Module, path: str, kernel: Tensor, seen: InputStatistics) -> None:
     """Give a layer another kernel, and move what follows it so that its mean and its scale stay."""
-    layer, before = _layer(block, path), _kernel(block, path)
+    layer, before, norm = _layer(block, path), _kernel(block, path), norm_of(block, seen)
     layer.weight.copy_(kernel.view(layer.weight.shape))
-    norm = _norm(block, seen.norm)
+    flow = Flow.of(seen, before, norm)
     if norm is not None:
-        bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
-        scale = _scale(block, seen.norm, len(kernel))
-        variance = ((kernel @ seen.covariance) * kernel).sum(1)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.bias.add_((scale * (before @ seen.mean + bias - norm.running_mean.cpu().double())).to(norm.bias))
-        norm.running_mean.copy_(kernel @ seen.mean + bias)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_(scale * (variance + norm.eps).sqrt())
-    elif layer.bias is not None:
-        layer.bias.add_(((before - kernel) @ seen.mean).to(layer.bias))
+        rebase(norm, flow, before, kernel, layer.bias)
+    else:
+        keep_mean(layer, flow, before, kernel)
 
 
 def _close(block: nn.Module, site: Site, away: Tensor, seen: InputStatistics | None) -> None:
@@ -136,19 +129,3 @@ def _layer(block: nn.Module, path: str) -> nn.Conv2d | nn.Linear:
 def _kernel(block: nn.Module, path: str) -> Tensor:
     """Return the weights of a layer (outputs, weights of one)."""
     return _layer(block, path).weight.detach().cpu().double().flatten(1)
-
-
-def _norm(block: nn.Module, path: str | None) -> nn.modules.batchnorm._BatchNorm | None:
-    """Return the batch norm at `path` if it is in the block and has all that is to be moved."""
-    norm = dict(block.named_modules()).get(path) if path is not None else None
-    fits = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.running_mean is not None
-    return norm if fits else None
-
-
-def _scale(block: nn.Module, path: str | None, outputs: int) -> Tensor:
-    """Return what the batch norm behind a layer multiplies its outputs by; one where there is none."""
-    norm = _norm(block, path)
-    if norm is None:
-        return torch.ones(outputs, dtype=torch.float64)
-    assert norm.running_var is not None
-    return norm.weight.detach().cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()

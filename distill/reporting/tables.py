@@ -74,7 +74,7 @@ def plan_table(
         table.add_row(
             name,
             str(owner[number]) if span else "-",
-            f"{span.first}-{span.budget}" if span else "-",
+            ("" if span.first == 0 else f"{span.first}-") + str(span.budget) if span else "-",
             "" if block is None else show_short(teacher.params[block]),
             show_short(student.params[number]),
             "" if block is None else show_short(teacher.flops[block]),

@@ -210,7 +210,7 @@ class TestImpossibleValues:
     @pytest.mark.parametrize(
         ("build", "message"),
         [
-            (lambda: schema.DistillConfig(steps=0), "distill.steps: got 0; expected a number >= 1"),
+            (lambda: schema.DistillConfig(steps=-1), "distill.steps: got -1; expected a number >= 0"),
             (
                 lambda: schema.DistillConfig(steps=None),
                 "distill.steps: got None; expected a number of steps, or distill.epochs",
@@ -241,7 +241,7 @@ class TestImpossibleValues:
             (lambda: student(rank=0), "student.rank: got 0; expected a number >= 1"),
             (
                 lambda: student("separable_x2"),
-                "student.init: got 'teacher'; expected random: separable_x2 has no initialisation from the teacher",
+                "student.init: got 'data'; expected random: separable_x2 has no initialisation from the teacher",
             ),
             (lambda: schema.CheckpointConfig(every=0), "checkpoint.every: got 0; expected a number >= 1"),
             (lambda: schema.FinetuneConfig(temperature=0.0), "finetune.temperature: got 0.0; expected a number > 0"),
