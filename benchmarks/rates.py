@@ -176,10 +176,11 @@ def _take_statistics(module: nn.Module, batches: Sequence[Tensor]) -> None:
 
 
 def fit_to_data(replacement: nn.Module, norm: nn.Module, kernel: Tensor, statistics: InputStatistics) -> None:
-    """Give a separable pair the weights theta of least || S (W - W_eff(theta)) Sigma^(1/2) ||^2, by L-BFGS from the SVD.
+    """Give a separable pair the weights theta of least || S (W - W_eff(theta)) Sigma^(1/2) ||^2, by L-BFGS.
 
-    S = gamma / sqrt(v + eps) of the batch norm behind; Sigma is the covariance of the unfolded input, with a ridge.
-    The batch norm's gamma and beta are moved so that mean and scale of the function stay.
+    It starts from the SVD of the kernel W. S = gamma / sqrt(v + eps) of the batch norm behind; Sigma is the covariance
+    of the unfolded input, with a ridge. The batch norm's gamma and beta are moved so that mean and scale of the
+    function stay.
     """
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().detach()
     wanted = kernel.detach().double().flatten(1)

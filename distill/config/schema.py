@@ -217,7 +217,8 @@ class DistillConfig:
     )
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
     lr: float | None = setting(
-        None, "peak learning rate; null: with adam a share of the layer's first weights (docs/architecture.md), else 0.003"
+        None,
+        "peak learning rate; null: with adam a share of a layer's first weights (docs/architecture.md), else 0.003",
     )
     momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
     smoothing: float = setting(0.99, "rmsprop's decay of its running mean square; Keras has 0.9")

@@ -73,7 +73,7 @@ def peak_rates(module: nn.Module, *, budget: int, options: TrainerOptions) -> di
 
 
 def _rate(layer: list[nn.Parameter], share: float) -> float:
-    """Return the rate of a layer's tensors, by the one with the largest weights: in a batch norm usually the factors."""
+    """Return the rate of a layer's tensors, by the one with the largest weights: in a batch norm mostly its factors."""
     size = max(float(parameter.detach().double().square().mean().sqrt()) for parameter in layer)
     return share * 2.0 ** round(math.log2(size)) if 0 < size < math.inf else FIXED_RATE
 

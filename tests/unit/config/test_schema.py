@@ -122,7 +122,7 @@ class TestMisspelling:
         with pytest.raises(
             ConfigError, match=r"distill\.lrr: this setting does not exist; expected 'distill\.lr' \(the nearest\)"
         ):
-            from_yaml(to_yaml(default).replace("  lr: 0.003", "  lrr: 0.003"))
+            from_yaml(to_yaml(default).replace("  lr: null", "  lrr: null"))
 
     @pytest.mark.parametrize(
         ("typed", "nearest"),

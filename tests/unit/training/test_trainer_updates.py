@@ -188,7 +188,7 @@ def test_dropout_in_a_block_draws_nothing_so_bits_do_not_depend_on_other_random_
 
 
 def small_weights(size: float) -> nn.Module:
-    """A block whose layers differ in size: the convolution's weights are of `size`, and a batch norm makes up for it."""
+    """A block whose layers differ in size: its first weights are of `size`, and a batch norm makes up for it."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
     with torch.no_grad():
