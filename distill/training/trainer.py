@@ -42,8 +42,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Reading:
-    """Losses of one block as read at the end of a log interval: `relative_error` is its mean over the interval, `lr` the
-    rate of the last step, where layers differ the one that most weights have."""
+    """Losses of one block as read at the end of a log interval: `relative_error` is its mean over the interval, `lr`
+    the rate of the last step, where layers differ that of the most weights."""
 
     unit: int
     step: int
