@@ -222,7 +222,10 @@ class DistillConfig:
         "normalized_mse", f"a block's loss against the teacher's activation: {', '.join(BLOCK_LOSSES)}, or from outside"
     )
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
-    lr: float = setting(3e-3, "peak learning rate")
+    lr: float | None = setting(
+        None,
+        "peak learning rate; null: with adam a share of a layer's first weights (docs/architecture.md), else 0.003",
+    )
     momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
     smoothing: float = setting(0.99, "rmsprop's decay of its running mean square; Keras has 0.9")
     weight_decay: float = setting(0.0, "weight decay")
