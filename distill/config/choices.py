@@ -76,6 +76,8 @@ class GranularityName(Choice):
 
 RECIPES = ("separable", "separable_x2", "one_conv", "thin", "keep")  # those of distill.recipes, which needs torch
 
+WITHOUT_WIDTHS = ("separable", "separable_x2", "one_conv", "keep")  # of those, the ones without an option align
+
 
 class Init(Choice):
     """Where first weights come from: what flows into layers, their weights alone, or nothing."""

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "errors", "machine", "observability", "reporting", "storage", "version"},
     "reporting": {"errors", "observability", "planning", "storage"},
     "cache": {"blocks", "errors", "machine", "storage"},
-    "config": {"data", "errors", "extensions", "planning", "storage", "teachers"},
+    "config": {"data", "errors", "extensions", "machine", "planning", "storage", "teachers"},
     "teachers": {"blocks", "errors", "extensions", "storage"},
     "data": {"errors", "extensions", "machine", "storage"},
     "observability": {"errors", "storage"},
