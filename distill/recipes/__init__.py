@@ -10,12 +10,14 @@ from distill.recipes.replacement import replace_convolutions, replace_layers
 from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
+from distill.recipes.thin import Thin
 
 RECIPES: dict[str, type[Recipe]] = {
     "separable": Separable,
     "separable_x2": SeparableX2,
     "one_conv": OneConv,
     "lowrank": LowRank,
+    "thin": Thin,
     "keep": Keep,
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "Recipe",
     "Separable",
     "SeparableX2",
+    "Thin",
     "View",
     "option",
     "replace_convolutions",

@@ -108,7 +108,11 @@ def replace_layers(
         form = plain_form(layer)
         replacement = way.build(form.layer)
         if generator is not None:
-            _start(way, replacement, form.layer, generator, (statistics or {}).get(path), network)
+            known = (statistics or {}).get(path)
+            norm = None if known is None else norm_of(network, known)
+            flow = None if known is None else Flow.of(known, matrix(form.layer.weight), norm)
+            way.initialize(replacement, form.layer, generator, flow)
+            _keep_mean_and_scale(way, replacement, form.layer, flow, norm)
         if form.pad is not None:
             replacement = nn.Sequential(OrderedDict(pad=form.pad, conv=replacement))
         replacement.train(layer.training)
@@ -119,26 +123,14 @@ def replace_layers(
             network.set_submodule(place, replacement)
 
 
-def _start(
-    recipe: Replacing,
-    replacement: nn.Module,
-    layer: Layer,
-    generator: torch.Generator,
-    statistics: InputStatistics | None,
-    network: nn.Module,
+def _keep_mean_and_scale(
+    way: Replacing, replacement: nn.Module, layer: Layer, flow: Flow | None, norm: nn.Module | None
 ) -> None:
-    """Give a replacement its first weights, and what comes behind it the mean and the scale that it had."""
-    if statistics is None or statistics.rows == 0:
-        recipe.initialize(replacement, layer, generator)
+    """Let outputs keep their mean, and their scale behind a batch norm, as far as the replacement is known."""
+    kernel = None if flow is None else way.kernel_of(replacement)
+    if flow is None or kernel is None:
         return
-    norm = norm_of(network, statistics)
-    before = matrix(layer.weight)
-    flow = Flow.of(statistics, before, norm)
-    recipe.initialize(replacement, layer, generator, flow)
-    kernel = recipe.kernel_of(replacement)
-    if kernel is None:
-        return
-    if norm is not None:
-        rebase(norm, flow, before, matrix(kernel))
+    if norm is None:
+        keep_mean(replacement, flow, matrix(layer.weight), matrix(kernel))
     else:
-        keep_mean(replacement, flow, before, matrix(kernel))
+        rebase(norm, flow, matrix(layer.weight), matrix(kernel), layer.bias)

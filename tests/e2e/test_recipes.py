@@ -30,12 +30,12 @@ class Centred(Separable):
     def wants(self, changes):
         return self.paths(changes)
 
-    def initialize(self, replacement, conv, generator, statistics=None):
+    def initialize(self, replacement, conv, generator, flow=None):
         super().initialize(replacement, conv, generator)
-        assert statistics.rows > 0
         width = conv.weight[0].numel()
-        assert statistics.covariance.shape == (width, width)
-        torch.linalg.cholesky(statistics.covariance + 1e-6 * torch.eye(width, dtype=torch.float64))
+        assert flow.covariance.shape == (width, width)
+        assert flow.scale.shape == (len(conv.weight),)
+        torch.linalg.cholesky(flow.covariance)
 """
 
 

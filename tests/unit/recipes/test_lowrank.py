@@ -13,12 +13,11 @@ from torch.nn.utils import parametrizations
 
 from distill.errors import ConfigError
 from distill.profiling.flops import module_flops
-from distill.profiling.statistics import InputStatistics, gather
+from distill.profiling.statistics import gather
 from distill.recipes import LowRank, View, replace_layers
 from distill.recipes.factors import CHANNEL, FORMS, SPATIAL, TUCKER, Factors, full_ranks, low_rank
 from distill.recipes.least_squares import Flow, matrix
 from distill.recipes.plain import Layer
-from distill.recipes.widths import aligned
 
 SEED = 7
 
@@ -147,15 +146,6 @@ class TestLowRank:
 
 
 class TestWidths:
-    @pytest.mark.parametrize(
-        ("wanted", "full", "align", "found"),
-        [(20, 64, 8, 24), (19.9, 64, 8, 16), (1, 64, 8, 8), (63, 60, 8, 60), (3, 5, 8, 5), (6.4, 64, 1, 6)],
-    )
-    def test_the_nearest_multiple_at_least_one_and_at_most_all(
-        self, wanted: float, full: int, align: int, found: int
-    ) -> None:
-        assert aligned(wanted, full, align) == found
-
     @pytest.mark.parametrize("layer", [conv(64, 96), conv(64, 96, kernel_size=1), linear(64, 96)], ids=str)
     @pytest.mark.parametrize("form", FORMS)
     def test_factors_have_the_share_of_the_weights_that_was_asked_for(self, layer: Layer, form: str) -> None:
@@ -285,14 +275,6 @@ class TestFirstWeights:
         recipe = LowRank(form=form, ratio=0.4, align=1)
         replace_layers(block, {"0": recipe.sized(block[0])}, generator(), statistics)
         torch.testing.assert_close(block(x).mean((0, 2, 3)), wanted, rtol=1e-3, atol=2e-3)
-
-    def test_where_nothing_was_seen_they_are_the_kernel_s(self) -> None:
-        block, again = (nn.Sequential(conv(16, 16)) for _ in range(2))
-        nothing = InputStatistics(torch.zeros(144).double(), torch.zeros(144, 144).double(), rows=0)
-        way = LowRank().sized(block[0])
-        replace_layers(block, {"0": way}, generator(), {"0": nothing})
-        replace_layers(again, {"0": way}, generator())
-        assert torch.equal(block[0].reduce.weight, again[0].reduce.weight)
 
 
 @pytest.mark.parametrize(
