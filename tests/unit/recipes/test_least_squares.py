@@ -73,17 +73,21 @@ def test_without_a_batch_norm_the_bias_keeps_the_mean(rows: Tensor, flow: Flow, 
     torch.testing.assert_close((rows @ after.T + layer.bias).mean(0), wanted)
 
 
-def test_factors_that_fit_what_flows_lose_less_than_those_of_the_kernel_alone(flow: Flow, kernel: Tensor) -> None:
-    depthwise, pointwise = decouple(kernel, 2)
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_factors_that_fit_what_flows_lose_less_than_those_of_the_kernel_alone(
+    flow: Flow, kernel: Tensor, memory_format: torch.memory_format, rank: int
+) -> None:
+    depthwise, pointwise = decouple(kernel.to(memory_format=memory_format), rank)
     found = fitted(kernel, depthwise, pointwise, flow)
 
     def lost(pair: tuple[Tensor, Tensor]) -> float:
-        return float(flow.error(kernel.flatten(1) - composed(pair[0].flatten(1), pair[1].flatten(1), 2)))
+        return float(flow.error(kernel.flatten(1) - composed(pair[0].flatten(1), pair[1].flatten(1), rank)))
 
     assert lost(found) < 0.7 * lost((depthwise, pointwise))
     # To first order nothing is left to gain.
     free = [factor.clone().requires_grad_() for factor in found]
-    flow.error(kernel.flatten(1) - composed(free[0].flatten(1), free[1].flatten(1), 2)).backward()
+    flow.error(kernel.flatten(1) - composed(free[0].flatten(1), free[1].flatten(1), rank)).backward()
     size = float(flow.error(kernel.flatten(1)))
     assert all(factor.grad is not None and factor.grad.norm() < 1e-2 * size for factor in free)
 
