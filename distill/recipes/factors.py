@@ -116,8 +116,7 @@ def first_factors(kernel: Tensor, form: str, ranks: Sequence[int], flow: Flow | 
     if form == CHANNEL:
         expand, reduce = low_rank(kernel.flatten(1), ranks[0], flow)
         return [reduce, expand]
-    found = _spatial(kernel, ranks[0]) if form == SPATIAL else _tucker(kernel, ranks, flow)
-    start = [factor.contiguous() for factor in found]  # as L-BFGS wants them
+    start = _spatial(kernel, ranks[0]) if form == SPATIAL else _tucker(kernel, ranks, flow)
     if flow is None:
         return start
     wanted = kernel.flatten(1)
