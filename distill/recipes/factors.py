@@ -80,7 +80,7 @@ def full_ranks(layer: Layer, form: str) -> tuple[int, ...]:
     return (inputs, last) if form == TUCKER else (last,)
 
 
-def ranks_for(layer: Layer, form: str, ratio: float) -> tuple[float, ...]:
+def ranks_of_ratio(layer: Layer, form: str, ratio: float) -> tuple[float, ...]:
     """Return the ranks, not yet whole numbers, whose factors have that share of the layer's weights; of tucker's two,
     each is the same share of its channels."""
     outputs, inputs, height, width = _sides(layer.weight)
@@ -94,6 +94,21 @@ def ranks_for(layer: Layer, form: str, ratio: float) -> tuple[float, ...]:
     core, outer = outputs * inputs * taps, inputs**2 + outputs**2
     share = ((outer**2 + 4 * core * weights) ** 0.5 - outer) / (2 * core)
     return share * inputs, share * outputs
+
+
+def ranks_of_energy(layer: Layer, form: str, energy: float) -> tuple[int, ...]:
+    """Return the least ranks that keep that share of the kernel's squared singular values; for tucker on each side.
+
+    They are the kernel's own: what flows into a layer is not known when sizes are chosen.
+    """
+    kernel = _double(layer.weight).reshape(_sides(layer.weight))
+    if form == SPATIAL:
+        unfolded = [_lines(kernel)]
+    else:
+        unfolded = [kernel.transpose(0, 1).flatten(1)] if form == TUCKER else []
+        unfolded.append(kernel.flatten(1))
+    kept = [torch.linalg.svdvals(one).square().cumsum(0) for one in unfolded]
+    return tuple(min(int((one < energy * one[-1]).sum()) + 1, len(one)) for one in kept)
 
 
 def composed(form: str, *factors: Tensor) -> Tensor:
@@ -171,9 +186,14 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _spatial(kernel: Tensor, rank: int) -> list[Tensor]:
     """Return the nearest factors (r, C, k, 1) and (D, r, 1, k), from the SVD of the unfolding (C k, D k)."""
     outputs, inputs, height, width = kernel.shape
-    left, right = low_rank(kernel.permute(1, 2, 0, 3).reshape(inputs * height, outputs * width), rank)
+    left, right = low_rank(_lines(kernel), rank)
     vertical = left.T.reshape(rank, inputs, height, 1)
     return [vertical, right.reshape(rank, outputs, width).transpose(0, 1).unsqueeze(2)]
+
+
+def _lines(kernel: Tensor) -> Tensor:
+    """Return a kernel (D, C, k, l) as (C k, D l)."""
+    return kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 def _tucker(kernel: Tensor, ranks: Sequence[int], flow: Flow | None) -> list[Tensor]:
@@ -201,9 +221,9 @@ def _trivial(kernel: Tensor, form: str) -> list[Tensor]:
     def eye(size: int) -> Tensor:
         return torch.eye(size, dtype=kernel.dtype, device=kernel.device)
 
-    outputs, inputs, height, width = _sides(kernel)
+    outputs, inputs, _, width = _sides(kernel)
     if form == SPATIAL:
-        unfolded = kernel.permute(1, 2, 0, 3).reshape(inputs * height, outputs * width)
+        unfolded = _lines(kernel)
         few = len(unfolded) <= unfolded.shape[1]
         left, right = (eye(len(unfolded)), unfolded) if few else (unfolded, eye(unfolded.shape[1]))
         return [left.T, right.reshape(-1, outputs, width).transpose(0, 1)]
