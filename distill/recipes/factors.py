@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.profiling.flops import module_flops
-from distill.recipes.least_squares import Flow, iterations_for, matrix, minimised
+from distill.recipes.least_squares import TINY, Flow, balanced, iterations_for, matrix, minimised, regressed
 from distill.recipes.plain import Layer
 from distill.recipes.recipe import Cost
 from distill.recipes.replacement import Replacing
 
 CHANNEL, SPATIAL, TUCKER = FORMS = ("channel", "spatial", "tucker")
-TINY = 1e-12  # relative: below it a factor is rounding, and a variance is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ def first_factors(kernel: Tensor, form: str, ranks: Sequence[int], flow: Flow | 
     if form == CHANNEL:
         expand, reduce = low_rank(kernel.flatten(1), ranks[0], flow)
         return [reduce, expand]
-    start = _spatial(kernel, ranks[0]) if form == SPATIAL else _tucker(kernel, ranks, flow)
+    start = _spatial(kernel, ranks[0], flow) if form == SPATIAL else _tucker(kernel, ranks, flow)
     if flow is None:
         return start
     wanted = kernel.flatten(1)
@@ -159,7 +158,7 @@ def low_rank(kernel: Tensor, rank: int, flow: Flow | None = None) -> tuple[Tenso
         right = vectors.T if inverse is None else vectors.T @ inverse
     if flow is not None:
         left = left / flow.scale[:, None]
-    return _balanced(left, right)
+    return balanced(left, right)
 
 
 def _largest(gram: Tensor, rank: int) -> Tensor:
@@ -175,18 +174,16 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * root, (vectors / root).T
 
 
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same product with the columns of the left as long as the rows of the right, where neither is none."""
-    columns, rows = left.norm(dim=0), right.norm(dim=1)
-    exist = (columns > TINY * columns.max()) & (rows > TINY * rows.max())
-    factor = torch.where(exist, (rows / columns).sqrt(), torch.ones_like(rows))
-    return left * factor, right / factor[:, None]
-
-
-def _spatial(kernel: Tensor, rank: int) -> list[Tensor]:
-    """Return the nearest factors (r, C, k, 1) and (D, r, 1, k), from the SVD of the unfolding (C k, D k)."""
+def _spatial(kernel: Tensor, rank: int, flow: Flow | None) -> list[Tensor]:
+    """Return factors (r, C, k, 1) and (D, r, 1, k): the nearest, from the SVD of the unfolding (C k, D k); with a flow,
+    the second as it is best behind the first."""
     outputs, inputs, height, width = kernel.shape
     left, right = low_rank(_lines(kernel), rank)
+    if flow is not None:
+        first, pixels = left.reshape(inputs, height, rank), torch.eye(width, dtype=left.dtype)
+        features = torch.einsum("cir,jl->cijrl", first, pixels).reshape(-1, rank * width)
+        second = regressed(kernel.flatten(1), features, flow).reshape(outputs, rank, width)
+        left, right = balanced(left, second.transpose(0, 1).flatten(1))
     vertical = left.T.reshape(rank, inputs, height, 1)
     return [vertical, right.reshape(rank, outputs, width).transpose(0, 1).unsqueeze(2)]
 

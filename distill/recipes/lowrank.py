@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import ConfigError, one_of
-from distill.recipes.factors import CHANNEL, FORMS, Factors, full_ranks, ranks_of_energy, ranks_of_ratio
+from distill.recipes.factors import (
+    CHANNEL,
+    FORMS,
+    SPATIAL,
+    TUCKER,
+    Factors,
+    full_ranks,
+    ranks_of_energy,
+    ranks_of_ratio,
+)
 from distill.recipes.layers import LayerRecipe
 from distill.recipes.least_squares import Flow
 from distill.recipes.plain import Layer
@@ -20,6 +29,7 @@ from distill.recipes.widths import aligned
 
 INITS = ("data", "teacher", "random")
 NARROW = 16  # channels at most that stay all: fewer save next to nothing, and a classifier of ten needs its ten
+WIDE = 256  # channels from which tucker loses no more than spatial does with as many weights, on real covariances
 WIDEST = 8192  # inputs of an output: a covariance is then half a GiB; wider layers begin with their kernel alone
 
 
@@ -29,7 +39,9 @@ class LowRank(LayerRecipe):
 
     replaces: ClassVar[str] = "dense convolutions or linear layers"
 
-    form: str = option(CHANNEL, "channel (k x k to few channels, then 1 x 1), spatial (k x 1, then 1 x k) or tucker")
+    form: str = option(
+        CHANNEL, "channel (k x k, then 1 x 1), spatial (k x 1, then 1 x k) or tucker (that, where wide: three)"
+    )
     ratio: float = option(0.5, "share of a layer's weights that its factors have, as nearly as align lets them")
     energy: float | None = option(
         None, "share of a kernel's squared singular values that its factors keep, for a ratio"
@@ -82,12 +94,17 @@ class LowRank(LayerRecipe):
     # What is done with one layer is for its factors to do.
 
     def sized(self, layer: Layer) -> Factors:
-        square = isinstance(layer, nn.Conv2d) and min(layer.kernel_size) > 1
-        form = self.form if square else CHANNEL
+        form = self._form_of(layer)
         full = full_ranks(layer, form)
         wanted = zip(self._wanted_ranks(layer, form), full, strict=True)
         ranks = [most if most <= NARROW else aligned(rank, most, self.align) for rank, most in wanted]
         return Factors(form=form, ranks=tuple(ranks), init=self.init)
+
+    def _form_of(self, layer: Layer) -> str:
+        if isinstance(layer, nn.Linear) or min(layer.kernel_size) == 1:
+            return CHANNEL
+        narrow = min(layer.in_channels, layer.out_channels) < WIDE
+        return SPATIAL if self.form == TUCKER and narrow else self.form
 
     def _wanted_ranks(self, layer: Layer, form: str) -> tuple[float, ...]:
         if self.rank is not None:

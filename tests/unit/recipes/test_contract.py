@@ -28,7 +28,7 @@ CHANGING = [
     RECIPES["one_conv"](kernel=1),
     RECIPES["lowrank"](),
     RECIPES["lowrank"](form="spatial", ratio=0.3, align=1, init="teacher"),
-    RECIPES["lowrank"](form="tucker", rank=8, init="random"),
+    RECIPES["lowrank"](form="spatial", rank=8, init="random"),
     RECIPES["thin"](),
     RECIPES["thin"](ratio=0.25, align=4, init="random"),
 ]

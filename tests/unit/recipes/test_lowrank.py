@@ -165,7 +165,7 @@ class TestWidths:
 
     def test_a_rank_goes_before_the_ratio(self) -> None:
         assert LowRank(rank=24, ratio=0.9).sized(conv(64, 96)).ranks == (24,)
-        assert LowRank(form="tucker", rank=24).sized(conv(16, 96)).ranks == (16, 24)
+        assert LowRank(form="tucker", rank=24).sized(conv(256, 300)).ranks == (24, 24)
 
     @pytest.mark.parametrize("layer", [conv(24, 32), conv(24, 32, kernel_size=1), linear(24, 32)], ids=str)
     @pytest.mark.parametrize("form", FORMS)
@@ -194,7 +194,11 @@ class TestWidths:
     @pytest.mark.parametrize("layer", OTHERS, ids=str)
     def test_what_has_no_two_sides_has_the_channel_form(self, layer: Layer) -> None:
         assert {LowRank(form=form).sized(layer).form for form in FORMS} == {CHANNEL}
-        assert [LowRank(form=form).sized(conv()).form for form in (SPATIAL, TUCKER)] == [SPATIAL, TUCKER]
+        assert LowRank(form=SPATIAL).sized(conv()).form == SPATIAL
+
+    def test_tucker_is_for_wide_layers(self) -> None:
+        assert LowRank(form=TUCKER).sized(conv(256, 300)).form == TUCKER
+        assert LowRank(form=TUCKER).sized(conv(255, 300)).form == SPATIAL
 
 
 class Encoder(nn.Module):
