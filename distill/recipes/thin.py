@@ -67,7 +67,7 @@ class Thin(Recipe):
 
     def _narrowed(self, group: Group) -> Group:
         width = group.units * group.step
-        return replace(group, kept=aligned(width, self.ratio, math.lcm(self.align, group.step)) // group.step)
+        return replace(group, kept=aligned(self.ratio * width, width, math.lcm(self.align, group.step)) // group.step)
 
     def cost(self, view: View, changes: Changes) -> Cost:
         groups, block, x = _groups(changes), view.module.eval(), view.sample[:1]

@@ -26,6 +26,9 @@ CHANGING = [
     RECIPES["separable_x2"](rank=2),
     RECIPES["one_conv"](),
     RECIPES["one_conv"](kernel=1),
+    RECIPES["lowrank"](),
+    RECIPES["lowrank"](form="spatial", ratio=0.3, align=1, init="teacher"),
+    RECIPES["lowrank"](form="tucker", width=8, init="random"),
     RECIPES["thin"](),
     RECIPES["thin"](ratio=0.25, align=4, init="random"),
 ]
