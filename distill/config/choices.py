@@ -74,7 +74,7 @@ class GranularityName(Choice):
     modules = "modules"
 
 
-RECIPES = ("separable", "separable_x2", "one_conv", "keep")  # those of distill.recipes, which needs torch
+RECIPES = ("separable", "separable_x2", "one_conv", "bottleneck", "inverted", "skip", "keep")  # distill.recipes
 
 
 class Init(Choice):

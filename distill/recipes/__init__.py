@@ -1,6 +1,8 @@
 """Recipes: how a block of the teacher becomes a cheaper one. One file a recipe, and this registry of them."""
 
+from distill.recipes.bottleneck import Bottleneck
 from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.inverted import Inverted
 from distill.recipes.keep import Keep
 from distill.recipes.one_conv import OneConv
 from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
@@ -8,26 +10,35 @@ from distill.recipes.replacement import replace_convolutions
 from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
+from distill.recipes.skip import Skip
+from distill.recipes.whole_block import WholeBlock
 
 RECIPES: dict[str, type[Recipe]] = {
     "separable": Separable,
     "separable_x2": SeparableX2,
     "one_conv": OneConv,
+    "bottleneck": Bottleneck,
+    "inverted": Inverted,
+    "skip": Skip,
     "keep": Keep,
 }
 
 __all__ = [
     "RECIPES",
+    "Bottleneck",
     "Changes",
     "ConvolutionRecipe",
     "Cost",
+    "Inverted",
     "Keep",
     "Kept",
     "OneConv",
     "Recipe",
     "Separable",
     "SeparableX2",
+    "Skip",
     "View",
+    "WholeBlock",
     "option",
     "replace_convolutions",
     "select",
