@@ -46,7 +46,7 @@ _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
-    ("student.options", {}), ("student.per_block", []),
+    ("student.options", {}), ("student.per_block", []), ("student.align", None),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"

@@ -9,12 +9,13 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.choices import CropMode, DataName, Interpolation, TeacherSource
+from distill.config.choices import WITHOUT_WIDTHS, CropMode, DataName, Interpolation, TeacherSource
 from distill.config.errors import explain
 from distill.config.paths import make_absolute
 from distill.config.reference import setting_kinds
-from distill.config.schema import DataConfig, JobConfig, TeacherConfig
+from distill.config.schema import DataConfig, JobConfig, StudentConfig, TeacherConfig
 from distill.errors import ConfigError
+from distill.machine.host import channels_at_a_time
 
 
 def load(cfg: DictConfig) -> JobConfig:
@@ -33,7 +34,15 @@ def load(cfg: DictConfig) -> JobConfig:
             _refuse_nameless(cfg)
         raise explain(error, setting_kinds()) from error
     _take_over(config.teacher, config.data)
+    if config.student.align is None and _has_widths(config.student):
+        config.student.align = channels_at_a_time()
     return config
+
+
+def _has_widths(student: StudentConfig) -> bool:
+    """Whether some block's recipe may have an option align; of those from outside nothing is known here."""
+    others = [entry.get("recipe") for entry in student.per_block.values() if isinstance(entry, dict)]
+    return not {student.recipe, *others} <= {None, *WITHOUT_WIDTHS}
 
 
 def _refuse_nameless(cfg: DictConfig) -> None:

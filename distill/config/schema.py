@@ -176,7 +176,7 @@ class StudentConfig:
         Init.data, "the recipe's option init: from the teacher's weights and data, from its weights alone, or random"
     )
     align: int | None = setting(
-        None, "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or CUDA, else 8"
+        None, "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or a GPU, else 8"
     )
     options: dict[str, Any] = setting({}, "the recipe's options by name (docs/networks.md lists them)")
     per_block: dict[str, Any] = setting(
@@ -213,7 +213,7 @@ class BlocksConfig:
 
 @dataclass(kw_only=True)
 class DistillConfig:
-    steps: int | None = setting(200, "steps of every block (its budget)")
+    steps: int | None = setting(200, "steps of every block (its budget); 0: first weights are what it gets")
     epochs: float | None = setting(None, "the budget in passes over the training data; it goes before distill.steps")
     views: int | None = setting(
         None, "fixed augmentations of every image that epochs take in turn while blocks train; null: always fresh ones"
@@ -222,7 +222,10 @@ class DistillConfig:
         "normalized_mse", f"a block's loss against the teacher's activation: {', '.join(BLOCK_LOSSES)}, or from outside"
     )
     optimizer: OptimizerName = setting(OptimizerName.adam, "a block's optimizer")
-    lr: float = setting(3e-3, "peak learning rate")
+    lr: float | None = setting(
+        None,
+        "peak learning rate; null: with adam a share of a layer's first weights (docs/architecture.md), else 0.003",
+    )
     momentum: float = setting(0.9, "momentum of sgd; the other optimizers do not use it")
     smoothing: float = setting(0.99, "rmsprop's decay of its running mean square; Keras has 0.9")
     weight_decay: float = setting(0.0, "weight decay")
@@ -242,7 +245,7 @@ class DistillConfig:
         LOSS.check(self.loss)
         if self.steps is None and self.epochs is None:
             raise ConfigError("distill.steps", self.steps, "a number of steps, or distill.epochs")
-        at_least("distill", self, steps=1, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
+        at_least("distill", self, steps=0, lr=0, momentum=0, weight_decay=0, warmup_steps=0, check_every=1)
         at_least("distill", self, check_batches=1, patience=1, min_delta=0, log_every=1, views=1)
         between("distill", self, 0.0, 1.0, "smoothing")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -323,9 +326,14 @@ class CacheConfig:
 @dataclass(kw_only=True)
 class AssembleConfig:
     batchnorm_batches: int = setting(50, "training batches over which batch-norm statistics are re-estimated")
+    refit_images: int = setting(
+        512,
+        "training images by which layers are fitted, in closed form, to what they get in the student; kept if that "
+        "helps; 0: none",
+    )
 
     def __post_init__(self) -> None:
-        at_least("assemble", self, batchnorm_batches=0)
+        at_least("assemble", self, batchnorm_batches=0, refit_images=0)
 
 
 @dataclass(kw_only=True)

@@ -2,60 +2,97 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from distill.blocks.memory_format import to_channels_last
 from distill.data import Dataset
 from distill.errors import DistillError
 from distill.job.blocks import Blocks
 from distill.job.context import Context
+from distill.job.first_weights import error_of, first_weights, held_out_images, relative_errors
+from distill.job.reconcile import AS_TRAINED, reconcile
 from distill.job.reuse import TEACHER
-from distill.observability.numbers import show_count
-from distill.recipes import Changes, Recipe
+from distill.observability.numbers import show, show_count
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.storage.ledger import Ledger, unit_file
-from distill.student.assemble import assemble, in_a_row, recalibrate, remembering_norms
+from distill.student.assemble import assemble, in_a_row
+
+log = logging.getLogger(__name__)
+
+State = Mapping[str, Tensor]
 
 
 def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> list[str]:
-    """Write assembled.safetensors (the blocks as they were trained) and recalibrated.safetensors (batch norms anew, by
-    whole batches on rank 0, so that they do not depend on the ranks). Returns the names of those that differ."""
+    """Write assembled.safetensors (the blocks as they were trained, or as they began where that was better) and
+    recalibrated.safetensors (fitted to one another, batch norms anew), all on rank 0, so that nothing depends on the
+    ranks. Returns the names of those that differ."""
 
     def work() -> dict[str, Any]:
         start = time.monotonic()
-        ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
-        weights = {number: ledger.weights(number) for number in sorted(blocks.units)}
-        student = assemble(teacher, changed=_changed(blocks), blocks=weights.values())
-        modules = {
-            one.input: blocks.student(number, weights.get(number, {})) for number, one in blocks.candidates.items()
-        }
-        if not in_a_row(student, blocks.chain, modules, dataset.train_batch(0).images):
-            raise DistillError(
-                "the assembled student is not its trained blocks in a row: it gives something else for the first "
-                "batch; the network's code reaches layers in other ways than by calling them: leave out their blocks "
-                "(blocks.exclude)"
-            )
+        weights, gone_back = _kept_weights(context, dataset, blocks)
+        student = _put_together(dataset, teacher, blocks, weights)
         save_network(context, "assembled", student)
-        to_channels_last(student, context.device)
-        batches = context.config.assemble.batchnorm_batches
-        norms = len(remembering_norms(student)) if batches > 0 else 0
-        if norms > 0:
-            recalibrate(student, (batch.images for batch in dataset.train_batches(0, batches)))
-        save_network(context, "recalibrated", student)
-        done = f"re-estimated on {show_count(batches, 'batch')}" if norms else "not re-estimated"
-        context.say(f"assembled {show_count(len(weights), 'student block')}; batch norms {done}")
-        return {"seconds": time.monotonic() - start, "batch_norms_re_estimated": norms}
+        best, record = reconcile(context, dataset, teacher, blocks, weights)
+        save_network(context, "recalibrated", best)
+        fitted = "; ".join(f"{name} {show(top1, '{:.2f} %')}" for name, top1 in record["validation_top1"].items())
+        context.say(
+            f"assembled {show_count(len(weights), 'student block')}, {record['chosen']} is best on validation images "
+            f"({fitted})"
+        )
+        return {"seconds": time.monotonic() - start, "gone_back": gone_back, **record}
 
     made = ["assembled.safetensors", "recalibrated.safetensors"]
     used = [TEACHER, *map(unit_file, blocks.units)]
     record = context.lead("assemble", work, made=made, used=used)
-    return ["assembled", "recalibrated"] if record["batch_norms_re_estimated"] else ["assembled"]
+    return ["assembled", "recalibrated"] if record["chosen"] != AS_TRAINED else ["assembled"]
+
+
+def _kept_weights(
+    context: Context, dataset: Dataset, blocks: Blocks
+) -> tuple[dict[int, State], dict[str, list[float]]]:
+    """Return every unit's weights: those trained, or where these are worse on held-out images, the first ones. And of
+    the units that have gone back to these, by name, the errors before and after training."""
+    ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
+    kept: dict[int, State] = {}
+    gone_back: dict[str, list[float]] = {}
+    images = held_out_images(dataset)
+    before = relative_errors(context)
+    for number, unit in sorted(blocks.units.items()):
+        kept[number] = ledger.weights(number)
+        if number not in before or ledger.entries[number].steps == 0:
+            continue
+        module = blocks.student(number, kept[number])
+        to_channels_last(module, context.device)
+        error = error_of(blocks, number, module.eval(), images)
+        if not error <= before[number]:
+            kept[number] = first_weights(context, number)
+            gone_back[unit.name] = [before[number], error]
+            log.warning(
+                "block %s: training has made it worse on held-out images (relative error %.3g from %.3g): it goes back "
+                "to its first weights; lower distill.lr or raise distill.steps",
+                unit.name, error, before[number],
+            )  # fmt: skip
+    return kept, gone_back
+
+
+def _put_together(dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]) -> nn.Module:
+    """Return the student network. Raises DistillError where it is not its blocks in a row."""
+    student = assemble(teacher, changed=blocks.changed, blocks=weights.values())
+    if not in_a_row(student, blocks.chain, blocks.students(weights), dataset.train_batch(0).images):
+        raise DistillError(
+            "the assembled student is not its trained blocks in a row: it gives something else for the first "
+            "batch; the network's code reaches layers in other ways than by calling them: leave out their blocks "
+            "(blocks.exclude)"
+        )
+    return student
 
 
 def save_network(context: Context, name: str, network: nn.Module) -> None:
@@ -65,11 +102,7 @@ def save_network(context: Context, name: str, network: nn.Module) -> None:
 
 def load_student_state(context: Context, name: str, teacher: nn.Module, blocks: Blocks) -> nn.Module:
     """Return the student with the weights of NAME.safetensors, on the device, in eval mode."""
-    student = assemble(teacher, changed=_changed(blocks), blocks=())
+    student = assemble(teacher, changed=blocks.changed, blocks=())
     load_state(student, load(context.run.read(f"{name}.safetensors")))
     to_channels_last(student, context.device)
     return student.eval()
-
-
-def _changed(blocks: Blocks) -> list[tuple[Recipe, Changes]]:
-    return [(one.recipe, one.changes) for one in blocks.in_order]

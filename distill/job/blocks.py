@@ -71,6 +71,11 @@ class Blocks:
         return [path for one in self.in_order for path in one.recipe.paths(one.changes)]
 
     @property
+    def changed(self) -> list[tuple[Recipe, Changes]]:
+        """What is changed by which recipe, in the network's order."""
+        return [(one.recipe, one.changes) for one in self.in_order]
+
+    @property
     def in_order(self) -> list[Candidate]:
         """The candidates as they follow one another in the network."""
         return sorted(self.candidates.values(), key=lambda one: one.input)
@@ -84,6 +89,15 @@ class Blocks:
         """Return a unit's module: with a generator its first weights, without one weights that mean nothing."""
         one = self.candidates[number]
         return one.recipe.student(self.chain.block_module(one.input), one.changes, generator, statistics)
+
+    def teacher_module(self, number: int) -> nn.Module:
+        """Return what a unit stands for: a copy of the teacher's blocks between its boundaries."""
+        one = self.candidates[number]
+        return nn.Sequential(*(self.chain.block_module(block) for block in range(one.input, one.target)))
+
+    def students(self, weights: Mapping[int, Mapping[str, Tensor]]) -> dict[int, nn.Module]:
+        """Return the modules of all candidates with their weights by number, by the block for which each stands."""
+        return {one.input: self.student(number, weights.get(number, {})) for number, one in self.candidates.items()}
 
     def student(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """Return a unit's module with its trained weights."""

@@ -55,8 +55,9 @@ def find_costs(context: Context, dataset: Dataset, blocks: Blocks, trainers: Tra
     sample, students = dataset.train_batch(0).images, trainers.students
     flops = flop_costs(blocks.chain, students, sample) if context.leads else None
     peak, peak_bytes, measured = PeakMemory(context.device), None, None
-    if context.config.plan.cost is Cost.measured:
-        measured = _measure(context, dataset, blocks, trainers, steps=step_budget(context.config, dataset))
+    steps = step_budget(context.config, dataset)
+    if context.config.plan.cost is Cost.measured and steps > 0:
+        measured = _measure(context, dataset, blocks, trainers, steps=steps)
         peak_bytes = peak.read()
     network = find_network(context)
     if flops is None:

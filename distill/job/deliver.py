@@ -18,6 +18,7 @@ from distill.errors import ConfigError, DistillError
 from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
+from distill.job.first_weights import relative_errors
 from distill.job.reuse import TEACHER
 from distill.job.teacher import architecture_of
 from distill.launch import provenance
@@ -26,7 +27,7 @@ from distill.observability.energy.joules import joules_per_image, summarize
 from distill.reporting import result_table, write_report
 from distill.reporting.tables import STUDENTS
 from distill.storage.files import read_json, write_json
-from distill.storage.ledger import Ledger
+from distill.storage.ledger import Entry, Ledger
 from distill.storage.run_directory import RunDirectory
 from distill.student.evaluate import measure_network
 from distill.student.files import StudentCard, save_student
@@ -153,7 +154,7 @@ def _metrics(
         "distill": run.result("distill"),
         "assemble": run.result("assemble"),
         "finetune": run.result("finetune"),
-        "blocks": [asdict(ledger.entries[block]) for block in sorted(ledger.entries)],
+        "blocks": [_block(context, blocks, entry) for _, entry in sorted(ledger.entries.items())],
         "data": {
             "name": context.config.data.name.name,
             "train_images": dataset.num_train,
@@ -172,6 +173,15 @@ def _metrics(
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.identity),
         "seed": context.config.seed,
+    }
+
+
+def _block(context: Context, blocks: Blocks, entry: Entry) -> dict[str, Any]:
+    """What is told of a unit: how it was made, what it holds, how it began and how it was trained."""
+    return asdict(entry) | {
+        "recipe": blocks.candidates[entry.unit].name,
+        "params": _count(blocks.build(entry.unit)),
+        "rel_error_start": relative_errors(context).get(entry.unit),
     }
 
 

@@ -15,10 +15,10 @@ from distill.engine.session import Session, SessionReport
 from distill.job.blocks import Blocks
 from distill.job.cache import Caching, is_cached, students_dtype
 from distill.job.context import Context
+from distill.job.first_weights import find_first_weights
 from distill.job.metrics import Readings, latest_readings
 from distill.job.plan import make_plan
 from distill.job.reuse import TEACHER, take_units, unit_identities
-from distill.job.statistics import find_statistics
 from distill.job.trainers import Trainers, step_budget
 from distill.observability.display import Display, UnitLine
 from distill.planning.plan import Plan
@@ -44,10 +44,11 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     caching = Caching(context, dataset, teacher, blocks) if is_cached(config) else None
     origin = context.run.origin(TEACHER)
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
-    statistics = find_statistics(context, dataset, teacher, blocks)
-    makers = Trainers(context, blocks, checkpoints, budget=budget, statistics=statistics)
+    with context.during("first_weights"):
+        start = find_first_weights(context, dataset, teacher, blocks)
+    makers = Trainers(context, blocks, checkpoints, budget=budget, start=start)
     with context.during("plan"):
-        plan, memory = make_plan(context, dataset, blocks, makers, caching)
+        plan, memory = make_plan(context, dataset, blocks, makers, caching, start=start)
     if config.stage is Stage.plan:
         return
     recorded = caching.record(plan) if caching is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def make_plan(
-    context: Context, dataset: Dataset, blocks: Blocks, trainers: Trainers, caching: Caching | None
+    context: Context,
+    dataset: Dataset,
+    blocks: Blocks,
+    trainers: Trainers,
+    caching: Caching | None,
+    *,
+    start: Mapping[int, float],
 ) -> tuple[Plan, Memory | None]:
     """Return the plan, the same on every rank: rank 0 makes it for the units that its ledger lacks; and on rank 0 the
-    memory that the plan keeps to."""
+    memory that the plan keeps to. `start` are the errors of first weights by unit, to be shown."""
     found = find_costs(context, dataset, blocks, trainers)
     if found is not None:
         plan = _chosen(context, found, blocks, caching)
@@ -36,7 +42,7 @@ def make_plan(
             plan = plan.started_in(dataset.measure_start())
         write_json(context.run.path / "plan.json", asdict(plan))
         write_json(context.run.path / "costs.json", _as_json(blocks, found, plan))
-        _show(context, blocks, plan, found)
+        _show(context, blocks, plan, found, start)
         show_memory(context, plan, found.costs)
         context.control.set("plan", plan.to_json())
     memory = found.costs.memory if found else None
@@ -93,10 +99,10 @@ def _as_json(blocks: Blocks, found: Found, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _show(context: Context, blocks: Blocks, plan: Plan, found: Found) -> None:
+def _show(context: Context, blocks: Blocks, plan: Plan, found: Found, start: Mapping[int, float]) -> None:
     """Print the plan."""
-    names = [block.name for block in blocks.chain.blocks]
-    context.console.print(plan_table(plan, names, blocks.units.values(), sizes=found.sizes, costs=found.seconds))
+    names, units = [block.name for block in blocks.chain.blocks], blocks.units.values()
+    context.console.print(plan_table(plan, names, units, sizes=found.sizes, costs=found.seconds, start=start))
     for rank, predicted in enumerate(plan.predicted_rank_s):
         context.say(f"rank {rank}: {_role(plan, rank)}, predicted {predicted:.1f} s")
     within = f" (within {100 * plan.gap:.2g} % of the optimum)" if plan.gap else ""

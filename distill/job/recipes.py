@@ -51,8 +51,8 @@ def recipes_of(config: JobConfig, blocks: Sequence[str]) -> dict[str, Named]:
 def _given(student: StudentConfig) -> dict[str, Any]:
     """Return the options that the section gives: student.rank, init and align to recipes that have them."""
     known = {field.name for field in fields(_class("student.recipe", student.recipe))}
-    usual = {"rank": student.rank, "init": student.init.name, "align": student.align or 16}
-    return {name: value for name, value in usual.items() if name in known} | dict(student.options)
+    usual = {"rank": student.rank, "init": student.init.name, "align": student.align}
+    return {name: value for name, value in usual.items() if name in known and value is not None} | dict(student.options)
 
 
 def _make(section: str, name: str, options: Mapping[str, Any]) -> Named:

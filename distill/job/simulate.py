@@ -24,6 +24,7 @@ from distill.planning.unit import Unit
 from distill.simulation.hardware import Device, Operation
 from distill.simulation.operations import Recorder
 from distill.teachers import build_architecture
+from distill.training.optim import FIXED_RATE
 from distill.training.trainer import BlockTrainer
 
 NUM_CLASSES = {DataName.digits: 10, DataName.cifar10: 10, DataName.cifar100: 100}  # other data: ImageNet's 1000
@@ -100,8 +101,8 @@ def _student(config: JobConfig, blocks: Blocks, unit: Unit) -> tuple[int, list[O
 
 
 def _trainer(config: JobConfig, unit: Unit, module: nn.Module) -> BlockTrainer:
-    """Return a trainer that never reads its losses: imagined ones have no values."""
-    options = replace(trainer_options(config), log_every=1_000_000)
+    """Return a trainer that never reads losses, and takes no rate from weights: imagined ones have no values."""
+    options = replace(trainer_options(config), log_every=1_000_000, lr=FIXED_RATE)
     trainer = BlockTrainer(unit, module.to_empty(device=CPU), budget=1_000_000, device=CPU, options=options)
     trainer.step = 1
     return trainer

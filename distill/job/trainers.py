@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from distill.blocks.chain import made_trainable
 from distill.blocks.memory_format import to_channels_last
 from distill.config.choices import Stop
@@ -16,14 +14,13 @@ from distill.config.plain import options_of
 from distill.config.schema import JobConfig
 from distill.cuda.lanes import Lane, lanes
 from distill.data import Dataset
-from distill.data.addressing import derive_seed
 from distill.job.blocks import Blocks
 from distill.job.context import Context
+from distill.job.first_weights import first_weights
 from distill.planning.costs import Span
 from distill.profiling.block_costs import (
     Students,
 )  # fmt: skip
-from distill.profiling.statistics import InputStatistics
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.training.optim import TrainerOptions
 from distill.training.trainer import BlockTrainer
@@ -48,10 +45,11 @@ class Trainers:
         checkpoints: CheckpointFolder,
         *,
         budget: int,
-        statistics: Mapping[str, InputStatistics],
+        start: Mapping[int, float],
     ) -> None:
+        """`start` are the relative errors of first weights, by a unit's number."""
         self._context, self._blocks, self._checkpoints, self._budget = context, blocks, checkpoints, budget
-        self._statistics = statistics
+        self._start = start
         self._student_bytes: dict[int, int] = {}
         graphs = context.device.type == "cuda" and context.config.distill.cuda_graphs
         self._lanes = lanes(context.device) if graphs else [Lane()]
@@ -62,15 +60,17 @@ class Trainers:
         return {unit: partial(self.fresh, number) for number, unit in self._blocks.units.items()}
 
     def fresh(self, number: int) -> BlockTrainer:
-        """Return a unit's trainer at step 0. Its first weights are a function of (seed, the unit's key) alone."""
+        """Return a unit's trainer at step 0, with its first weights."""
         config, device, unit = self._context.config, self._context.device, self._blocks.units[number]
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "student", unit.key))
-        module = made_trainable(self._blocks.build(number, generator, self._statistics))
+        module = made_trainable(self._blocks.student(number, first_weights(self._context, number)))
         to_channels_last(module, device)
         self._student_bytes[number] = sum(parameter.nbytes for parameter in module.parameters())
         lane = self._lanes[number % len(self._lanes)]
         options = trainer_options(config)
-        return BlockTrainer(unit, module, budget=self._budget, device=device, options=options, lane=lane)
+        trainer = BlockTrainer(unit, module, budget=self._budget, device=device, options=options, lane=lane)
+        # Until its first step has been read, which with a budget of none is never.
+        trainer.progress.rel_error_first = trainer.progress.rel_error_last = self._start[number]
+        return trainer
 
     def resumed(self, number: int) -> BlockTrainer:
         """Return a unit's trainer at its checkpoint's step, or at step 0 where it has none."""

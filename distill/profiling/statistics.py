@@ -114,7 +114,7 @@ def rows_of(layer: nn.Module, x: Tensor, *, turn: int) -> tuple[Tensor, Callable
     apart = min(height, width, max(1, math.isqrt(len(x) * height * width // wanted)))
     down, right = divmod(turn % apart**2, apart)
     crop = x[:, :, down * layer.stride[0] :, right * layer.stride[1] :].float()
-    strides = [step * apart for step in layer.stride]
+    strides = (apart * layer.stride[0], apart * layer.stride[1])
     patches = F.unfold(crop, layer.kernel_size, dilation=layer.dilation, stride=strides)
 
     def pick(y: Tensor) -> Tensor:

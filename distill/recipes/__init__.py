@@ -12,6 +12,7 @@ from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
 from distill.recipes.skip import Skip
 from distill.recipes.whole_block import WholeBlock
+from distill.recipes.thin import Thin
 
 RECIPES: dict[str, type[Recipe]] = {
     "separable": Separable,
@@ -20,6 +21,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "bottleneck": Bottleneck,
     "inverted": Inverted,
     "skip": Skip,
+    "thin": Thin,
     "keep": Keep,
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "Separable",
     "SeparableX2",
     "Skip",
+    "Thin",
     "View",
     "WholeBlock",
     "option",

@@ -22,4 +22,4 @@ class Bottleneck(ResidualBlock):
 
     def width(self, form: Form) -> int:
         widest = max(form.inputs, form.outputs)
-        return aligned(self.ratio * widest, widest, self.align)
+        return aligned(widest, self.ratio, self.align)

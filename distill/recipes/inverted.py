@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from distill.recipes.recipe import option
 from distill.recipes.residual import ResidualBlock
 from distill.recipes.whole_block import Form
-from distill.recipes.widths import aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +20,7 @@ class Inverted(ResidualBlock):
     expand: float = option(2.0, "inner width, as a multiple of the input's")
 
     def width(self, form: Form) -> int:
-        wanted = self.expand * form.inputs
-        return aligned(wanted, max(self.align, math.ceil(wanted)), self.align)
+        return self.align * max(1, round(self.expand * form.inputs / self.align))
 
     def groups(self, width: int) -> int:
         return width

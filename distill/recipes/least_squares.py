@@ -1,9 +1,9 @@
 """First weights that lose least of what a layer gives on the data, in closed form or by a smooth minimisation.
 
-A layer's output is W u for its unfolded inputs u. Another kernel W' in its place is off by (W - W') u, of which the next
-layer sees what the batch norm behind lets through, S = diag(s), s = gamma / sqrt(variance + eps). With the mean put
-right, the expected squared error is tr(S (W - W') Sigma (W - W')^T S), Sigma being the covariance of u. Everything is
-float64 on the CPU, so that every rank gets the same bits.
+A layer's output is W u for its unfolded inputs u. Another kernel W' in its place is off by (W - W') u, of which the
+next layer sees what the batch norm behind lets through, S = diag(s), s = gamma / sqrt(variance + eps). With the mean
+put right, the expected squared error is tr(S (W - W') Sigma (W - W')^T S), Sigma being the covariance of u. Everything
+is float64 on the CPU, so that every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -58,24 +58,27 @@ def norm_of(network: nn.Module, statistics: InputStatistics) -> nn.Module | None
 
 def scale_of(norm: nn.Module) -> Tensor:
     """Return a batch norm's gamma / sqrt(variance + eps) in eval mode; never quite 0."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_var is not None
     scale = norm.weight.detach().cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
     least = LEAST_SCALE * scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
 
 
 @torch.no_grad()
-def rebase(norm: nn.Module, flow: Flow, before: Tensor, after: Tensor) -> None:
+def rebase(norm: nn.Module, flow: Flow, before: Tensor, after: Tensor, bias: Tensor | None = None) -> None:
     """Give the batch norm behind a layer the statistics of the layer's new kernel, and keep the function's mean and
-    scale: m' = W' mu, v' = diag(W' Sigma W'^T), gamma' = s sqrt(v' + eps), beta' = beta + s (W mu - m), so that they
-    also last where the statistics are estimated anew. Kernels are (D, d)."""
+    scale: m' = W' mu + b, v' = diag(W' Sigma W'^T), gamma' = s sqrt(v' + eps), beta' = beta + s (W mu + b - m), so that
+    they also last where the statistics are estimated anew. Kernels are (D, d); `bias` is the layer's b (D)."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     variance = ((after @ flow.covariance) * after).sum(1)
-    shift = flow.scale * (before @ flow.mean - norm.running_mean.cpu().double())
+    offset = 0.0 if bias is None else bias.detach().cpu().double()
+    shift = flow.scale * (before @ flow.mean + offset - norm.running_mean.cpu().double())
     norm.bias.copy_(norm.bias.cpu().double() + shift)
     norm.weight.copy_(flow.scale * (variance + norm.eps).sqrt())
-    norm.running_mean.copy_(after @ flow.mean)
+    norm.running_mean.copy_(after @ flow.mean + offset)
     norm.running_var.copy_(variance)
 
 
@@ -126,7 +129,7 @@ def minimised(
         return found
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     ended = [factor.detach() for factor in free]
     with torch.no_grad():
         return ended if loss(ended) < loss(start) else start

@@ -54,6 +54,7 @@ class Recipe(ABC):
     """A way to make a block cheaper."""
 
     replaces: ClassVar[str]  # in words, for "a network with ..."
+    regressed: ClassVar[bool] = False  # whether its last layer and batch norms are to be fitted to the block's inputs
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments, all JSON values."""

@@ -85,7 +85,11 @@ def replace_convolutions(
         form = plain_form(conv)
         replacement = recipe.build(form.conv)
         if generator is not None:
-            _start(recipe, replacement, form.conv, generator, (statistics or {}).get(path), network)
+            known = (statistics or {}).get(path)
+            norm = None if known is None else norm_of(network, known)
+            flow = None if known is None else Flow.of(known, matrix(form.conv.weight), norm)
+            recipe.initialize(replacement, form.conv, generator, flow)
+            _keep_mean_and_scale(recipe, replacement, form.conv, flow, norm)
         if form.pad is not None:
             replacement = nn.Sequential(OrderedDict(pad=form.pad, conv=replacement))
         replacement.train(conv.training)
@@ -96,26 +100,14 @@ def replace_convolutions(
             network.set_submodule(place, replacement)
 
 
-def _start(
-    recipe: Replacing,
-    replacement: nn.Module,
-    conv: nn.Conv2d,
-    generator: torch.Generator,
-    statistics: InputStatistics | None,
-    network: nn.Module,
+def _keep_mean_and_scale(
+    recipe: Replacing, replacement: nn.Module, conv: nn.Conv2d, flow: Flow | None, norm: nn.Module | None
 ) -> None:
-    """Give a replacement its first weights, and what comes behind it the mean and the scale that it had."""
-    if statistics is None:
-        recipe.initialize(replacement, conv, generator)
+    """Let outputs keep their mean, and their scale behind a batch norm, as far as the replacement is known."""
+    kernel = None if flow is None else recipe.kernel_of(replacement)
+    if flow is None or kernel is None:
         return
-    norm = norm_of(network, statistics)
-    before = matrix(conv.weight)
-    flow = Flow.of(statistics, before, norm)
-    recipe.initialize(replacement, conv, generator, flow)
-    kernel = recipe.kernel_of(replacement)
-    if kernel is None:
-        return
-    if norm is not None:
-        rebase(norm, flow, before, matrix(kernel))
+    if norm is None:
+        keep_mean(replacement, flow, matrix(conv.weight), matrix(kernel))
     else:
-        keep_mean(replacement, flow, before, matrix(kernel))
+        rebase(norm, flow, matrix(conv.weight), matrix(kernel), conv.bias)

@@ -44,6 +44,7 @@ class WholeBlock(Recipe):
     """Replaces a block by layers of its own, where they have neither more parameters nor more FLOPs."""
 
     replaces: ClassVar[str] = "blocks of several layers that are one module, from images to images"
+    regressed: ClassVar[bool] = True
 
     @abstractmethod
     def layers(self, form: Form) -> nn.Module:

@@ -38,16 +38,24 @@ class Seconds(Protocol):
 
 EXPLANATION = (
     "FLOP: of one image in use, 2 per multiply-add. ms: of a batch in training, "
-    "the teacher's forward and a step of the student, which keeps what is not trained."
+    "the teacher's forward and a step of the student, which keeps what is not trained. "
+    "error: relative, of first weights."
 )
 
 
 def plan_table(
-    plan: Plan, names: Sequence[str], units: Collection[Unit], *, sizes: tuple[Size, Size], costs: Seconds
+    plan: Plan,
+    names: Sequence[str],
+    units: Collection[Unit],
+    *,
+    sizes: tuple[Size, Size],
+    costs: Seconds,
+    start: Mapping[int, float],
 ) -> Table:
-    """Return who trains what: what every block of teacher and student holds, computes in use and costs to train, and
-    what that makes of the whole network. Units besides those of single blocks (`names`) have rows of their own, below
-    the block with which they begin, and are no part of the whole."""
+    """Return who trains what: what every block of teacher and student holds, computes in use and costs to train, how
+    far off the student is before that (`start`, by number), and what that makes of the whole network. Units besides
+    those of single blocks (`names`) have rows of their own, below the block with which they begin, and are no part of
+    the whole."""
     teacher, student = sizes
     owner = {unit: rank for rank, owned in enumerate(plan.owners) for unit in owned}
     spans = {span.unit: span for span in plan.spans}
@@ -57,7 +65,7 @@ def plan_table(
     )
     # Headings of two lines leave 80 columns enough for a block's name.
     for heading in ("block", "rank", "steps", "teacher\nparams", "student\nparams", "teacher\nFLOP", "student\nFLOP",
-                    "teacher\nms", "student\nms"):  # fmt: skip
+                    "teacher\nms", "student\nms", "error"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "block" else "right", overflow="fold")
 
     def add(name: str, number: int, block: int | None) -> None:
@@ -66,13 +74,14 @@ def plan_table(
         table.add_row(
             name,
             str(owner[number]) if span else "-",
-            f"{span.first}-{span.budget}" if span else "-",
+            ("" if span.first == 0 else f"{span.first}-") + str(span.budget) if span else "-",
             "" if block is None else show_short(teacher.params[block]),
             show_short(student.params[number]),
             "" if block is None else show_short(teacher.flops[block]),
             show_short(student.flops[number]),
             "" if block is None else f"{1000 * costs.teacher[block]:.1f}",
             f"{1000 * costs.student[number]:.1f}" if costs.student[number] else "-",
+            f"{start[number]:.2g}" if number in start else "-",
         )
 
     for block, name in enumerate(names):
@@ -83,7 +92,8 @@ def plan_table(
     table.add_row(
         "all blocks", "", "", *(show_short(total) for total in _totals(teacher.params, student.params[: len(names)])),
         *(show_short(total) for total in _totals(teacher.flops, student.flops[: len(names)])),
-        f"{1000 * sum(costs.teacher):.1f}", f"{1000 * sum(costs.student[: len(names)]):.1f}", style="bold",
+        f"{1000 * sum(costs.teacher):.1f}", f"{1000 * sum(costs.student[: len(names)]):.1f}", "",
+        style="bold",
     )  # fmt: skip
     return table
 

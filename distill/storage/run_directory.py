@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FOLDERS = ("logs", "metrics", "stages")  # that a claim makes
 STAGES = (
     "teacher",
-    "statistics",
+    "first_weights",
     "distill",
     "assemble",
     "finetune",

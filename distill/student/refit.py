@@ -10,7 +10,7 @@ networks", section 3.2, where inputs are the pruned network's and targets the or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from distill.blocks.chain import Chain
 from distill.profiling.statistics import rows_of
 from distill.recipes.least_squares import matrix, scale_of
 
@@ -57,15 +58,14 @@ def before_activation(block: nn.Module, x: Tensor) -> Tensor:
     """Return what a block's last activation gets for `x`; its output, where it does not end in one."""
     with _BeforeActivation() as mode:
         y = block(x)
-    if mode.last is not None and mode.last[1] is y:
-        return mode.last[0]
-    return y  # type: ignore[no-any-return]
+    result: Tensor = mode.last[0] if mode.last is not None and mode.last[1] is y else y
+    return result
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer of a student block and the batch norm behind it, if any. What they give is to be what the teacher's
-    module `twin` gives; without one, they enter the block's output as a sum."""
+    """A linear layer of a student block and the batch norm behind it, if any. What they give is to be what the
+    teacher's module `twin` gives; without one, they enter the block's output as a sum."""
 
     layer: nn.Conv2d | nn.Linear
     norm: _BatchNorm | None
@@ -120,7 +120,7 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 def _is_fitted(layer: nn.Module, watched: _Watched) -> bool:
     dense = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    return dense and watched.order.count(layer) == 1
+    return dense and sum(other is layer for other in watched.order) == 1
 
 
 @dataclass
@@ -239,7 +239,8 @@ def _solve(site: Site, moments: _Moments) -> None:
     weight = after / scale[:, None]
     layer.weight.copy_(weight.reshape(layer.weight.shape))
     if norm is not None:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         variance = ((weight @ second) * weight).sum(1).clamp_min(0)
         norm.running_mean.copy_(weight @ mean_f + (0 if layer.bias is None else layer.bias.cpu().double()))
         norm.running_var.copy_(variance)
@@ -247,3 +248,20 @@ def _solve(site: Site, moments: _Moments) -> None:
         norm.bias.copy_(mean_t)
     elif layer.bias is not None:
         layer.bias.copy_(mean_t - after @ mean_f)
+
+
+@torch.no_grad()
+def refit_in_a_row(
+    chain: Chain, students: Mapping[int, nn.Module], paths: Mapping[int, Sequence[str]], images: Sequence[Tensor]
+) -> int:
+    """Fit the student blocks `students`, by the index of the block for which each stands, to what they get behind one
+    another; return how many layers were fitted. `images` are batches of the network's input."""
+    done = 0
+    inputs: list[Pair] = [(x, x) for x in images]
+    for index in range(len(chain.blocks)):
+        teacher = chain.block_module(index).eval()
+        student = students.get(index)
+        if student is not None and any(True for _ in student.parameters()):
+            done += refit_block(student.eval(), teacher, inputs, paths[index])
+        inputs = [(teacher(theirs), (student or teacher)(own)) for theirs, own in inputs]
+    return done

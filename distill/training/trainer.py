@@ -21,7 +21,7 @@ from distill.storage.aliases import load_state
 from distill.storage.checkpoint import Checkpoint, contiguous, unit_name
 from distill.training.channels import ChannelMap
 from distill.training.losses import block_loss, relative_error
-from distill.training.optim import TrainerOptions, learning_rate, make_optimizer
+from distill.training.optim import TrainerOptions, make_optimizer, set_rates
 from distill.training.stopwatch import Stopwatch
 
 # Begins to replace tensors by their means over several ranks; what it returns waits until they are.
@@ -42,7 +42,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Reading:
-    """Losses of one block as read at the end of a log interval (`relative_error` is its mean over the interval)."""
+    """Losses of one block as read at the end of a log interval: `relative_error` is its mean over the interval, `lr`
+    the rate of the last step, where layers differ that of the most weights."""
 
     unit: int
     step: int
@@ -79,7 +80,7 @@ class BlockTrainer:
         self._gives = None if unit.gives is None else ChannelMap(unit.gives, device)
         self._options = options
         self._loss = block_loss(options.loss)
-        self._optimizer = make_optimizer(module, options, device)
+        self._optimizer = make_optimizer(module, budget=budget, options=options, device=device)
         self.lane = lane or Lane()
         self._watch = Stopwatch(device)
         self._losses: list[Tensor] = []
@@ -104,13 +105,7 @@ class BlockTrainer:
         """One step on a batch. Shapes: the unit's two boundaries, batch first. Returns losses when it reads them."""
         with self._watch.running():
             self._settle()
-            rate = learning_rate(self.step, budget=self.budget, options=self._options)
-            for group in self._optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    # In place: a captured update reads the tensor that was there at the capture.
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+            rate = set_rates(self._optimizer, self.step, budget=self.budget, options=self._options)
             loss, error = self._update(inputs, targets)
             if self._average is not None:
                 gradients = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -56,7 +56,7 @@ def told(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     [
         (("distil.steps=3",), ("distil", "does not exist", "'distill' (the nearest)")),
         (("+distill.stepz=3",), ("distill.stepz", "does not exist", "'distill.steps' (the nearest)")),
-        (("distill.steps=0",), ("distill.steps", "0", ">= 1")),
+        (("distill.steps=-1",), ("distill.steps", "-1", ">= 0")),
         (("plan.strategy=fastest",), ("plan.strategy", "fastest", "broadcast")),
         (("plan.groups=true",), ("plan.groups", "True", "false with plan.strategy=broadcast")),
         (("plan.strategy=relay", "plan.teacher_ranks=1"), ("plan.teacher_ranks", "1", "null with plan.strategy=relay")),
@@ -75,7 +75,7 @@ def test_wrong_settings_are_told_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     "overrides",
-    [("distill.steps=0",), ("data=imagefolder", "data.root=nowhere"), ("device=cuda",), ("blocks.include=[nothing]",)],
+    [("distill.steps=-1",), ("data=imagefolder", "data.root=nowhere"), ("device=cuda",), ("blocks.include=[nothing]",)],
 )
 def test_a_refused_job_leaves_no_run_directory(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: tuple[str, ...]
@@ -191,9 +191,9 @@ def test_a_run_directory_of_another_configuration_is_left_alone(
     close_logs()
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    error = told(capsys, *quick, "distill.lr=0.5")
+    error = told(capsys, *quick, "finetune.lr=0.5")
     assert "run.dir" in error
-    assert "distill.lr=0.003 there, 0.5 here" in error
+    assert "finetune.lr=0.02 there, 0.5 here" in error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 

@@ -118,9 +118,10 @@ def test_a_network_is_fine_tuned_for_the_objective(bring: Bring, tmp_path: Path)
 
 def test_the_strategy_plans_what_can_be_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source,), (command,) = (fenced("docs/extending/strategy.md", language) for language in ("python", "sh"))
-    (tmp_path / "dealt.py").write_text(source)
+    name = "dealt"
+    (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    strategy = import_module("dealt").RoundRobin()
+    strategy = import_module(name).RoundRobin()
     assert f"plan.strategy={strategy.name} " in command
     monkeypatch.setitem(STRATEGIES, strategy.name, strategy)
     costs = Costs((1.0, 2.0, 1.0), (3.0, 4.0, 2.0), (10, 10, 10, 10), batch_size=8, slowness=(1.0, 2.0))

@@ -72,7 +72,9 @@ def test_every_block_is_trained_by_rmsprop_on_the_squared_error_at_one_rate(case
     assert config.distill.loss == "mse"
     assert config.distill.schedule is Schedule.constant
     assert config.distill.lr == 2e-3
-    optimizer = make_optimizer(torch.nn.Linear(1, 1), trainer_options(config), torch.device("cpu"))
+    optimizer = make_optimizer(
+        torch.nn.Linear(1, 1), budget=2, options=trainer_options(config), device=torch.device("cpu")
+    )
     assert isinstance(optimizer, torch.optim.RMSprop)
     assert [(group["lr"], group["alpha"]) for group in optimizer.param_groups] == [(2e-3, 0.9)]
 

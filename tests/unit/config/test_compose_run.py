@@ -72,7 +72,7 @@ def test_a_group_is_refused(run: str, override: str) -> None:
 def test_mistakes_are_explained_as_usual(run: str) -> None:
     assert "'distill.lr' (the nearest)" in refusal(f"run={run}", "distill.lrr=1")
     assert "'distill.lr' (the nearest)" in refusal(f"run={run}", "+distill.lrr=1")
-    assert refusal(f"run={run}", "distill.steps=0").startswith("distill.steps: got 0")
+    assert refusal(f"run={run}", "distill.steps=-1").startswith("distill.steps: got -1")
     assert refusal(f"run={run}", "seed=three").startswith("seed: got 'three'; expected an integer")
     assert "'deliver' (the nearest)" in refusal(f"run={run}", "stage=delivr")
 

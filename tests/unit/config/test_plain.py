@@ -23,9 +23,9 @@ def test_values_are_taken_by_name_and_choices_by_theirs() -> None:
 def test_a_field_that_no_setting_is_for_is_not_left_to_its_default() -> None:
     @dataclass
     class Other:
-        lr: float
+        momentum: float
         nowhere: int = 3
 
     with pytest.raises(AttributeError, match="nowhere"):
         options_of(Other, DistillConfig())
-    assert options_of(Other, DistillConfig(), nowhere=4) == Other(0.003, 4)
+    assert options_of(Other, DistillConfig(), nowhere=4) == Other(0.9, 4)

@@ -122,7 +122,7 @@ class TestMisspelling:
         with pytest.raises(
             ConfigError, match=r"distill\.lrr: this setting does not exist; expected 'distill\.lr' \(the nearest\)"
         ):
-            from_yaml(to_yaml(default).replace("  lr: 0.003", "  lrr: 0.003"))
+            from_yaml(to_yaml(default).replace("  lr: null", "  lrr: null"))
 
     @pytest.mark.parametrize(
         ("typed", "nearest"),
@@ -159,7 +159,8 @@ class TestWrongType:
         [
             ("seed=abc", "seed: got 'abc'; expected an integer"),
             ("distill.steps=1.5", "distill.steps: got '1.5'; expected an integer, or null"),
-            ("distill.lr=null", "distill.lr: got 'null'; expected a number"),
+            ("finetune.lr=null", "finetune.lr: got 'null'; expected a number"),
+            ("distill.lr=fast", "distill.lr: got 'fast'; expected a number, or null"),
             ("data.download=maybe", "data.download: got 'maybe'; expected true or false"),
             ("data.mean=grey", "data.mean: got 'grey'; expected a list of numbers, such as [1,2,3], or null"),
             (
@@ -210,7 +211,7 @@ class TestImpossibleValues:
     @pytest.mark.parametrize(
         ("build", "message"),
         [
-            (lambda: schema.DistillConfig(steps=0), "distill.steps: got 0; expected a number >= 1"),
+            (lambda: schema.DistillConfig(steps=-1), "distill.steps: got -1; expected a number >= 0"),
             (
                 lambda: schema.DistillConfig(steps=None),
                 "distill.steps: got None; expected a number of steps, or distill.epochs",
@@ -241,7 +242,7 @@ class TestImpossibleValues:
             (lambda: student(rank=0), "student.rank: got 0; expected a number >= 1"),
             (
                 lambda: student("separable_x2"),
-                "student.init: got 'teacher'; expected random: separable_x2 has no initialisation from the teacher",
+                "student.init: got 'data'; expected random: separable_x2 has no initialisation from the teacher",
             ),
             (lambda: schema.CheckpointConfig(every=0), "checkpoint.every: got 0; expected a number >= 1"),
             (lambda: schema.FinetuneConfig(temperature=0.0), "finetune.temperature: got 0.0; expected a number > 0"),
@@ -370,8 +371,10 @@ class TestReference:
 
     def test_defaults_shown_are_the_defaults(self, default: JobConfig) -> None:
         rows = {path: shown for path, _, shown, _ in settings()}
-        assert rows["distill.lr"] == "0.003"
+        assert rows["distill.lr"] == "null"
+        assert rows["finetune.lr"] == "0.02"
         assert rows["distill.optimizer"] == "adam"
         assert rows["distill.epochs"] == "null"
         assert rows["teacher.name"] == "from its group"
-        assert default.distill.lr == 0.003
+        assert default.distill.lr is None
+        assert default.finetune.lr == 0.02

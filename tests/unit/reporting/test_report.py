@@ -406,11 +406,11 @@ def test_names_of_blocks_are_whole_on_80_columns() -> None:
     plan = plan_broadcast(Costs((0.1,) * 3, (0.9,) * 3, (10,) * 4), [Span(block, 0, 46_890) for block in range(3)], 2)
     costs, sizes = Costly([0.1213] * 3, [1.0123] * 3), Sized([2_360_000] * 3, [231e6] * 3)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(plan_table(plan, names, (), sizes=(sizes, sizes), costs=costs))
+    console.print(plan_table(plan, names, (), sizes=(sizes, sizes), costs=costs, start={1: 0.0123}))
     rows = console.export_text().splitlines()[3:6]
     assert [row.split()[0] for row in rows] == names
-    figures = ["0-46890", "2.36", "M", "2.36", "M", "231", "M", "231", "M", "121.3", "1012.3"]
-    assert all(row.split()[2:] == figures for row in rows)
+    figures = ["46890", "2.36", "M", "2.36", "M", "231", "M", "231", "M", "121.3", "1012.3"]
+    assert [row.split()[2:] for row in rows] == [[*figures, error] for error in ("-", "0.012", "-")]
 
 
 def test_plan_table_shows_what_is_trained_what_it_saves_and_what_it_costs() -> None:
@@ -419,18 +419,22 @@ def test_plan_table_shows_what_is_trained_what_it_saves_and_what_it_costs() -> N
     )
     teacher, student = Sized([100, 9000, 9000], [1e6, 2e6, 2e6]), Sized([None, 1000, 2000], [None, 3e5, 4e5])
     costs = Costly([0.001] * 3, [0.0, 0.004, 0.005])
-    text = shown(plan_table(plan, ["stem", "layer1", "layer2"], (), sizes=(teacher, student), costs=costs))
+    text = shown(
+        plan_table(plan, ["stem", "layer1", "layer2"], (), sizes=(teacher, student), costs=costs, start={1: 0.2, 2: 3})
+    )
     assert "plan: broadcast on 2 ranks" in text
     assert "of one image in use, 2 per multiply-add" in " ".join(text.split())
-    assert re.search(r"stem +- +- +100 +- +1.00 M +- +1\.0 +-", text)
-    assert re.search(r"layer1 +[01] +0-9 +9.00 k +1.00 k +2.00 M +300 k +1\.0 +4\.0", text)
-    assert re.search(r"layer2 +[01] +5-9 +9.00 k +2.00 k +2.00 M +400 k +1\.0 +5\.0", text)
+    assert re.search(r"stem +- +- +100 +- +1.00 M +- +1\.0 +- +-", text)
+    assert re.search(r"layer1 +[01] +9 +9.00 k +1.00 k +2.00 M +300 k +1\.0 +4\.0 +0\.2", text)
+    assert re.search(r"layer2 +[01] +5-9 +9.00 k +2.00 k +2.00 M +400 k +1\.0 +5\.0 +3", text)
     assert re.search(r"all blocks +18.1 k +3.10 k +5.00 M +1.70 M +3\.0 +9\.0", text), "the stem stays the teacher's"
     units = [*map(Unit.of_block, (1, 2), ("layer1", "layer2")), Unit(3, "layer1..layer2:one", 1, 3, "one")]
     more = Costly(costs.teacher, [*costs.student, 0.0079])
     sized = Sized([*student.params, 500], [*student.flops, 1e5])
-    both = shown(plan_table(plan, ["stem", "layer1", "layer2"], units, sizes=(teacher, sized), costs=more))
+    both = shown(plan_table(plan, ["stem", "layer1", "layer2"], units, sizes=(teacher, sized), costs=more, start={}))
     assert re.search(r"layer1\.\.layer2:one +- +- +500 +100 k +7\.9", both), "the teacher's figures are its blocks'"
     assert re.search(r"all blocks +18.1 k +3.10 k +5.00 M +1.70 M +3\.0 +9\.0", both), "other units are no part of it"
-    between = plan_table(plan, ["a", "b", "c"], (), sizes=(Sized([None, 9, 9], [1, 2, 2]), student), costs=costs)
+    between = plan_table(
+        plan, ["a", "b", "c"], (), sizes=(Sized([None, 9, 9], [1, 2, 2]), student), costs=costs, start={}
+    )
     assert re.search(r"all blocks +- +- +5", shown(between))

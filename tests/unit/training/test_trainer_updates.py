@@ -11,31 +11,46 @@ import torch
 from torch import Tensor, nn
 
 from distill.planning.unit import Unit
-from distill.training.optim import TrainerOptions, learning_rate
+from distill.training.losses import relative_error
+from distill.training.optim import FIXED_RATE, RELATIVE_RATE, TrainerOptions, learning_rate, peak_rates
 from distill.training.trainer import BlockTrainer
 from tests.training import CPU, batch, look, module, same_bits, train, trainer, weights
 
 
 class TestLearningRate:
     def test_cosine_falls_from_the_peak_to_zero(self) -> None:
-        options = TrainerOptions(lr=2.0)
-        assert learning_rate(0, budget=10, options=options) == 2.0
-        assert learning_rate(5, budget=10, options=options) == pytest.approx(1.0)  # half way: half the peak
-        assert learning_rate(10, budget=10, options=options) == pytest.approx(0.0)
-        assert learning_rate(9, budget=10, options=options) == pytest.approx(1 + math.cos(0.9 * math.pi))
+        peak, options = 2.0, TrainerOptions()
+        assert learning_rate(0, peak=peak, budget=10, options=options) == 2.0
+        assert learning_rate(5, peak=peak, budget=10, options=options) == pytest.approx(1.0)  # half way: half the peak
+        assert learning_rate(10, peak=peak, budget=10, options=options) == pytest.approx(0.0)
+        assert learning_rate(9, peak=peak, budget=10, options=options) == pytest.approx(1 + math.cos(0.9 * math.pi))
 
     def test_rises_linearly_over_the_warm_up_and_peaks_after_it(self) -> None:
-        options = TrainerOptions(lr=2.0, warmup_steps=4)
-        assert [learning_rate(step, budget=10, options=options) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
-        assert learning_rate(7, budget=10, options=options) == pytest.approx(1.0)  # half way between 4 and 10
+        peak, options = 2.0, TrainerOptions(warmup_steps=4)
+        assert [learning_rate(step, peak=peak, budget=10, options=options) for step in range(5)] == [
+            0.5,
+            1.0,
+            1.5,
+            2.0,
+            2.0,
+        ]
+        assert learning_rate(7, peak=peak, budget=10, options=options) == pytest.approx(
+            1.0
+        )  # half way between 4 and 10
 
     def test_constant_stays_at_the_peak_after_the_warm_up(self) -> None:
-        options = TrainerOptions(lr=2.0, warmup_steps=2, schedule="constant")
-        assert [learning_rate(step, budget=5, options=options) for step in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+        peak, options = 2.0, TrainerOptions(warmup_steps=2, schedule="constant")
+        assert [learning_rate(step, peak=peak, budget=5, options=options) for step in range(5)] == [
+            1.0,
+            2.0,
+            2.0,
+            2.0,
+            2.0,
+        ]
 
     def test_a_warm_up_longer_than_the_budget_only_rises(self) -> None:
-        options = TrainerOptions(lr=1.0, warmup_steps=10)
-        assert [learning_rate(step, budget=3, options=options) for step in range(3)] == [0.1, 0.2, 0.3]
+        peak, options = 1.0, TrainerOptions(warmup_steps=10)
+        assert [learning_rate(step, peak=peak, budget=3, options=options) for step in range(3)] == [0.1, 0.2, 0.3]
 
     def test_the_rate_is_the_optimizer_s(self) -> None:
         one = trainer(budget=2, lr=0.0, optimizer="sgd")
@@ -170,3 +185,96 @@ def test_dropout_in_a_block_draws_nothing_so_bits_do_not_depend_on_other_random_
 
     quiet, noisy = weights(0), weights(17)
     assert all(torch.equal(quiet[name], noisy[name]) for name in quiet)
+
+
+def small_weights(size: float) -> nn.Module:
+    """A block whose layers differ in size: its first weights are of `size`, and a batch norm makes up for it."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    with torch.no_grad():
+        block[0].weight.mul_(size / block[0].weight.square().mean().sqrt())
+    return block
+
+
+def of(block: nn.Module, *, budget: int, **options: Any) -> BlockTrainer:
+    how = TrainerOptions(**options)
+    return BlockTrainer(Unit.of_block(0, "layer"), block, budget=budget, device=CPU, options=how)
+
+
+def taught(step: int) -> tuple[Tensor, Tensor]:
+    """A batch whose targets are those of the small weights, with the noise that a good start leaves."""
+    inputs, noise = batch(step)
+    with torch.no_grad():
+        return inputs, small_weights(1e-3).train()(inputs) + 0.02 * noise
+
+
+class TestRatesFromTheStart:
+    @pytest.mark.parametrize("budget", [1, 10, 50])
+    def test_a_good_start_of_small_weights_is_kept_where_one_rate_for_all_destroys_it(self, budget: int) -> None:
+        def after(**options: Any) -> float:
+            one = of(small_weights(1e-3), budget=budget, **options)
+            for step in range(budget):
+                one.update(*taught(step))
+            with torch.no_grad():
+                inputs, targets = taught(1000)
+                return float(relative_error(one.module.train()(inputs), targets))
+
+        start = after(lr=0.0)
+        assert after() < 1.2 * start
+        assert after(lr=3e-3) > 2 * start
+
+    def test_the_rate_of_a_layer_is_a_share_of_its_first_weights(self) -> None:
+        def rates(size: float) -> list[float]:
+            one = of(small_weights(size), budget=200)
+            group_of = {p: group["peak"] for group in one._optimizer.param_groups for p in group["params"]}
+            return [group_of[parameter] for parameter in one.module.parameters()]
+
+        conv, norm, shift, *_ = rates(1 / 256)
+        assert (conv, norm, shift) == (RELATIVE_RATE / 256, RELATIVE_RATE, RELATIVE_RATE)  # a bias moves as its layer
+        assert rates(1 / 16)[0] == 16 * conv
+        assert rates(1 / 16)[1:] == rates(1 / 256)[1:]
+
+    def test_short_budgets_have_lower_rates(self) -> None:
+        def rate(budget: int) -> float:
+            return max(peak_rates(small_weights(1.0), budget=budget, options=TrainerOptions()))
+
+        assert rate(50) == pytest.approx(rate(200) / 2)
+        assert rate(1) == pytest.approx(rate(200) / math.sqrt(200))
+        assert rate(200) == rate(10_000)
+
+    def test_a_layer_of_zeros_has_the_fixed_rate(self) -> None:
+        layer = nn.Linear(2, 2)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        assert [*peak_rates(layer, budget=9, options=TrainerOptions())] == [FIXED_RATE]
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+    def test_other_optimizers_have_the_fixed_rate(self, optimizer: str) -> None:
+        assert [*peak_rates(module(), budget=9, options=TrainerOptions(optimizer=optimizer))] == [FIXED_RATE]
+
+    def test_a_number_is_everyones_in_one_group(self) -> None:
+        one = trainer(lr=0.003)
+        (group,) = one._optimizer.param_groups
+        assert group["params"] == [*one.module.parameters()]
+        assert [reading.lr for reading in train(one, 1)] == [0.003]
+
+    def test_weights_in_two_layers_train_once(self) -> None:
+        block = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        block[1].weight = block[0].weight
+        found = [p for group in peak_rates(block, budget=9, options=TrainerOptions()).values() for p in group]
+        assert len(found) == len({*block.parameters()}) == 3
+
+    def test_what_is_read_is_the_rate_of_the_most_weights(self) -> None:
+        one = of(small_weights(1 / 256), budget=200)
+        (reading,) = train(one, 1)
+        assert reading.lr == RELATIVE_RATE / 256
+
+    def test_the_same_bits_resumed_though_weights_have_grown_meanwhile(self) -> None:
+        whole, one, two = (of(small_weights(1e-3), budget=12) for _ in range(3))
+        train(whole, 12)
+        train(one, 5)
+        state = one.checkpoint()
+        assert state is not None
+        two.resume(state)
+        train(two, 12)
+        assert same_bits(weights(two), weights(whole))

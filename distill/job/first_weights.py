@@ -1,0 +1,191 @@
+"""The first weights of every unit, before any is trained: computed once, by all ranks side by side, and kept in first/
+of the run directory, with their error on held-out images.
+
+A unit's are a function of (seed, the unit's key, its recipe, the teacher, the first training batches) alone, whoever
+computes them: the layers whose inputs a recipe asks about are watched by the rank that makes the unit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill.blocks.memory_format import to_channels_last
+from distill.data import Dataset
+from distill.data.addressing import derive_seed
+from distill.job.blocks import Blocks
+from distill.job.context import Context
+from distill.job.reuse import TEACHER
+from distill.observability.numbers import show_count
+from distill.profiling.statistics import InputStatistics, gather
+from distill.storage.checkpoint import contiguous
+from distill.storage.files import write_bytes
+from distill.student.assemble import recalibrate
+from distill.student.refit import refit_block
+from distill.training.losses import relative_error
+
+log = logging.getLogger(__name__)
+
+STAGE = "first_weights"
+AT_A_TIME = 2**30  # bytes of covariances that are gathered in one pass of the teacher
+IMAGES = 64  # of a batch are enough to judge a start by, or to fit one layer
+
+Statistics = Mapping[str, InputStatistics]
+
+
+def first_file(number: int) -> str:
+    """Return the name of the file of a unit's first weights within the run directory."""
+    return f"first/{number:02d}.safetensors"
+
+
+def first_weights(context: Context, number: int) -> dict[str, Tensor]:
+    """Return a unit's first weights, on the CPU."""
+    return load(context.run.read(first_file(number)))
+
+
+def relative_errors(context: Context) -> dict[int, float]:
+    """Return the relative errors of first weights on held-out images, by a unit's number; none in an earlier version's
+    run."""
+    result = context.run.result(STAGE) or {"relative_errors": {}}
+    return {int(number): error for number, error in result["relative_errors"].items()}
+
+
+def held_out_images(dataset: Dataset) -> Tensor:
+    """Return the validation images by which units are judged."""
+    return dataset.validation_batch(0).images[:IMAGES]
+
+
+def find_first_weights(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> dict[int, float]:
+    """Compute the first weights of all units; return their relative errors on held-out images by number, the same on
+    every rank. Every rank must call."""
+    result = context.completed(STAGE)
+    if result is None:
+        result = _compute(context, dataset, teacher, blocks)
+    return {int(number): error for number, error in result["relative_errors"].items()}
+
+
+def _compute(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> dict[str, Any]:
+    start = time.monotonic()
+    makers = _makers(blocks, context.world_size)
+    own = [number for number, rank in makers.items() if rank == context.rank]
+    for number, error in _make_all(context, dataset, teacher, blocks, own):
+        context.control.set(f"{STAGE}/{number}", error)
+    if not context.leads:
+        result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="first weights")
+        return result
+    errors = {
+        number: context.control.wait(f"{STAGE}/{number}", peer=rank, purpose="first weights")
+        for number, rank in makers.items()
+    }
+    watched = sorted({path for number in makers for path in _wanted(blocks, number)})
+    batches = context.config.student.statistics_batches
+    seconds = time.monotonic() - start
+    result = {"relative_errors": errors, "layers": watched, "batches": batches, "seconds": seconds}
+    context.run.complete(STAGE, result, made=[first_file(number) for number in makers], used=[TEACHER])
+    if watched:
+        layers, over = show_count(len(watched), "layer"), show_count(batches, "batch")
+        context.say(f"statistics: of the inputs of {layers}, over {over}")
+    context.say(f"first weights of {show_count(len(makers), 'block')} in {seconds:.1f} s")
+    context.control.set(f"result/{STAGE}", result)
+    return result
+
+
+def _makers(blocks: Blocks, world_size: int) -> dict[int, int]:
+    """Return which rank makes which unit's: the costly ones first, each to the rank that has least."""
+    cost = {number: 1.0 + sum(width**2 for width in _widths(blocks, number)) for number in blocks.units}
+    load, makers = [0.0] * world_size, {}
+    for number in sorted(cost, key=lambda number: (-cost[number], number)):
+        makers[number] = min(range(world_size), key=lambda rank: (load[rank], rank))
+        load[makers[number]] += cost[number]
+    return dict(sorted(makers.items()))
+
+
+def _wanted(blocks: Blocks, number: int) -> list[str]:
+    one = blocks.candidates[number]
+    return one.recipe.wants(one.changes)
+
+
+def _widths(blocks: Blocks, number: int) -> list[int]:
+    module = blocks.chain.block_module(blocks.candidates[number].input)
+    return [module.get_submodule(path).weight[0].numel() for path in _wanted(blocks, number)]  # type: ignore[index]
+
+
+def _make_all(
+    context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, own: Sequence[int]
+) -> Iterator[tuple[int, float]]:
+    """Write the first weights of these units; yield their numbers and errors."""
+    held_out = held_out_images(dataset)
+    for numbers in _in_groups(blocks, own):
+        statistics = _gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
+        for number in numbers:
+            module = _made(context, dataset, blocks, number, statistics)
+            write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
+            yield number, error_of(blocks, number, module, held_out)
+
+
+def _in_groups(blocks: Blocks, own: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the units in groups whose covariances have room together."""
+    used, group = 0, 0
+    groups: dict[int, int] = {}
+    for number in own:
+        needed = 8 * sum(width**2 for width in _widths(blocks, number))
+        if used and used + needed > AT_A_TIME:
+            used, group = 0, group + 1
+        used += needed
+        groups[number] = group
+    for _, numbers in groupby(own, key=groups.__getitem__):
+        yield list(numbers)
+
+
+def _gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequence[str]) -> Statistics:
+    if not paths:
+        return {}
+    batches = context.config.student.statistics_batches
+    layers = {path: teacher.get_submodule(path) for path in paths}
+    norms = {path: module for path, module in teacher.named_modules() if isinstance(module, _BatchNorm)}
+    found = gather(layers, (dataset.train_batch(step).images for step in range(batches)), teacher.eval(), norms)
+    return {path: one for path, one in found.items() if one.rows > 0}
+
+
+def _made(context: Context, dataset: Dataset, blocks: Blocks, number: int, statistics: Statistics) -> nn.Module:
+    """Return a unit's module with its first weights, in eval mode."""
+    unit, recipe = blocks.units[number], blocks.candidates[number].recipe
+    seed = derive_seed(context.config.seed, "student", unit.key)
+    module = blocks.build(number, torch.Generator().manual_seed(seed), statistics)
+    if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+        log.warning(
+            "block %s: its first weights are not finite; they are those of the teacher's weights alone", unit.name
+        )
+        module = blocks.build(number, torch.Generator().manual_seed(seed))
+    to_channels_last(module, context.device)
+    if recipe.regressed:
+        step = context.config.student.statistics_batches
+        _regress(blocks, number, module, dataset.train_batch(step).images)
+    return module.eval()
+
+
+def _regress(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> None:
+    """Complete first weights of a block that has none of the teacher's layers: its batch norms by what they get, its
+    last layer by regression."""
+    one = blocks.candidates[number]
+    inputs = blocks.chain.run(images, last=one.input, keep=[one.input])[one.input].float()
+    parts = list(torch.split(inputs, IMAGES))
+    recalibrate(module, parts)
+    teacher = blocks.teacher_module(number).eval()
+    refit_block(module.eval(), teacher, [(part, part) for part in parts], one.recipe.paths(one.changes))
+
+
+@torch.no_grad()
+def error_of(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> float:
+    """Return the relative error of a unit's module on the teacher's activations for these images."""
+    one = blocks.candidates[number]
+    found = blocks.chain.run(images, last=one.target, keep=[one.input, one.target])
+    return float(relative_error(module(found[one.input].float()), found[one.target]))

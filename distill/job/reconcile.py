@@ -1,0 +1,97 @@
+"""The blocks of a student reconciled: each was trained on the teacher's activations, and now gets what other students
+give. Closed forms put right what they can, and validation images say which of them help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.blocks.memory_format import to_channels_last
+from distill.data import Dataset
+from distill.job.blocks import Blocks
+from distill.job.context import Context
+from distill.student.assemble import assemble, recalibrate, remembering_norms
+from distill.student.evaluate import best_of, count_hits
+from distill.student.refit import refit_in_a_row
+
+AS_TRAINED = "as trained"
+JUDGED_BATCH, JUDGED_BATCHES = 250, 8  # validation images by which forms of the same student are compared
+FIT_FROM = 1000  # the first training batch whose images layers are fitted to: first weights have not seen it
+FIT_PART = 64  # images that run at a time
+FIT_BYTES = 2**30  # of activations that are kept meanwhile
+
+State = Mapping[str, Tensor]
+
+
+def reconcile(
+    context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the student as it is, with batch norms re-estimated, with layers fitted in closed form, or both: whichever
+    is best on validation images, the later of equals; and what was found."""
+    hits, chosen, best = {}, "", None
+    for name, network in _forms(context, dataset, teacher, blocks, weights):
+        hits[name] = count_hits(network, islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES))
+        if best is None or best_of({"before": hits[chosen], "now": hits[name]}) == "now":
+            chosen, best = name, network
+    assert best is not None
+    return best, {
+        "chosen": chosen,
+        "validation_top1": {name: None if one.not_finite else one.percent()["top1"] for name, one in hits.items()},
+    }
+
+
+def _forms(
+    context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the forms of the student that can be had, by what was done to it."""
+    config = context.config.assemble
+
+    def network(states: Iterable[State]) -> nn.Module:
+        student = assemble(teacher, changed=blocks.changed, blocks=states).eval()
+        to_channels_last(student, context.device)
+        return student
+
+    def re_estimated(states: Iterable[State]) -> Iterator[nn.Module]:
+        student = network(states)
+        if config.batchnorm_batches > 0 and remembering_norms(student):
+            recalibrate(student, (batch.images for batch in dataset.train_batches(0, config.batchnorm_batches)))
+            yield student
+
+    yield AS_TRAINED, network(weights.values())
+    yield from (("batch norms re-estimated", student) for student in re_estimated(weights.values()))
+    fitted = _fitted(context, dataset, blocks, weights) if config.refit_images > 0 else []
+    if fitted:
+        yield "layers fitted", network(fitted)
+        yield from (("layers fitted, batch norms re-estimated", student) for student in re_estimated(fitted))
+
+
+def _fitted(context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, State]) -> list[State]:
+    """Return the units' weights after their layers were fitted to what they get in a row; none where none could be."""
+    if not blocks.chain.divisible:
+        return []
+    modules = blocks.students(weights)
+    for module in modules.values():
+        to_channels_last(module, context.device)
+    paths = {one.input: one.recipe.paths(one.changes) for one in blocks.candidates.values()}
+    images = list(_images(dataset, blocks, context.config.assemble.refit_images))
+    if refit_in_a_row(blocks.chain, modules, paths, images) == 0:
+        return []
+    return [modules[blocks.candidates[number].input].state_dict() for number in weights]
+
+
+def _images(dataset: Dataset, blocks: Blocks, wanted: int) -> Iterator[Tensor]:
+    """Yield training images in parts, as many as are wanted as far as their activations have room."""
+    largest = max(boundary.nbytes // boundary.shape[0] for boundary in blocks.chain.boundaries)
+    left = max(FIT_PART, min(wanted, FIT_BYTES // (2 * largest)))
+    step = FIT_FROM
+    while left > 0:
+        for part in torch.split(dataset.train_batch(step).images, FIT_PART):
+            if left > 0:
+                yield part[:left]
+                left -= len(part)
+        step += 1
