@@ -11,8 +11,8 @@ from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
 from distill.recipes.skip import Skip
-from distill.recipes.whole_block import WholeBlock
 from distill.recipes.thin import Thin
+from distill.recipes.whole_block import WholeBlock
 
 RECIPES: dict[str, type[Recipe]] = {
     "separable": Separable,

@@ -13,10 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from distill.errors import ConfigError, one_of
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
-from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View
-from distill.recipes.routes import Routes
+from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
+
+INITS = ("data", "teacher", "random")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,16 @@ class WholeBlock(Recipe):
     """Replaces a block by layers of its own, where they have neither more parameters nor more FLOPs."""
 
     replaces: ClassVar[str] = "blocks of several layers that are one module, from images to images"
-    regressed: ClassVar[bool] = True
+
+    init: str = option("data", "first weights: data (fitted to the block), teacher (passing its input on) or random")
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ConfigError("student.options.init", self.init, one_of(INITS, self.init))
+
+    @property
+    def regressed(self) -> bool:
+        return self.init == "data"
 
     @abstractmethod
     def layers(self, form: Form) -> nn.Module:
@@ -54,10 +65,8 @@ class WholeBlock(Recipe):
     def predict(self, form: Form, before: int, after: int) -> Cost:
         """Return what the student costs where its input has `before` pixels and its output `after`."""
 
-    def adopt(
-        self, layers: nn.Module, form: Form, routes: Routes, statistics: Mapping[str, InputStatistics] | None
-    ) -> None:
-        """Take over what can be taken over from the teacher's layers; all others have random weights by now."""
+    def pass_on(self, layers: nn.Module) -> None:
+        """Let layers that have random weights pass their input on, as the block's shortcut does, as far as they can."""
 
     def propose(self, view: View) -> tuple[Changes | None, Kept]:
         x = view.sample.float()
@@ -72,7 +81,6 @@ class WholeBlock(Recipe):
             "stride": x.shape[2] // y.shape[2],
             # On the meta device there are no values to judge by.
             "relu": y.device.type != "meta" and bool((y >= 0).all()),
-            "routes": Routes.seen(view.module, x).paths,
         }
         reason = self._misshapen(Form.of(changes), x, y) or self._too_large(view, changes)
         return (changes, {}) if reason is None else (None, {view.name: reason})
@@ -109,9 +117,8 @@ class WholeBlock(Recipe):
         if generator is not None:
             for conv in (part for part in layers.modules() if isinstance(part, nn.Conv2d)):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
-            if getattr(self, "init", "random") != "random":
-                with torch.no_grad():
-                    self.adopt(layers, form, Routes.read(block, changes["routes"]), statistics)
+            if self.init != "random":
+                self.pass_on(layers)
         first = next(block.parameters())
         return Placed(changes["module"], layers).to(first.device, first.dtype).train(block.training)
 
@@ -123,6 +130,18 @@ class WholeBlock(Recipe):
 
     def paths(self, changes: Changes) -> list[str]:
         return [changes["module"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolving(WholeBlock):
+    """Has a convolution that looks around."""
+
+    kernel: int = option(3, "side of the convolution's kernel, odd")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError("student.options.kernel", self.kernel, "an odd integer >= 1")
 
 
 class Placed(nn.Module):

@@ -31,6 +31,7 @@ CHANGING = [
     RECIPES["inverted"](),
     RECIPES["inverted"](expand=1.5, kernel=5, init="teacher"),
     RECIPES["skip"](),
+    RECIPES["skip"](init="teacher"),
     RECIPES["thin"](),
     RECIPES["thin"](ratio=0.25, align=4, init="random"),
 ]
