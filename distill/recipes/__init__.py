@@ -2,11 +2,14 @@
 
 from distill.recipes.bottleneck import Bottleneck
 from distill.recipes.convolutions import ConvolutionRecipe
+from distill.recipes.halved import Halved
 from distill.recipes.inverted import Inverted
 from distill.recipes.keep import Keep
+from distill.recipes.layers import LayerRecipe
+from distill.recipes.lowrank import LowRank
 from distill.recipes.one_conv import OneConv
 from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
-from distill.recipes.replacement import replace_convolutions
+from distill.recipes.replacement import replace_convolutions, replace_layers
 from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
@@ -21,7 +24,9 @@ RECIPES: dict[str, type[Recipe]] = {
     "bottleneck": Bottleneck,
     "inverted": Inverted,
     "skip": Skip,
+    "lowrank": LowRank,
     "thin": Thin,
+    "halved": Halved,
     "keep": Keep,
 }
 
@@ -31,9 +36,12 @@ __all__ = [
     "Changes",
     "ConvolutionRecipe",
     "Cost",
+    "Halved",
     "Inverted",
     "Keep",
     "Kept",
+    "LayerRecipe",
+    "LowRank",
     "OneConv",
     "Recipe",
     "Separable",
@@ -44,5 +52,6 @@ __all__ = [
     "WholeBlock",
     "option",
     "replace_convolutions",
+    "replace_layers",
     "select",
 ]

@@ -28,4 +28,4 @@ class Bottleneck(ResidualBlock):
 
     def width(self, form: Form) -> int:
         widest = max(form.inputs, form.outputs)
-        return aligned(widest, self.ratio, self.align)
+        return aligned(self.ratio * widest, widest, self.align)

@@ -32,7 +32,12 @@ CHANGING = [
     RECIPES["inverted"](expand=1.5, kernel=5, init="teacher"),
     RECIPES["skip"](),
     RECIPES["skip"](init="teacher"),
+    RECIPES["lowrank"](),
+    RECIPES["lowrank"](form="spatial", ratio=0.3, align=1, init="teacher"),
+    RECIPES["lowrank"](form="tucker", width=8, init="random"),
     RECIPES["thin"](),
+    RECIPES["halved"](),
+    RECIPES["halved"](ratio=0.25, align=4, init="random"),
     RECIPES["thin"](ratio=0.25, align=4, init="random"),
 ]
 
