@@ -49,11 +49,21 @@ def inner_groups(module: nn.Module, x: Tensor) -> tuple[list[Group], dict[str, s
 
     Raises UntraceableError where the block has no graph.
     """
+    return _analysed(module, x).groups()
+
+
+def outer_layers(module: nn.Module, x: Tensor) -> list[str]:
+    """Return the dense convolutions and linear layers, in the order of use, whose outputs are channels that the block
+    has in common with others: those of what it gives for `x`. Conditions are those of inner_groups()."""
+    return _analysed(module, x).outer()
+
+
+def _analysed(module: nn.Module, x: Tensor) -> _Analysis:
     graph = module if isinstance(module, fx.GraphModule) else _traced(module, x)
     shapes = _Shapes(graph)
     with torch.no_grad():
         shapes.run(x)
-    return _Analysis(graph, shapes).groups()
+    return _Analysis(graph, shapes)
 
 
 @torch.no_grad()
@@ -104,10 +114,14 @@ class _Analysis:
         self._stays: dict[fx.Node, str] = {}
         self._uses: dict[str, list[_Use]] = {"producers": [], "passes": [], "readers": []}
         self._odd = odd_layers(module)
+        for node in module.graph.nodes:
+            self._visit(node)
+
+    def outer(self) -> list[str]:
+        made = {use.site.path: use.run.settled().space for use in self._uses["producers"]}
+        return [path for path, space in made.items() if space.pinned == EDGE]
 
     def groups(self) -> tuple[list[Group], dict[str, str]]:
-        for node in self._module.graph.nodes:
-            self._visit(node)
         made = {use: use.run.settled().space for use in self._uses["producers"]}
         groups = {space: self._group(space) for space in made.values() if space.pinned is None}
         kept: dict[str, str] = {}
