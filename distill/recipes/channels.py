@@ -1,4 +1,4 @@
-"""Which channels inside a block belong together: what is made, passed on and read as one, found in the block's graph.
+"""Which channels of blocks belong together: what is made, passed on and read as one, found in the blocks' graphs.
 
 A unit of a group is what can be taken away alone: one channel, or all channels of a convolution's group, at every layer
 that has it. Knows layers and operations, but no networks. What it does not know keeps the channels that reach it.
@@ -7,7 +7,7 @@ that has it. Knows layers and operations, but no networks. What it does not know
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ POINTWISE = {
     "hardtanh", "sigmoid", "tanh", "softplus", "softsign", "clamp", "abs", "neg", "square", "sqrt", "exp", "dropout",
     "stochastic_depth", "contiguous", "clone", "float", "add", "sub", "mul", "div", "truediv",
 }  # fmt: skip
+PADDED = "its code adds channels of zeros, so many whatever the width"
 SPATIAL = {"avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"}
 CONCATENATING = {"cat", "concat", "concatenate"}
 
@@ -49,11 +50,40 @@ def inner_groups(module: nn.Module, x: Tensor) -> tuple[list[Group], dict[str, s
 
     Raises UntraceableError where the block has no graph.
     """
-    graph = module if isinstance(module, fx.GraphModule) else _traced(module, x)
-    shapes = _Shapes(graph)
-    with torch.no_grad():
-        shapes.run(x)
-    return _Analysis(graph, shapes).groups()
+    found = follow([module], x)
+    return found.groups, found.kept
+
+
+@dataclass(frozen=True)
+class Part:
+    """Channels side by side at a boundary: `each` of them for every one of `units`, those of the group with this number
+    or, where it is None, of none that could lose some."""
+
+    group: int | None
+    units: int
+    each: int
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The groups of blocks in a row, in the order of use; why the outputs of other layers, by path, must stay; and for
+    every boundary between two blocks the parts that its channels are, none where they could not be followed."""
+
+    groups: list[Group]
+    kept: dict[str, str]
+    boundaries: list[tuple[Part, ...]]
+
+
+def follow(modules: Sequence[nn.Module], x: Tensor) -> Followed:
+    """Return what belongs together in blocks that run one after another, from the input `x` (two rows or more) of the
+    first; what that gets and the last one gives is not spoken of. All are in eval mode.
+
+    Raises UntraceableError where a block has no graph.
+    """
+    analysis = _Analysis()
+    for module in modules:
+        x = analysis.walk(module if isinstance(module, fx.GraphModule) else _traced(module, x), x)
+    return analysis.ended()
 
 
 @torch.no_grad()
@@ -68,55 +98,85 @@ def _traced(module: nn.Module, x: Tensor) -> fx.GraphModule:
 class _Shapes(fx.Interpreter):
     """Runs a graph and keeps the shape of every tensor, and of what else tensors come out."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, found: dict[fx.Node, tuple[int, ...]], several: set[fx.Node]) -> None:
         super().__init__(module)
-        self.found: dict[fx.Node, tuple[int, ...]] = {}
-        self.several: set[fx.Node] = set()
+        self._found, self._several = found, several
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.found[n] = tuple(result.shape)
+            self._found[n] = tuple(result.shape)
         elif any(isinstance(part, Tensor) for part in tree_leaves(result)):
-            self.several.add(n)
+            self._several.add(n)
         return result
 
 
 @dataclass(frozen=True)
 class _Use:
+    """Where a layer has channels of a run, from number `start` on."""
+
     node: fx.Node
     start: int
     run: Run
 
     @property
     def site(self) -> Site:
-        return Site(str(self.node.target), self.start, self.run.settled().each)
+        return Site(str(self.node.target), self.start, self.run.each)
+
+    def settled(self) -> Iterator[_Use]:
+        start = self.start
+        for run in self.run.settled():
+            yield _Use(self.node, start, run)
+            start += run.width
 
 
 class _Analysis:
-    """One walk through a graph. Tensors whose channels are not spoken of, the block's input first, have a reason."""
+    """A walk through graphs in a row. Tensors whose channels are not spoken of, the first one's input among them, have
+    a reason."""
 
-    def __init__(self, module: fx.GraphModule, shapes: _Shapes) -> None:
-        self._module = module
-        self._shapes: Mapping[fx.Node, tuple[int, ...]] = shapes.found
-        self._several = shapes.several
+    def __init__(self) -> None:
+        self._module = fx.GraphModule(nn.Module(), fx.Graph())
+        self._shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self._several: set[fx.Node] = set()
         self._channels: dict[fx.Node, Channels] = {}
         self._stays: dict[fx.Node, str] = {}
         self._uses: dict[str, list[_Use]] = {"producers": [], "passes": [], "readers": []}
-        self._odd = odd_layers(module)
+        self._odd: dict[str, str] = {}
+        self._between: list[Channels | str] = [EDGE]  # what passes between graphs, or why that is not spoken of
 
-    def groups(self) -> tuple[list[Group], dict[str, str]]:
-        for node in self._module.graph.nodes:
+    @torch.no_grad()
+    def walk(self, module: fx.GraphModule, x: Tensor) -> Tensor:
+        """Go through the next graph; return what it gives for `x`."""
+        self._module = module
+        self._odd |= odd_layers(module)
+        result: Tensor = _Shapes(module, self._shapes, self._several).run(x)
+        for node in module.graph.nodes:
             self._visit(node)
-        made = {use: use.run.settled().space for use in self._uses["producers"]}
-        groups = {space: self._group(space) for space in made.values() if space.pinned is None}
+        return result
+
+    def ended(self) -> Followed:
+        """Return what was found, when the last graph has been gone through."""
+        if isinstance(self._between[-1], Channels):
+            self._between[-1].pin(EDGE, always=True)
+        uses = {role: [one for use in found for one in use.settled()] for role, found in self._uses.items()}
+        spaces = dict.fromkeys(use.run.space for use in uses["producers"])
+        groups = {space: self._group(space, uses) for space in spaces if space.pinned is None}
         kept: dict[str, str] = {}
-        for use, space in made.items():
+        for use in uses["producers"]:
+            space = use.run.space
             if space.pinned is None and not groups[space].consumers:
                 kept[use.site.path] = "no layer reads its channels"
             elif space.pinned not in {None, EDGE}:
                 kept[use.site.path] = str(space.pinned)
-        return [group for group in groups.values() if group.consumers], kept
+        read = {space: group for space, group in groups.items() if group.consumers}
+        numbers = {space: number for number, space in enumerate(read)}
+        boundaries = [
+            tuple(Part(numbers.get(run.space), run.space.units, run.each) for run in between.settled())
+            if isinstance(between, Channels)
+            else ()
+            for between in self._between[1:-1]
+        ]
+        return Followed(list(read.values()), kept, boundaries)
 
     def _visit(self, node: fx.Node) -> None:
         """Write down what an operation makes of channels, or why they stay."""
@@ -132,10 +192,8 @@ class _Analysis:
         else:
             self._channels[node] = channels
 
-    def _group(self, root: Space) -> Group:
-        producers, passes, readers = (
-            [use for use in uses if use.run.settled().space is root] for uses in self._uses.values()
-        )
+    def _group(self, root: Space, uses: Mapping[str, Sequence[_Use]]) -> Group:
+        producers, passes, readers = ([use for use in found if use.run.space is root] for found in uses.values())
         ends = {use.node for use in producers}
         gates = [use for use in readers if self._reads_one_row(use.node) and not ends.isdisjoint(_behind(use.node))]
         consumers = [use for use in readers if use not in gates]
@@ -158,11 +216,13 @@ class _Analysis:
     # What an operation makes of the channels that it gets; None where there are none to speak of.
 
     def _of(self, node: fx.Node) -> Channels | None:
-        if node.op in {"placeholder", "get_attr"}:
-            self._stays[node] = EDGE if node.op == "placeholder" else "it is combined with a weight of no layer"
+        if node.op == "placeholder":
+            return self._entered(node)
+        if node.op == "get_attr":
+            self._stays[node] = "it is combined with a weight of no layer"
             return None
         if node.op == "output":
-            raise MismatchError(EDGE)
+            return self._left(_inputs(node)[0])
         if node.op == "call_module":
             return self._layer(node, self._module.get_submodule(str(node.target)))
         if not any(source in self._channels for source in _inputs(node)):
@@ -171,6 +231,19 @@ class _Analysis:
             raise MismatchError(f"its channels meet in {_name(node)}()")
         # A size is the same number whatever it is read from: what is made of it counts.
         return self._function(node) if node in self._shapes else None
+
+    def _entered(self, node: fx.Node) -> Channels | None:
+        given = self._between[-1]
+        if isinstance(given, Channels):
+            return given
+        self._stays[node] = given
+        return None
+
+    def _left(self, given: fx.Node) -> None:
+        channels = self._channels.get(given)
+        if channels is not None and channels.dim != 1:
+            channels.pin("between blocks its channels are not where those of images are")
+        self._between.append(self._stays[given] if channels is None else channels)
 
     def _layer(self, node: fx.Node, layer: nn.Module) -> Channels | None:
         known = [self._channels[source] for source in _inputs(node) if source in self._channels]
@@ -211,10 +284,10 @@ class _Analysis:
         if given is None:
             return None
         self._refuse(node, given, dim=1)
-        if len(given.runs) > 1:
+        if len(given.settled()) > 1:
             raise MismatchError("a convolution in groups reads it beside others")
         units = int(layer.groups)  # type: ignore[arg-type]
-        space = given.runs[0].divided(units)
+        space = given.settled()[0].divided(units)
         made = Channels(1, (Run(space, self._shapes[node][1] // units),))
         self._use("passes", node, made)
         return made
@@ -228,8 +301,10 @@ class _Analysis:
         given = self._channels.get(_inputs(node)[0])
         if given is None or len(_inputs(node)) > 1:
             raise MismatchError(f"its channels meet in {name}()")
-        if name in SPATIAL:
+        if name in SPATIAL or (name == "getitem" and _leaves_out_no_dim(node, given.dim)):
             return self._spatial(node, given)
+        if name == "pad":
+            return self._padded(node, given)
         return self._rearranged(node, name, given)
 
     def _rearranged(self, node: fx.Node, name: str, given: Channels) -> Channels:
@@ -276,6 +351,19 @@ class _Analysis:
                 raise MismatchError("it is concatenated along something else than channels")
             runs += given.runs
         return Channels(dim, tuple(runs))
+
+    def _padded(self, node: fx.Node, given: Channels) -> Channels:
+        """Zeros around it. Of channels of zeros there are as many in the student: the network's code says how many."""
+        place = 2 * (len(self._shapes[node]) - given.dim - 1)
+        before, after = (*_numbers(node), *[0] * (place + 2))[place : place + 2]
+        if node.kwargs.get("mode", (*node.args, *["constant"] * 3)[2]) != "constant" or min(before, after) < 0:
+            raise MismatchError("its channels meet in pad()")
+        around = []
+        for zeros in (before, after):
+            added = Channels(given.dim, (Run(Space(zeros), 1),) if zeros else ())
+            added.pin(PADDED)
+            around.append(added.runs)
+        return Channels(given.dim, (*around[0], *given.runs, *around[1]))
 
     def _spatial(self, node: fx.Node, given: Channels) -> Channels:
         if given.dim != 1 or len(self._shapes[node]) != IMAGES_DIM:
@@ -326,6 +414,14 @@ def _numbers(node: fx.Node) -> list[int]:
     """Return the whole numbers among an operation's arguments, those in tuples too."""
     leaves = tree_leaves((node.args, node.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, int) and not isinstance(leaf, bool)]
+
+
+def _leaves_out_no_dim(node: fx.Node, channels: int) -> bool:
+    """Whether an index keeps all dimensions of a tensor, and all of its channels."""
+    index = node.args[1]
+    places = index if isinstance(index, tuple) else (index,)
+    sliced = all(isinstance(place, slice) for place in places)
+    return sliced and (len(places) <= channels or places[channels] == slice(None))
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:
