@@ -176,7 +176,8 @@ class StudentConfig:
         Init.data, "the recipe's option init: from the teacher's weights and data, from its weights alone, or random"
     )
     align: int | None = setting(
-        None, "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or a GPU, else 8"
+        None,
+        "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or a GPU, else 8",
     )
     options: dict[str, Any] = setting({}, "the recipe's options by name (docs/networks.md lists them)")
     per_block: dict[str, Any] = setting(

@@ -6,12 +6,14 @@ it. Knows nothing of graphs, and of which units are worth keeping.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ROLES = ("producers", "passes", "consumers", "gates")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Group:
         """The layers that it runs through."""
         return list(dict.fromkeys(site.path for site in (*self.outputs, *self.inputs)))
 
+    def within(self, paths: Collection[str]) -> Group:
+        """Return what of it is at these layers."""
+        sites = {role: tuple(site for site in getattr(self, role) if site.path in paths) for role in ROLES}
+        return replace(self, **sites)
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self)
@@ -67,8 +74,7 @@ class Group:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Group:
         """Return what as_json() was given of."""
-        roles = ("producers", "passes", "consumers", "gates")
-        sites = {role: tuple(Site(**site) for site in values[role]) for role in roles}
+        sites = {role: tuple(Site(**site) for site in values[role]) for role in ROLES}
         return cls(units=values["units"], kept=values["kept"], **sites)
 
 
