@@ -74,7 +74,7 @@ class GranularityName(Choice):
     modules = "modules"
 
 
-RECIPES = ("separable", "separable_x2", "one_conv", "thin", "keep")  # those of distill.recipes, which needs torch
+RECIPES = ("separable", "separable_x2", "one_conv", "thin", "stream", "keep")  # of distill.recipes, which needs torch
 
 WITHOUT_WIDTHS = ("separable", "separable_x2", "one_conv", "keep")  # of those, the ones without an option align
 

@@ -8,6 +8,7 @@ from distill.recipes.replacement import replace_convolutions
 from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
+from distill.recipes.stream import Stream
 from distill.recipes.thin import Thin
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -15,6 +16,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "separable_x2": SeparableX2,
     "one_conv": OneConv,
     "thin": Thin,
+    "stream": Stream,
     "keep": Keep,
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "Recipe",
     "Separable",
     "SeparableX2",
+    "Stream",
     "Thin",
     "View",
     "option",

@@ -72,6 +72,7 @@ class Followed:
     groups: list[Group]
     kept: dict[str, str]
     boundaries: list[tuple[Part, ...]]
+    crossing: frozenset[str]  # the layers whose outputs, or some of them, reach a boundary
 
 
 def follow(modules: Sequence[nn.Module], x: Tensor) -> Followed:
@@ -170,13 +171,11 @@ class _Analysis:
                 kept[use.site.path] = str(space.pinned)
         read = {space: group for space, group in groups.items() if group.consumers}
         numbers = {space: number for number, space in enumerate(read)}
-        boundaries = [
-            tuple(Part(numbers.get(run.space), run.space.units, run.each) for run in between.settled())
-            if isinstance(between, Channels)
-            else ()
-            for between in self._between[1:-1]
-        ]
-        return Followed(list(read.values()), kept, boundaries)
+        runs = [one.settled() if isinstance(one, Channels) else () for one in self._between[1:-1]]
+        boundaries = [tuple(Part(numbers.get(run.space), run.space.units, run.each) for run in one) for one in runs]
+        crossing = {run.space for one in runs for run in one}
+        paths = frozenset(use.site.path for use in uses["producers"] if use.run.space in crossing)
+        return Followed(list(read.values()), kept, boundaries, paths)
 
     def _visit(self, node: fx.Node) -> None:
         """Write down what an operation makes of channels, or why they stay."""
