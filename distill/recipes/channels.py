@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from distill.blocks.tracing import UntraceableError, trace
 from distill.recipes.group import Group, Site
 from distill.recipes.odd_layers import odd_layers
 from distill.recipes.spaces import Channels, MismatchError, Run, Space
+from distill.recipes.zeros import is_padding, padder
 
 POINTWISE_LAYERS = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
@@ -119,16 +120,17 @@ class _Use:
     node: fx.Node
     start: int
     run: Run
+    path: str
 
     @property
     def site(self) -> Site:
-        return Site(str(self.node.target), self.start, self.run.each)
+        return Site(self.path, self.start, self.run.each)
 
     def settled(self) -> Iterator[_Use]:
         start = self.start
         for run in self.run.settled():
-            yield _Use(self.node, start, run)
-            start += run.width
+            yield replace(self, start=start, run=run)
+            start += 0 if is_padding(self.node) else run.width  # of zeros one is as good as another
 
 
 class _Analysis:
@@ -141,7 +143,7 @@ class _Analysis:
         self._several: set[fx.Node] = set()
         self._channels: dict[fx.Node, Channels] = {}
         self._stays: dict[fx.Node, str] = {}
-        self._uses: dict[str, list[_Use]] = {"producers": [], "passes": [], "readers": []}
+        self._uses: dict[str, list[_Use]] = {role: [] for role in ("producers", "passes", "readers", "zeros")}
         self._odd: dict[str, str] = {}
         self._between: list[Channels | str] = [EDGE]  # what passes between graphs, or why that is not spoken of
 
@@ -192,12 +194,14 @@ class _Analysis:
             self._channels[node] = channels
 
     def _group(self, root: Space, uses: Mapping[str, Sequence[_Use]]) -> Group:
-        producers, passes, readers = ([use for use in found if use.run.space is root] for found in uses.values())
+        producers, passes, readers, zeros = ([use for use in found if use.run.space is root] for found in uses.values())
         ends = {use.node for use in producers}
         gates = [use for use in readers if self._reads_one_row(use.node) and not ends.isdisjoint(_behind(use.node))]
         consumers = [use for use in readers if use not in gates]
         return Group(
-            root.units, root.units, *(tuple(use.site for use in uses) for uses in (producers, passes, consumers, gates))
+            root.units,
+            root.units,
+            *(tuple(use.site for use in found) for found in (producers, passes, consumers, gates, zeros)),
         )
 
     def _reads_one_row(self, reader: fx.Node) -> bool:
@@ -352,16 +356,20 @@ class _Analysis:
         return Channels(dim, tuple(runs))
 
     def _padded(self, node: fx.Node, given: Channels) -> Channels:
-        """Zeros around it. Of channels of zeros there are as many in the student: the network's code says how many."""
+        """Zeros around it; among its channels as few as there may be, where a module of its own adds them."""
         place = 2 * (len(self._shapes[node]) - given.dim - 1)
         before, after = (*_numbers(node), *[0] * (place + 2))[place : place + 2]
         if node.kwargs.get("mode", (*node.args, *["constant"] * 3)[2]) != "constant" or min(before, after) < 0:
             raise MismatchError("its channels meet in pad()")
-        around = []
-        for zeros in (before, after):
-            added = Channels(given.dim, (Run(Space(zeros), 1),) if zeros else ())
-            added.pin(PADDED)
-            around.append(added.runs)
+        path = padder(self._module, node) if before + after else None
+        around: list[tuple[Run, ...]] = []
+        for side, zeros in enumerate((before, after)):
+            added = (Run(Space(zeros), 1),) if zeros else ()
+            if path is None:
+                Channels(given.dim, added).pin(PADDED)
+            else:
+                self._uses["zeros"] += [_Use(node, place + side, run, path) for run in added]
+            around.append(added)
         return Channels(given.dim, (*around[0], *given.runs, *around[1]))
 
     def _spatial(self, node: fx.Node, given: Channels) -> Channels:
@@ -386,7 +394,7 @@ class _Analysis:
     def _use(self, role: str, node: fx.Node, channels: Channels) -> None:
         start = 0
         for run in channels.runs:
-            self._uses[role].append(_Use(node, start, run))
+            self._uses[role].append(_Use(node, start, run, str(node.target)))
             start += run.width
 
     def _refuse(self, node: fx.Node, given: Channels | None, dim: int) -> None:

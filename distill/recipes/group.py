@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-ROLES = ("producers", "passes", "consumers", "gates")
+from distill.blocks.tracing import module_stack
+from distill.recipes.zeros import remove_zeros
+
+ROLES = ("producers", "passes", "consumers", "gates", "zeros")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Site:
 class Group:
     """`units`, of which a number is `kept`. `producers` are the layers that put the channels out. `passes` work on
     every channel alone, convolutions in groups among them. `gates` read one value a channel and image, and scale the
-    channels by what they make of it; `consumers` are all other layers that read them."""
+    channels by what they make of it; `consumers` are all other layers that read them. `zeros` are modules that add them
+    as zeros before others (where a site starts at an even number) or after them (odd): along the dimension half as far
+    from the last one."""
 
     units: int
     kept: int
@@ -41,6 +46,7 @@ class Group:
     passes: tuple[Site, ...]
     consumers: tuple[Site, ...]
     gates: tuple[Site, ...]
+    zeros: tuple[Site, ...] = ()
 
     @property
     def step(self) -> int:
@@ -74,8 +80,15 @@ class Group:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Group:
         """Return what as_json() was given of."""
-        sites = {role: tuple(Site(**site) for site in values[role]) for role in ROLES}
+        sites = {role: tuple(Site(**site) for site in values.get(role, ())) for role in ROLES}
         return cls(units=values["units"], kept=values["kept"], **sites)
+
+
+def places_in(module: nn.Module) -> set[str]:
+    """Return the paths of all modules of a block, of those too that its graph has only the operations of."""
+    graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
+    traced = {path for node in graph.nodes for _, path, _ in module_stack(node)}
+    return traced | {path for path, _ in module.named_modules()}
 
 
 def paths_of(groups: Iterable[Group]) -> list[str]:
@@ -103,6 +116,13 @@ def take_away(network: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor
             for side, channels in gone.items():
                 channels += [site.channels(away).flatten() for site in getattr(group, side) if site.path == path]
         _narrow(layer, *(torch.cat([torch.arange(0), *channels]) for channels in gone.values()))
+    zeros: dict[tuple[str, int], list[int]] = {}
+    for group in groups:
+        for site in group.zeros:
+            fewer = zeros.setdefault((site.path, -(site.start // 2) - 1), [0, 0])
+            fewer[site.start % 2] += site.each * (group.units - group.kept)
+    for (path, dim), (before, after) in zeros.items():
+        remove_zeros(network, path, dim, before, after)
 
 
 def others(total: int, chosen: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.blocks.chain import agree
-from distill.recipes.group import Group, others, paths_of, take_away
+from distill.recipes.group import Group, others, paths_of, places_in, take_away
 from distill.recipes.recipe import Kept
 from distill.recipes.thin_start import columns
 
@@ -34,7 +34,8 @@ def _failure(modules: Sequence[nn.Module], x: Tensor, groups: Sequence[Group]) -
     generator = torch.Generator().manual_seed(0)
     kept = [torch.randperm(group.units, generator=generator)[: group.kept].sort().values for group in groups]
     students = nn.Sequential(*map(copy.deepcopy, modules))
-    parts = [[group.within(dict(student.named_modules())) for group in groups] for student in students]
+    paths = [places_in(student) for student in students]
+    parts = [[group.within(places) for group in groups] for places in paths]
     try:
         with torch.no_grad():
             for student, own in zip(students, parts, strict=True):
