@@ -7,7 +7,7 @@ it. Knows nothing of graphs, and of which units are worth keeping.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -71,7 +71,12 @@ class Group:
     def within(self, paths: Collection[str]) -> Group:
         """Return what of it is at these layers."""
         sites = {role: tuple(site for site in getattr(self, role) if site.path in paths) for role in ROLES}
-        return replace(self, **sites)
+        return Group(units=self.units, kept=self.kept, **sites)
+
+    def joined(self, other: Group) -> Group:
+        """Return it with the places of the same group at other layers."""
+        sites = {role: (*getattr(self, role), *getattr(other, role)) for role in ROLES}
+        return Group(units=self.units, kept=self.kept, **sites)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

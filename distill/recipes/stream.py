@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.blocks.tracing import UntraceableError
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.channels import Followed, Part, follow
-from distill.recipes.group import ROLES, Group, places_in
+from distill.recipes.group import Group, places_in
 from distill.recipes.narrowing import Narrowing, groups_of, watchable
 from distill.recipes.recipe import Changes, Ends, Kept, View
 from distill.recipes.soundness import sound
@@ -173,13 +173,9 @@ def choose_units(
     found: dict[int, Group] = {}
     for one in changes:
         for number, group in zip(one["streams"], groups_of(one), strict=True):
-            found[number] = _joined(found[number], group) if number in found else group
+            found[number] = found[number].joined(group) if number in found else group
     kept = choose(network, list(found.values()), statistics)
     return {number: units.tolist() for number, units in zip(found, kept, strict=True)}
-
-
-def _joined(one: Group, other: Group) -> Group:
-    return replace(one, **{role: (*getattr(one, role), *getattr(other, role)) for role in ROLES})
 
 
 def with_units(changes: Changes, units: Mapping[int, Sequence[int]]) -> Changes:

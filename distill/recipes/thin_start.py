@@ -103,7 +103,10 @@ def _by_surgery(block: nn.Module, group: Group, statistics: Mapping[str, InputSt
         kernel = _kernel(block, path)
         scale = Flow.of(statistics[path], kernel, norm_of(block, statistics[path])).scale.clone()
         scale[lost.outputs[path]] = 0.0
-        readers.append(Reader(scale[:, None] * kernel, covariance, reads[path], rest))
+        seen = scale[:, None] * kernel
+        # Over the deviation of its outputs: the loudest of several readers is not to decide alone.
+        loudness = ((seen @ covariance) * seen).sum().clamp_min(torch.finfo(torch.float64).tiny) ** 0.25
+        readers.append(Reader(seen / loudness, covariance, reads[path], rest))
     kept = remaining(readers, group.units, group.kept)
     away = others(group.units, kept)
     for path, covariance in covariances.items():

@@ -51,13 +51,19 @@ def _has_weights(module: fx.GraphModule, node: fx.Node) -> bool:
 def remove_zeros(network: nn.Module, path: str, dim: int, before: int, after: int) -> None:
     """Let the module at `path`, or its operations in a traced block, give fewer zeros before and after other channels
     along the dimension `dim`, counted from the last one."""
-    graph = network.graph if isinstance(network, fx.GraphModule) else fx.Graph()
-    for node in filter(is_padding, graph.nodes):
-        if path in [place for _, place, _ in module_stack(node)][-1:]:
-            amounts = list(node.args[1])  # type: ignore[arg-type]
-            first = 2 * (-dim - 1)
-            amounts[first], amounts[first + 1] = amounts[first] - before, amounts[first + 1] - after
-            node.update_arg(1, tuple(amounts))
-            network.recompile()  # type: ignore[operator]
-            return
-    network.set_submodule(path, Cropped(network.get_submodule(path), dim, before, after))
+    padding = _padding(network, path) if isinstance(network, fx.GraphModule) else None
+    if padding is None:
+        network.set_submodule(path, Cropped(network.get_submodule(path), dim, before, after))
+        return
+    assert isinstance(network, fx.GraphModule)
+    amounts: list[int] = list(padding.args[1])  # type: ignore[arg-type]
+    first = 2 * (-dim - 1)
+    amounts[first], amounts[first + 1] = amounts[first] - before, amounts[first + 1] - after
+    padding.update_arg(1, tuple(amounts))
+    network.recompile()
+
+
+def _padding(module: fx.GraphModule, path: str) -> fx.Node | None:
+    """Return the operation that is the result of the module at `path`."""
+    paddings = filter(is_padding, module.graph.nodes)
+    return next((node for node in paddings if path in [place for _, place, _ in module_stack(node)][-1:]), None)
