@@ -7,8 +7,8 @@ weights random and its batch norms' statistics taken over three batches, since u
 so far from what flows that they move the error more than any step. Separable students of rank 2, by residual block;
 BlockTrainer trains them. First weights:
 
-data     least error of the convolution's output on its inputs, batch norms behind moved to its mean and scale
-kernel   least error of the kernel: what student.init=teacher gives
+data     least error of the convolution's output on its inputs: student.init=data
+kernel   least error of the kernel: student.init=teacher
 random   student.init=random
 
 All rates and starts of a budget see the same batches. Held out: four batches, after the batch norms' statistics are
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from distill.blocks.cut import Chain, Granularity, cut
 from distill.data import Augment, DataOptions, Dataset, open_dataset
 from distill.planning.unit import Unit
-from distill.profiling.statistics import InputStatistics, gather
+from distill.profiling.statistics import gather
 from distill.recipes.replacement import replace_convolutions
-from distill.recipes.separable import Separable, decouple
+from distill.recipes.separable import Separable
 from distill.teachers import build_architecture, load_weights
 from distill.training.losses import relative_error
 from distill.training.optim import TrainerOptions
@@ -108,7 +108,8 @@ class Bench:
         self._others = [self._run(dataset.train_batch(APART + k).images) for k in range(RE_ESTIMATED)]
         layers = {path: network.get_submodule(path) for index in self._blocks for path in self._replaced(index)}
         images = [dataset.train_batch(APART + RE_ESTIMATED + k).images[:16] for k in range(STATISTICS)]
-        self._statistics = gather(layers, images, network.eval())
+        norms = {path: norm for path, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+        self._statistics = gather(layers, images, network.eval(), norms)
 
     def rows(self, budget: int, starts: Sequence[str], rates: Sequence[str]) -> Iterator[dict[str, object]]:
         """Train one student of every block, start and rate for `budget` steps; yield what they started and ended at."""
@@ -139,13 +140,9 @@ class Bench:
 
     def _student(self, block: int, start: str) -> nn.Module:
         student = self._chain.block_module(block)
-        recipe = Separable(rank=RANK, init="random" if start == "random" else "teacher")
-        replace_convolutions(student, self._replaced(block), recipe, torch.Generator().manual_seed(block))
-        if start == "data":
-            for path in self._replaced(block):
-                conv = self._network.get_submodule(path)
-                norm = student.get_submodule(path.replace("conv", "bn"))
-                fit_to_data(student.get_submodule(path), norm, conv.weight, self._statistics[path])
+        recipe = Separable(rank=RANK, init="teacher" if start == "kernel" else start)
+        statistics = self._statistics if start == "data" else None
+        replace_convolutions(student, self._replaced(block), recipe, torch.Generator().manual_seed(block), statistics)
         return student.requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _trainer(self, block: int, student: nn.Module, budget: int, rate: str) -> BlockTrainer:
@@ -173,41 +170,6 @@ def _take_statistics(module: nn.Module, batches: Sequence[Tensor]) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()
-
-
-def fit_to_data(replacement: nn.Module, norm: nn.Module, kernel: Tensor, statistics: InputStatistics) -> None:
-    """Give a separable pair the weights theta of least || S (W - W_eff(theta)) Sigma^(1/2) ||^2, by L-BFGS.
-
-    It starts from the SVD of the kernel W. S = gamma / sqrt(v + eps) of the batch norm behind; Sigma is the covariance
-    of the unfolded input, with a ridge. The batch norm's gamma and beta are moved so that mean and scale of the
-    function stay.
-    """
-    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().detach()
-    wanted = kernel.detach().double().flatten(1)
-    sigma = statistics.covariance
-    ridge = sigma + 1e-4 * sigma.diagonal().mean() * torch.eye(len(sigma), dtype=sigma.dtype)
-    depthwise, pointwise = (part.clone().requires_grad_(True) for part in decouple(kernel.double(), RANK))
-
-    def effective() -> Tensor:
-        filters = depthwise.reshape(RANK, -1, kernel[0, 0].numel())
-        return torch.einsum("drc,rck->dck", pointwise.reshape(len(kernel), RANK, -1), filters).flatten(1)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        error, whole = scale[:, None] * (wanted - effective()), scale[:, None] * wanted
-        loss = ((error @ ridge) * error).sum() / ((whole @ ridge) * whole).sum()
-        loss.backward()
-        return loss
-
-    optimizer = torch.optim.LBFGS([depthwise, pointwise], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
-    optimizer.step(closure)
-    with torch.no_grad():
-        replacement.depthwise.weight.copy_(depthwise)
-        replacement.pointwise.weight.copy_(pointwise)
-        found = effective()
-        variance = ((found @ sigma) * found).sum(1)
-        norm.bias += (scale * (wanted @ statistics.mean - norm.running_mean)).float()
-        norm.weight.copy_(scale * (variance + norm.eps).sqrt())
 
 
 def _table(rows: Sequence[dict], rates: Sequence[str]) -> str:

@@ -74,7 +74,8 @@ class GranularityName(Choice):
     modules = "modules"
 
 
-RECIPES = ("separable", "separable_x2", "one_conv", "thin", "stream", "keep")  # of distill.recipes, which needs torch
+# Those of distill.recipes, which needs torch.
+RECIPES = ("separable", "separable_x2", "one_conv", "lowrank", "thin", "stream", "keep")
 
 WITHOUT_WIDTHS = ("separable", "separable_x2", "one_conv", "keep")  # of those, the ones without an option align
 

@@ -177,7 +177,7 @@ class StudentConfig:
     )
     align: int | None = setting(
         None,
-        "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or a GPU, else 8",
+        "the recipe's option align: what widths and ranks are multiples of; null: 16 with AVX-512 or GPUs, else 8",
     )
     options: dict[str, Any] = setting({}, "the recipe's options by name (docs/networks.md lists them)")
     per_block: dict[str, Any] = setting(

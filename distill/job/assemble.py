@@ -16,7 +16,7 @@ from distill.errors import DistillError
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.first_weights import error_of, first_weights, held_out_images, relative_errors
-from distill.job.reconcile import AS_TRAINED, reconcile
+from distill.job.reconcile import AS_IT_IS, TRAINED, UNTRAINED, reconcile
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.aliases import load_state
@@ -37,32 +37,45 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 
     def work() -> dict[str, Any]:
         start = time.monotonic()
-        weights, gone_back = _kept_weights(context, dataset, blocks)
+        weights, errors = _kept_weights(context, dataset, blocks)
         student = _put_together(dataset, teacher, blocks, weights)
         save_network(context, "assembled", student)
-        best, record = reconcile(context, dataset, teacher, blocks, weights)
+        best, record = reconcile(context, dataset, teacher, blocks, _starts(context, weights, errors))
         save_network(context, "recalibrated", best)
         fitted = "; ".join(f"{name} {show(top1, '{:.2f} %')}" for name, top1 in record["validation_top1"].items())
         context.say(
             f"assembled {show_count(len(weights), 'student block')}, {record['chosen']} is best on validation images "
             f"({fitted})"
         )
+        gone_back = {blocks.units[number].name: pair for number, pair in errors.items() if not pair[1] <= pair[0]}
         return {"seconds": time.monotonic() - start, "gone_back": gone_back, **record}
 
     made = ["assembled.safetensors", "recalibrated.safetensors"]
     used = [TEACHER, *map(unit_file, blocks.units)]
     record = context.lead("assemble", work, made=made, used=used)
-    return ["assembled", "recalibrated"] if record["chosen"] != AS_TRAINED else ["assembled"]
+    return ["assembled", "recalibrated"] if record["chosen"] != AS_IT_IS else ["assembled"]
+
+
+def _starts(
+    context: Context, weights: Mapping[int, State], errors: Mapping[int, tuple[float, float]]
+) -> dict[str, Mapping[int, State]]:
+    """Return by name the weights with which there may be a best student: as trained; and, where training has taken less
+    than half of some unit's error away, as they were before. Blocks that are better one by one can be worse in a row,
+    and a short training must not end worse than none."""
+    if all(after <= before / 2 for before, after in errors.values()):
+        return {TRAINED: weights}
+    # The later of equals is taken.
+    return {UNTRAINED: {number: first_weights(context, number) for number in weights}, TRAINED: weights}
 
 
 def _kept_weights(
     context: Context, dataset: Dataset, blocks: Blocks
-) -> tuple[dict[int, State], dict[str, list[float]]]:
+) -> tuple[dict[int, State], dict[int, tuple[float, float]]]:
     """Return every unit's weights: those trained, or where these are worse on held-out images, the first ones. And of
-    the units that have gone back to these, by name, the errors before and after training."""
+    the units that were trained the errors on these images before and after."""
     ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
     kept: dict[int, State] = {}
-    gone_back: dict[str, list[float]] = {}
+    errors: dict[int, tuple[float, float]] = {}
     images = held_out_images(dataset)
     before = relative_errors(context)
     for number, unit in sorted(blocks.units.items()):
@@ -72,15 +85,15 @@ def _kept_weights(
         module = blocks.student(number, kept[number])
         to_channels_last(module, context.device)
         error = error_of(blocks, number, module.eval(), images)
+        errors[number] = before[number], error
         if not error <= before[number]:
             kept[number] = first_weights(context, number)
-            gone_back[unit.name] = [before[number], error]
             log.warning(
                 "block %s: training has made it worse on held-out images (relative error %.3g from %.3g): it goes back "
                 "to its first weights; lower distill.lr or raise distill.steps",
                 unit.name, error, before[number],
             )  # fmt: skip
-    return kept, gone_back
+    return kept, errors
 
 
 def _put_together(dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]) -> nn.Module:

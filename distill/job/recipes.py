@@ -68,7 +68,7 @@ def _make(section: str, name: str, options: Mapping[str, Any]) -> Named:
             isinstance(value, bool) and wanted is not bool
         ):
             about = known[option].metadata.get("help", "")
-            raise ConfigError(f"{where}.{option}", value, f"{wanted.__name__} ({about})")
+            raise ConfigError(f"{where}.{option}", value, f"{getattr(wanted, '__name__', wanted)} ({about})")
     return Named(name, kind(**options))
 
 

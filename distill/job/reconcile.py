@@ -21,7 +21,8 @@ from distill.student.evaluate import best_of, count_hits
 from distill.student.refit import refit_in_a_row
 from distill.training.channels import narrowed
 
-AS_TRAINED = "as trained"
+TRAINED, UNTRAINED = "", "with first weights, "  # what a form's name begins with
+AS_IT_IS = "as they are"
 JUDGED_BATCH, JUDGED_BATCHES = 250, 8  # validation images by which forms of the same student are compared
 FIT_FROM = 1000  # the first training batch whose images layers are fitted to: first weights have not seen it
 FIT_PART = 64  # images that run at a time
@@ -31,15 +32,18 @@ State = Mapping[str, Tensor]
 
 
 def reconcile(
-    context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]
+    context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, starts: Mapping[str, Mapping[int, State]]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the student as it is, with batch norms re-estimated, with layers fitted in closed form, or both: whichever
-    is best on validation images, the later of equals; and what was found."""
+    is best on validation images, the later of equals; and what was found. `starts` are the units' weights that it may
+    have, by what is said of them."""
     hits, chosen, best = {}, "", None
-    for name, network in _forms(context, dataset, teacher, blocks, weights):
-        hits[name] = count_hits(network, islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES))
-        if best is None or best_of({"before": hits[chosen], "now": hits[name]}) == "now":
-            chosen, best = name, network
+    for start, weights in starts.items():
+        for form, network in _forms(context, dataset, teacher, blocks, weights):
+            name = start + form
+            hits[name] = count_hits(network, islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES))
+            if best is None or best_of({"before": hits[chosen], "now": hits[name]}) == "now":
+                chosen, best = name, network
     assert best is not None
     return best, {
         "chosen": chosen,
@@ -64,7 +68,7 @@ def _forms(
             recalibrate(student, (batch.images for batch in dataset.train_batches(0, config.batchnorm_batches)))
             yield student
 
-    yield AS_TRAINED, network(weights.values())
+    yield AS_IT_IS, network(weights.values())
     yield from (("batch norms re-estimated", student) for student in re_estimated(weights.values()))
     fitted = _fitted(context, dataset, blocks, weights) if config.refit_images > 0 else []
     if fitted:

@@ -2,9 +2,11 @@
 
 from distill.recipes.convolutions import ConvolutionRecipe
 from distill.recipes.keep import Keep
+from distill.recipes.layers import LayerRecipe
+from distill.recipes.lowrank import LowRank
 from distill.recipes.one_conv import OneConv
 from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
-from distill.recipes.replacement import replace_convolutions
+from distill.recipes.replacement import replace_convolutions, replace_layers
 from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
@@ -15,6 +17,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "separable": Separable,
     "separable_x2": SeparableX2,
     "one_conv": OneConv,
+    "lowrank": LowRank,
     "thin": Thin,
     "stream": Stream,
     "keep": Keep,
@@ -27,6 +30,8 @@ __all__ = [
     "Cost",
     "Keep",
     "Kept",
+    "LayerRecipe",
+    "LowRank",
     "OneConv",
     "Recipe",
     "Separable",
@@ -36,5 +41,6 @@ __all__ = [
     "View",
     "option",
     "replace_convolutions",
+    "replace_layers",
     "select",
 ]

@@ -104,7 +104,8 @@ def minimised(
 
     Source of the method: Liu, Nocedal 1989, "On the limited memory BFGS method for large scale optimization".
     """
-    start = [factor.detach().double().clone() for factor in factors]
+    # In the usual order of memory, which L-BFGS relies on: weights may lie channels last.
+    start = [factor.detach().double().clone(memory_format=torch.contiguous_format) for factor in factors]
     if iterations == 0:
         return start
     scale = flow.error(kernel).clamp_min(torch.finfo(torch.float64).tiny)

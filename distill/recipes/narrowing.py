@@ -40,7 +40,7 @@ class Narrowing(Recipe):
     def narrowed(self, group: Group) -> Group:
         """Return a group with the units that are to stay of it."""
         width = group.units * group.step
-        return replace(group, kept=aligned(width, self.ratio, math.lcm(self.align, group.step)) // group.step)
+        return replace(group, kept=aligned(self.ratio * width, width, math.lcm(self.align, group.step)) // group.step)
 
     def cost(self, view: View, changes: Changes) -> Cost:
         groups, block, x = groups_of(changes), view.module.eval(), view.sample[:1]

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from distill.recipes.plain import OddConvolutionError, plain_form
+from distill.recipes.plain import OddLayerError, plain_form
 
 
 def odd_layers(module: fx.GraphModule) -> dict[str, str]:
@@ -31,15 +31,14 @@ def odd_layers(module: fx.GraphModule) -> dict[str, str]:
 def _is_plain(layer: nn.Module) -> bool:
     if any(True for child in layer.children() for _ in child.parameters()):
         return False
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d | nn.Linear):
         try:
             form = plain_form(layer)
-        except OddConvolutionError:
+        except OddLayerError:
             return False
         # A kernel that is standardised or normalised first is not what is left of it when some of it is taken away.
         weight = layer._parameters.get("weight")
-        return form.conv is layer or (weight is not None and (weight.is_meta or torch.equal(form.conv.weight, weight)))
-    if isinstance(layer, nn.Linear):
-        hooks = layer._forward_hooks or layer._forward_pre_hooks
-        return type(layer).forward is nn.Linear.forward and "weight" in layer._parameters and not hooks
+        return form.layer is layer or (
+            weight is not None and (weight.is_meta or torch.equal(form.layer.weight, weight))
+        )
     return True

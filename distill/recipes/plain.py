@@ -1,7 +1,8 @@
-"""What a convolution computes, whatever its class: the torch.nn.Conv2d, and the padding before it, that do the same.
+"""What a layer computes, whatever its class: the torch.nn.Conv2d, and the padding before it, or the torch.nn.Linear,
+that do the same.
 
-Classes derived from nn.Conv2d pad in their forward(), standardise their kernel, or are parametrized: a recipe that read
-their settings would start from another convolution. Knows nothing of recipes.
+Classes derived from these pad in their forward(), standardise their kernel, or are parametrized: a recipe that read
+their settings would start from another layer. Knows nothing of recipes.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ from torch.overrides import TorchFunctionMode
 
 from distill.blocks.chain import copied
 
+Layer = nn.Conv2d | nn.Linear
+
 _METHODS = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-class OddConvolutionError(Exception):
-    """A convolution that no torch.nn.Conv2d behind some zeros stands for; the message, after its path, says why."""
+class OddLayerError(Exception):
+    """A layer that no torch.nn.Conv2d behind some zeros, or torch.nn.Linear, stands for; the message, after its path,
+    says why."""
 
 
 @dataclass(frozen=True)
 class PlainForm:
-    """`conv` behind `pad` gives what the convolution gives in eval mode; `conv` is that itself where it is plain."""
+    """`layer` behind `pad` gives what the layer gives in eval mode; `layer` is that itself where it is plain."""
 
-    conv: nn.Conv2d
+    layer: Layer
     pad: nn.Module | None
 
 
@@ -51,82 +55,96 @@ class SamePad2d(nn.Module):
         return F.pad(x_BCHW, amounts)
 
 
-def plain_form(conv: nn.Conv2d) -> PlainForm:
-    """Return what stands for `conv`. Leaves it, its statistics and all random numbers alone.
+def plain_form(layer: Layer) -> PlainForm:
+    """Return what stands for `layer`. Leaves it, its statistics and all random numbers alone.
 
-    Raises OddConvolutionError.
+    Raises OddLayerError.
     """
-    if _is_plain(conv):
-        return PlainForm(conv, None)
-    calls = [_observe(conv, x) for x in _inputs(conv)]
+    if _is_plain(layer):
+        return PlainForm(layer, None)
+    calls = [_observe(layer, x) for x in _inputs(layer)]
     first = calls[0]
     if any(not _equal(call.given["weight"], first.given["weight"]) for call in calls):
-        raise OddConvolutionError(f"{_name(conv)} whose kernel depends on its input")
-    plain = _conv_of(first)
+        raise OddLayerError(f"{_name(layer)} whose kernel depends on its input")
+    plain = _conv_of(first) if isinstance(layer, nn.Conv2d) else _linear_of(first)
     for pad in _paddings(plain, first):
         if all(_equal(pad(call.x), call.given["input"]) for call in calls):
             return PlainForm(plain, None if isinstance(pad, nn.Identity) else pad)
-    raise OddConvolutionError(f"{_name(conv)} that changes its input before it convolves")
+    raise OddLayerError(f"{_name(layer)} that changes its input first")
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    own = any(getattr(type(conv), name) is not getattr(nn.Conv2d, name) or name in vars(conv) for name in _METHODS)
-    registered = {"weight", "bias"} <= conv._parameters.keys()  # weight_norm() puts a plain tensor in the place
-    return registered and not own and not any(getattr(conv, hooks) for hooks in _HOOKS)
+def _is_plain(layer: Layer) -> bool:
+    kind = _kind(layer)
+    own = any(
+        getattr(type(layer), name) is not getattr(kind, name) or name in vars(layer)
+        for name in _METHODS
+        if hasattr(kind, name)
+    )
+    registered = {"weight", "bias"} <= layer._parameters.keys()  # weight_norm() puts a plain tensor in the place
+    return registered and not own and not any(getattr(layer, hooks) for hooks in _HOOKS)
 
 
-def _name(conv: nn.Conv2d) -> str:
-    kind = type(conv).__bases__[0] if parametrize.is_parametrized(conv) else type(conv)
+def _kind(layer: Layer) -> type[Layer]:
+    return nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+
+
+def _name(layer: Layer) -> str:
+    kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
     return f"a {kind.__name__}"
 
 
-def _inputs(conv: nn.Conv2d) -> Iterator[Tensor]:
-    """Yield inputs of every remainder that a stride may leave, as far as strides go in practice."""
-    kernel = max((size - 1) * dilation + 1 for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True))
-    tensor = next(conv.parameters())
+def _inputs(layer: Layer) -> Iterator[Tensor]:
+    """Yield inputs of every remainder that a stride may leave, as far as strides go in practice; rows of numbers to a
+    linear layer."""
+    tensor = next(layer.parameters())
     generator = torch.Generator().manual_seed(0)
     for more in range(4):
-        size = 2 * kernel + more
-        yield torch.randn(1, conv.in_channels, size, size + 1, generator=generator).to(tensor.device, tensor.dtype)
+        if isinstance(layer, nn.Conv2d):
+            reach = max((k - 1) * step + 1 for k, step in zip(layer.kernel_size, layer.dilation, strict=True))
+            size = 2 * reach + more
+            shape: tuple[int, ...] = (1, layer.in_channels, size, size + 1)
+        else:
+            shape = (1, 1 + more, layer.in_features)
+        yield torch.randn(shape, generator=generator).to(tensor.device, tensor.dtype)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a convolution on `x`, and what it gave to torch's function in it."""
+    """One call of a layer on `x`, and what it gave to torch's function in it."""
 
     x: Tensor
     given: dict[str, Any]
 
 
 class _Listener(TorchFunctionMode):
-    """Hears every convolution of a pass and its result."""
+    """Hears every call of a function in a pass, and its result."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Any) -> None:
         super().__init__()
+        self.function = function
         self.heard: list[tuple[dict[str, Any], Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.conv2d:
+        if func is self.function:
             given = _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
             self.heard.append((given, result))
         return result
 
 
 @torch.no_grad()
-def _observe(conv: nn.Conv2d, x: Tensor) -> _Call:
-    listener = _Listener()
+def _observe(layer: Layer, x: Tensor) -> _Call:
+    convolves = isinstance(layer, nn.Conv2d)
+    listener = _Listener(F.conv2d if convolves else F.linear)
     try:
-        alone = copied(conv).eval()
+        alone = copied(layer).eval()
         with listener:
             result = alone(x)
     except Exception as error:  # a network's own code can raise anything
         reason = str(error).strip().partition("\n")[0]
-        raise OddConvolutionError(
-            f"{_name(conv)} that cannot be run alone: {type(error).__name__}: {reason}"
-        ) from error
+        raise OddLayerError(f"{_name(layer)} that cannot be run alone: {type(error).__name__}: {reason}") from error
     if len(listener.heard) != 1 or listener.heard[0][1] is not result:
-        raise OddConvolutionError(f"{_name(conv)} that does more than to convolve")
+        raise OddLayerError(f"{_name(layer)} that does more than to {'convolve' if convolves else 'multiply'}")
     return _Call(x, listener.heard[0][0])
 
 
@@ -150,10 +168,22 @@ def _conv_of(call: _Call) -> nn.Conv2d:
     return plain
 
 
-def _paddings(conv: nn.Conv2d, call: _Call) -> Iterator[nn.Module]:
-    """Yield what may pad the input before `conv`: nothing, TensorFlow's rule, fixed numbers of zeros."""
+def _linear_of(call: _Call) -> nn.Linear:
+    """Return the torch.nn.Linear that a call amounts to."""
+    weight, bias = call.given["weight"], call.given["bias"]
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().clone())
+    return plain
+
+
+def _paddings(layer: Layer, call: _Call) -> Iterator[nn.Module]:
+    """Yield what may pad the input before `layer`: nothing, TensorFlow's rule, fixed numbers of zeros."""
     yield nn.Identity()
-    yield SamePad2d(conv)
+    if not isinstance(layer, nn.Conv2d):
+        return
+    yield SamePad2d(layer)
     heights, widths = (
         inner - outer for inner, outer in zip(call.given["input"].shape[2:], call.x.shape[2:], strict=True)
     )

@@ -1,4 +1,4 @@
-"""Which convolutions of a block a recipe replaces: those that it makes cheaper, and for which it is shown, on a sample
+"""Which layers of a block a recipe replaces: those that it makes cheaper, and for which it is shown, on a sample
 and before anything is trained, that the block runs, learns, and is the teacher's at full size.
 """
 
@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.recipes.plain import OddConvolutionError, plain_form
+from distill.recipes.plain import Layer, OddLayerError, plain_form
 from distill.recipes.recipe import Kept
-from distill.recipes.replacement import Replacing, replace_convolutions
+from distill.recipes.replacement import Replacing, replace_layers
 
 TOLERANCE = 1e-2  # relative error at full size; tf32 explains 1e-3
-CROP = 64  # pixels a side that are enough to compare two convolutions
+CROP = 64  # pixels a side that are enough to compare two layers
 
 
 def select(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Replacing) -> tuple[tuple[str, ...], Kept]:
-    """Return those of the convolutions at `paths` that `recipe` replaces in `block`, and why it keeps the others.
+    """Return those of the layers at `paths` that `recipe` replaces in `block`, and why it keeps the others.
 
     `x` are two rows or more of the block's input. `block` must be a copy: its mode and its statistics change.
     """
@@ -44,9 +44,14 @@ def select(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Replacing)
     return tuple(remaining), kept
 
 
+def ways_of(block: nn.Module, paths: Iterable[str], recipe: Replacing) -> dict[str, Replacing]:
+    """Return how `recipe` replaces each of the layers at `paths`."""
+    return {path: recipe.sized(plain_form(block.get_submodule(path)).layer) for path in paths}  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def _listen(block: nn.Module, x: Tensor, paths: Iterable[str]) -> Mapping[str, list[Tensor]]:
-    """Return the inputs that each convolution gets when `block` runs on `x`, one for every use of it."""
+    """Return the inputs that each layer gets when `block` runs on `x`, one for every use of it."""
     heard: dict[str, list[Tensor]] = {path: [] for path in paths}
     hooks = []
     for path, inputs in heard.items():
@@ -72,28 +77,31 @@ def _owners(block: nn.Module) -> Mapping[int, list[str]]:
     return owners
 
 
-def _objection(conv: nn.Module, inputs: list[Tensor], recipe: Replacing, owners: Mapping[int, list[str]]) -> str | None:
-    assert isinstance(conv, nn.Conv2d)
-    if conv.groups > 1:
+def _objection(
+    layer: nn.Module, inputs: list[Tensor], recipe: Replacing, owners: Mapping[int, list[str]]
+) -> str | None:
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         return "its channels are in groups"
     if not inputs:
         return "the network does not run it"
-    for parameter in conv.parameters():
+    for parameter in layer.parameters():
         if len(owners[id(parameter)]) > 1:
             return f"a weight of it belongs to {' and '.join(owners[id(parameter)])}"
     try:
-        form = plain_form(conv)
-    except OddConvolutionError as odd:
+        form = plain_form(layer)
+    except OddLayerError as odd:
         return str(odd)
-    if not recipe.fits(form.conv):
+    if not recipe.fits(form.layer):
         return "of no kind that the recipe replaces"
-    return _too_large(form.conv, inputs[0], recipe) or _inexact(conv, form.pad, form.conv, inputs[0], recipe)
+    way = recipe.sized(form.layer)
+    return _too_large(form.layer, inputs[0], way) or _inexact(layer, form.pad, form.layer, inputs[0], way)
 
 
 @torch.no_grad()
-def _too_large(conv: nn.Conv2d, x: Tensor, recipe: Replacing) -> str | None:
+def _too_large(layer: Layer, x: Tensor, way: Replacing) -> str | None:
     """Return in words how the replacement exceeds what it replaces, or None."""
-    before, after = recipe.compared(conv, (1, *x.shape[1:]))
+    before, after = way.compared(layer, (1, *x.shape[1:]))
     if after.params > before.params:
         return f"its replacement would have {after.params:,} parameters for {before.params:,}"
     if after.flops > before.flops:
@@ -102,16 +110,18 @@ def _too_large(conv: nn.Conv2d, x: Tensor, recipe: Replacing) -> str | None:
 
 
 @torch.no_grad()
-def _inexact(conv: nn.Conv2d, pad: nn.Module | None, plain: nn.Conv2d, x: Tensor, recipe: Replacing) -> str | None:
-    """Return in words how far the recipe at full size is from `conv`, or None where it gives the same."""
+def _inexact(layer: Layer, pad: nn.Module | None, plain: Layer, x: Tensor, way: Replacing) -> str | None:
+    """Return in words how far the recipe at full size is from `layer`, or None where it gives the same."""
     if x.device.type == "meta":
         return None
-    full = recipe.at_full_size(plain)
+    full = way.at_full_size(plain)
     if full is None:
         return None
-    reach = max((size - 1) * step + 1 for size, step in zip(conv.kernel_size, conv.dilation, strict=True))
-    crop = x[:1, :, : max(CROP, reach), : max(CROP, reach)]
-    wanted, found = conv(crop), full(crop if pad is None else pad(crop))
+    crop = x[:1]
+    if isinstance(layer, nn.Conv2d):
+        reach = max((size - 1) * step + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True))
+        crop = crop[:, :, : max(CROP, reach), : max(CROP, reach)]
+    wanted, found = layer(crop), full(crop if pad is None else pad(crop))
     if wanted.shape != found.shape:
         return f"its replacement would give {tuple(found.shape[1:])} for {tuple(wanted.shape[1:])}"
     error = float((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))
@@ -124,7 +134,7 @@ def _failure(block: nn.Module, x: Tensor, paths: Sequence[str], recipe: Replacin
         wanted = block(x)
     student = copy.deepcopy(block)
     try:
-        replace_convolutions(student, paths, recipe)
+        replace_layers(student, ways_of(student, paths, recipe))
         found = student.train()(x.float())
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
             return "with its replacement, the block gives something else in training mode"

@@ -120,7 +120,7 @@ def _widths(groups: Mapping[int, Group], asked: Mapping[int, Stream], outputs: M
         beside = [other for other in groups if each[other][path]]
         waiting = sum(each[other][path] * groups[other].units for other in beside if other not in found)
         gone = sum(each[other][path] * (one.units - one.kept) for other, one in found.items())
-        wanted = aligned(outputs[path], asked[number].ratio, math.lcm(asked[number].align, group.step))
+        wanted = aligned(asked[number].ratio * outputs[path], outputs[path], math.lcm(asked[number].align, group.step))
         left = max(0, wanted - (outputs[path] - gone - waiting))
         found[number] = replace(group, kept=min(group.units, group.units * left // waiting))
     return dict(sorted(found.items()))

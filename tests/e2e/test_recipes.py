@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from distill import load_student
 from distill.errors import DistillError
@@ -30,12 +32,12 @@ class Centred(Separable):
     def wants(self, changes):
         return self.paths(changes)
 
-    def initialize(self, replacement, conv, generator, statistics=None):
+    def initialize(self, replacement, conv, generator, flow=None):
         super().initialize(replacement, conv, generator)
-        assert statistics.rows > 0
         width = conv.weight[0].numel()
-        assert statistics.covariance.shape == (width, width)
-        torch.linalg.cholesky(statistics.covariance + 1e-6 * torch.eye(width, dtype=torch.float64))
+        assert flow.covariance.shape == (width, width)
+        assert flow.scale.shape == (len(conv.weight),)
+        torch.linalg.cholesky(flow.covariance)
 """
 
 
@@ -101,3 +103,30 @@ def test_a_stream_becomes_narrower_in_all_of_its_blocks(finished: tuple[Path, st
     again = distill(*command, cwd=tmp_path)
     assert "channels of" not in again.stdout
     assert [block["changes"]["units"] for block in json.loads((run / "student.json").read_text())["blocks"]] == units
+
+
+def test_a_student_without_one_gradient_step_is_the_same_from_any_ranks(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """First weights are made side by side; put together, they are most of the teacher's accuracy."""
+    states = []
+    for ranks in (1, 2):
+        result = distill(
+            f"teacher.weights={finished[0] / 'teacher.safetensors'}", "teacher.fit.epochs=0", "distill.steps=0",
+            "finetune.epochs=0", "data.image_size=8", "assemble.batchnorm_batches=8", f"run.dir=run{ranks}",
+            cwd=tmp_path, ranks=ranks,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "first weights of 9 blocks" in result.stdout
+        run = tmp_path / f"run{ranks}"
+        names = ["student.safetensors", *(f"first/{number:02d}.safetensors" for number in range(1, 10))]
+        states.append([load_file(run / name) for name in names])
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["student"]["top1"] > metrics["student"]["top1_assembled"] - 5
+        assert metrics["student"]["top1"] > 0.6 * metrics["teacher"]["top1"]
+        for block in metrics["blocks"]:
+            assert (block["recipe"], block["steps"]) == ("separable", 0)
+            assert 0 < block["rel_error_start"] < 1
+    for one, other in zip(*states, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.profiling.statistics import gather
+from distill.profiling.statistics import gather, rows_of
 
 BATCHES = [torch.randn(3, 2, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 FORMS = [{}, {"padding": 1}, {"stride": 2, "padding": "valid"}, {"padding": 1, "padding_mode": "reflect"}]
@@ -39,3 +39,30 @@ def test_a_linear_layer_sees_every_position_of_its_input() -> None:
 def test_layers_without_one_matrix_are_refused() -> None:
     with pytest.raises(TypeError, match="dense"):
         gather({"grouped": nn.Conv2d(4, 4, 3, groups=2)}, [], nn.Identity())
+
+
+def test_of_large_images_a_lattice_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.profiling.statistics.FEWEST", 200)
+    monkeypatch.setattr("distill.profiling.statistics.ENOUGH", 1)
+    conv = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    x = torch.randn(4, 2, 31, 30, generator=torch.Generator().manual_seed(0))
+    every = nn.functional.unfold(x, 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 18)
+    seen = {tuple(row) for row in every.tolist()}
+    parts = []
+    for turn in range(4):
+        rows, pick = rows_of(conv, x, turn=turn)
+        assert 200 <= len(rows) < len(every) / 2
+        torch.testing.assert_close(pick(conv(x)), rows @ conv.weight.flatten(1).T + conv.bias)
+        parts += [tuple(row) for row in rows.tolist()]
+    assert set(parts) == seen  # in as many batches as the lattice has places, all of them
+
+
+def test_the_batch_norm_that_gets_just_what_a_layer_gives_is_told() -> None:
+    block = nn.ModuleDict({"a": nn.Conv2d(2, 2, 1), "b": nn.Conv2d(2, 2, 1), "norm": nn.BatchNorm2d(2)}).eval()
+    norms = {"norm": block["norm"]}
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return block["norm"](block["a"](x)) + block["b"](x)
+
+    found = gather({"a": block["a"], "b": block["b"]}, BATCHES, run, norms)
+    assert (found["a"].norm, found["b"].norm) == ("norm", None)

@@ -19,7 +19,6 @@ from distill.errors import ConfigError
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics, gather
 from distill.recipes import Changes, Thin, View
-from distill.recipes.widths import aligned
 
 # Every family once, with as few blocks as the architecture can be asked for.
 NETWORKS: dict[str, Any] = {
@@ -76,14 +75,6 @@ def changes_of(recipe: Thin, view: View) -> Changes:
 
 def params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize(
-    ("width", "ratio", "align", "wanted"),
-    [(64, 0.5, 8, 32), (60, 0.5, 8, 32), (20, 0.5, 8, 8), (20, 0.9, 8, 16), (6, 0.5, 8, 6), (17, 1.0, 8, 17)],
-)
-def test_widths_are_in_steps_and_never_larger(width: int, ratio: float, align: int, wanted: int) -> None:
-    assert aligned(width, ratio, align) == wanted
 
 
 @pytest.mark.parametrize("name", NETWORKS)

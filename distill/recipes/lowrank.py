@@ -1,0 +1,115 @@
+"""The recipe that makes two or three thinner layers in a row of one, started from its kernel and what flows into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import ConfigError, one_of
+from distill.recipes.factors import CHANNEL, FORMS, Factors, full_ranks, ranks_for
+from distill.recipes.layers import LayerRecipe
+from distill.recipes.least_squares import Flow
+from distill.recipes.plain import Layer
+from distill.recipes.recipe import Changes, Kept, View, option
+from distill.recipes.replacement import Replacing
+from distill.recipes.selection import ways_of
+from distill.recipes.widths import aligned
+
+INITS = ("data", "teacher", "random")
+WIDEST = 8192  # inputs of an output: a covariance is then half a GiB; wider layers begin with their kernel alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(LayerRecipe):
+    """Factors of every dense convolution, 1 x 1 too, and of every linear layer that they make cheaper."""
+
+    replaces: ClassVar[str] = "dense convolutions or linear layers"
+
+    form: str = option(CHANNEL, "channel (k x k to few channels, then 1 x 1), spatial (k x 1, then 1 x k) or tucker")
+    ratio: float = option(0.5, "share of a layer's weights that its factors have, as nearly as align lets them")
+    width: int | None = option(None, "channels between the factors, for every layer, instead of a ratio")
+    align: int = option(8, "what channels between the factors are a multiple of")
+    init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random")
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("form", self.form, FORMS), ("init", self.init, INITS)):
+            if value not in choices:
+                raise ConfigError(f"student.options.{name}", value, one_of(choices, value))
+        if not 0 < self.ratio <= 1:
+            raise ConfigError("student.options.ratio", self.ratio, "a number above 0 and up to 1")
+        for name, least in (("width", self.width), ("align", self.align)):
+            if least is not None and least < 1:
+                raise ConfigError(f"student.options.{name}", least, "an integer >= 1")
+
+    def wanted(self, view: View) -> list[str]:
+        layers = [path for path, module in view.module.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        return [path for path in layers if path in view.changeable]
+
+    def propose(self, view: View) -> tuple[Changes | None, Kept]:
+        changes, kept = super().propose(view)
+        return changes, kept | _others(view)
+
+    def changes(self, view: View, paths: tuple[str, ...]) -> Changes:
+        ways = ways_of(view.module, paths, self)
+        layers = {path: {"form": way.form, "ranks": list(way.ranks)} for path, way in ways.items()}  # type: ignore[attr-defined]
+        narrow = [path for path in paths if _width(view.module.get_submodule(path)) <= WIDEST]
+        return {"layers": layers, "statistics": narrow}
+
+    def ways(self, changes: Changes) -> dict[str, Replacing]:
+        return {
+            path: Factors(form=layer["form"], ranks=tuple(layer["ranks"]), init=self.init)
+            for path, layer in changes["layers"].items()
+        }
+
+    def wants(self, changes: Changes) -> list[str]:
+        return list(changes["statistics"]) if self.init == "data" else []
+
+    def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
+        fitting = [module for module in network.modules() if self.fits(module)]
+        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+        return any(first_layer or module is not first for module in fitting)
+
+    # What is done with one layer is for its factors to do.
+
+    def sized(self, layer: Layer) -> Factors:
+        square = isinstance(layer, nn.Conv2d) and min(layer.kernel_size) > 1
+        form = self.form if square else CHANNEL
+        full = full_ranks(layer, form)
+        wanted = ranks_for(layer, form, self.ratio) if self.width is None else [self.width] * len(full)
+        ranks = [aligned(rank, most, self.align) for rank, most in zip(wanted, full, strict=True)]
+        return Factors(form=form, ranks=tuple(ranks), init=self.init)
+
+    def fits(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+    def build(self, layer: Layer) -> nn.Module:
+        return self.sized(layer).build(layer)
+
+    def initialize(
+        self, replacement: nn.Module, layer: Layer, generator: torch.Generator, flow: Flow | None = None
+    ) -> None:
+        self.sized(layer).initialize(replacement, layer, generator, flow)
+
+
+def _width(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight[0].numel()
+
+
+def _others(view: View) -> Kept:
+    """Return the modules of a block with matrices of weights that are neither convolutions nor linear layers."""
+    modules = dict(view.module.named_modules())
+    layers = [module for module in modules.values() if isinstance(module, nn.Conv2d | nn.Linear)]
+    inside = {part for layer in layers for part in layer.modules()}  # also what normalises a kernel
+    kept: Kept = {}
+    for path, module in modules.items():
+        own = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
+        matrices = [weight for weight in own if min(len(weight), weight[0].numel()) > 1]
+        if path in view.changeable and matrices and module not in inside:
+            name = type(module).__name__
+            kept[path] = f"a {name}" if type(module) is not nn.Module else "the network reads its weights"
+    return kept
