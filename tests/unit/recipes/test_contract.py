@@ -36,7 +36,7 @@ CHANGING = [
     RECIPES["skip"](init="teacher"),
     RECIPES["lowrank"](),
     RECIPES["lowrank"](form="spatial", ratio=0.3, align=1, init="teacher"),
-    RECIPES["lowrank"](form="tucker", width=8, init="random"),
+    RECIPES["lowrank"](form="spatial", rank=8, init="random"),
     RECIPES["thin"](),
     RECIPES["halved"](),
     RECIPES["halved"](ratio=0.25, align=4, init="random"),
