@@ -144,6 +144,6 @@ def _others(view: View) -> Kept:
         own = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
         matrices = [weight for weight in own if min(len(weight), weight[0].numel()) > 1]
         if path in view.changeable and matrices and module not in inside:
-            name = type(module).__name__
-            kept[path] = f"a {name}" if type(module) is not nn.Module else "the network reads its weights"
+            reader = "the network" if type(module) is nn.Module else f"a {type(module).__name__}"
+            kept[path] = f"{reader} reads its weights and runs no layer with them"
     return kept

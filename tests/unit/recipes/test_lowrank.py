@@ -237,10 +237,18 @@ class TestPropose:
         assert list(changes["layers"]) == ["mlp.0", "mlp.2", "normed"]
         assert changes["layers"]["mlp.0"] == {"form": "channel", "ranks": [16]}  # .5 x 4096 / 160 = 12.8
         assert kept == {
-            "attention": "a MultiheadAttention",
+            "attention": "a MultiheadAttention reads its weights and runs no layer with them",
             "attention.out_proj": "the network does not run it",
             "few": "its replacement would have 156 parameters for 147",
         }
+
+    def test_layers_whose_weights_are_read_in_eval_mode_alone_stay(self) -> None:
+        torch.manual_seed(SEED)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)  # it has a fast path for inference
+        changes, kept = LowRank().propose(view(layer, TOKENS))
+        assert changes is None
+        assert "no attribute 'weight'" in kept["linear1"]
+        assert "no attribute 'weight'" in kept["linear2"]
 
     def test_what_must_stay_is_not_spoken_of(self) -> None:
         changes, kept = LowRank().propose(view(encoder(), TOKENS, "mlp.0", "attention", "normed"))
