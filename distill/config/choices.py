@@ -75,7 +75,8 @@ class GranularityName(Choice):
 
 
 RECIPES = (  # those of distill.recipes, which needs torch
-    "separable", "separable_x2", "lowrank", "thin", "halved", "one_conv", "bottleneck", "inverted", "skip", "keep",
+    "separable", "separable_x2", "lowrank", "thin", "stream", "halved",
+    "one_conv", "bottleneck", "inverted", "skip", "keep",
 )  # fmt: skip
 
 WITHOUT_WIDTHS = ("separable", "separable_x2", "one_conv", "skip", "keep")  # of those, the ones without an option align

@@ -30,6 +30,7 @@ from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.student.assemble import recalibrate
 from distill.student.refit import refit_block
+from distill.training.channels import narrowed
 from distill.training.losses import relative_error
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _make_all(
     """Write the first weights of these units; yield their numbers and errors."""
     held_out = held_out_images(dataset)
     for numbers in _in_groups(blocks, own):
-        statistics = _gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
+        statistics = gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
         for number in numbers:
             module = _made(context, dataset, blocks, number, statistics)
             write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
@@ -146,7 +147,8 @@ def _in_groups(blocks: Blocks, own: Sequence[int]) -> Iterator[list[int]]:
         yield list(numbers)
 
 
-def _gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequence[str]) -> Statistics:
+def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequence[str]) -> Statistics:
+    """Return what flows into these of the teacher's layers, over the first training batches."""
     if not paths:
         return {}
     batches = context.config.student.statistics_batches
@@ -191,6 +193,7 @@ def _regress(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> 
 @torch.no_grad()
 def error_of(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> float:
     """Return the relative error of a unit's module on the teacher's activations for these images."""
-    one = blocks.candidates[number]
-    found = blocks.chain.run(images, last=one.target, keep=[one.input, one.target])
-    return float(relative_error(module(found[one.input].float()), found[one.target]))
+    unit = blocks.units[number]
+    found = blocks.chain.run(images, last=unit.target, keep=[unit.input, unit.target])
+    inputs, targets = narrowed(unit.reads, found[unit.input]), narrowed(unit.gives, found[unit.target])
+    return float(relative_error(module(inputs.float()), targets))

@@ -14,6 +14,7 @@ from distill.recipes.selection import select
 from distill.recipes.separable import Separable
 from distill.recipes.separable_x2 import SeparableX2
 from distill.recipes.skip import Skip
+from distill.recipes.stream import Stream
 from distill.recipes.thin import Thin
 from distill.recipes.whole_block import WholeBlock
 
@@ -27,6 +28,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "lowrank": LowRank,
     "thin": Thin,
     "halved": Halved,
+    "stream": Stream,
     "keep": Keep,
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "Separable",
     "SeparableX2",
     "Skip",
+    "Stream",
     "Thin",
     "View",
     "WholeBlock",
