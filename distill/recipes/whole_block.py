@@ -98,7 +98,7 @@ class WholeBlock(Recipe):
             return f"its replacement would have {after.params:,} parameters for {params:,}"
         if after.flops > flops:
             return f"its replacement would take {after.flops:,} FLOPs an image for {flops:,}"
-        return None
+        return "its replacement would be no cheaper" if after == Cost(params, flops) else None
 
     def cost(self, view: View, changes: Changes) -> Cost:
         height, width = view.sample.shape[2:]
