@@ -171,7 +171,10 @@ class StudentConfig:
     recipe: str = setting(
         MISSING, f"how a student block is made: {', '.join(RECIPES)}, an entry point's name, or package.module:Class"
     )
-    rank: int = setting(2, "the recipe's option rank, where it has one: depthwise filters per input channel")
+    rank: int | None = setting(
+        None,
+        "the recipe's option rank: depthwise filters a channel, or channels between factors; null: its own default",
+    )
     init: Init = setting(
         Init.data, "the recipe's option init: from the teacher's weights and data, from its weights alone, or random"
     )

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 STAGE = "first_weights"
 AT_A_TIME = 2**30  # bytes of covariances that are gathered in one pass of the teacher
 IMAGES = 64  # of a batch are enough to judge a start by, or to fit one layer
+SWEEPS = 4  # over layers that are summed: a shortcut and what is beside it
 
 Statistics = Mapping[str, InputStatistics]
 
@@ -175,14 +176,18 @@ def _made(context: Context, dataset: Dataset, blocks: Blocks, number: int, stati
 
 
 def _regress(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> None:
-    """Complete first weights of a block that has none of the teacher's layers: its batch norms by what they get, its
-    last layer by regression."""
+    """Complete first weights of a block that has none of the teacher's layers: its batch norms by what they get, the
+    layers that its output is a sum of by regression, in turn where there are several (backfitting; Buja, Hastie,
+    Tibshirani 1989, "Linear smoothers and additive models")."""
     one = blocks.candidates[number]
     inputs = blocks.chain.run(images, last=one.input, keep=[one.input])[one.input].float()
     parts = list(torch.split(inputs, IMAGES))
     recalibrate(module, parts)
     teacher = blocks.teacher_module(number).eval()
-    refit_block(module.eval(), teacher, [(part, part) for part in parts], one.recipe.paths(one.changes))
+    pairs = [(part, part) for part in parts]
+    for _ in range(SWEEPS):
+        if refit_block(module.eval(), teacher, pairs, one.recipe.paths(one.changes)) < 2:
+            break
 
 
 @torch.no_grad()

@@ -64,9 +64,8 @@ def _make(section: str, name: str, options: Mapping[str, Any]) -> Named:
             what = one_of(list(known), option) if known else "no options at all"
             raise ConfigError(f"{where}.{option}", value, f"an option of the recipe {name}: {what}")
         wanted = hints[option]
-        if not (isinstance(value, wanted) or (wanted is float and isinstance(value, int))) or (
-            isinstance(value, bool) and wanted is not bool
-        ):
+        number = type(value) is int and isinstance(float(value), wanted)  # 1 for 1.0
+        if not (isinstance(value, wanted) or number) or (isinstance(value, bool) and wanted is not bool):
             about = known[option].metadata.get("help", "")
             raise ConfigError(f"{where}.{option}", value, f"{getattr(wanted, '__name__', wanted)} ({about})")
     return Named(name, kind(**options))

@@ -29,6 +29,12 @@ def inner_groups(module: nn.Module, x: Tensor) -> tuple[list[Group], dict[str, s
     return found.groups, found.kept
 
 
+def outer_layers(module: nn.Module, x: Tensor) -> list[str]:
+    """Return the dense convolutions and linear layers, in the order of use, whose outputs are channels that the block
+    has in common with others: those of what it gives for `x`. Conditions are those of inner_groups()."""
+    return list(follow([module], x).outer)
+
+
 @dataclass(frozen=True)
 class Part:
     """Channels side by side at a boundary: `each` of them for every one of `units`, those of the group with this number
@@ -48,6 +54,7 @@ class Followed:
     kept: dict[str, str]
     boundaries: list[tuple[Part, ...]]
     crossing: frozenset[str]  # the layers whose outputs, or some of them, reach a boundary
+    outer: tuple[str, ...]  # those whose outputs the last block gives, in the order of use
 
 
 def follow(modules: Sequence[nn.Module], x: Tensor) -> Followed:
@@ -89,7 +96,8 @@ def _grouped(walk: Walk) -> Followed:
     boundaries = [tuple(Part(numbers.get(run.space), run.space.units, run.each) for run in one) for one in runs]
     crossing = {run.space for one in runs for run in one}
     paths = frozenset(use.site.path for use in uses["producers"] if use.run.space in crossing)
-    return Followed(list(read.values()), kept, boundaries, paths)
+    outer = dict.fromkeys(use.site.path for use in uses["producers"] if use.run.space.pinned == EDGE)
+    return Followed(list(read.values()), kept, boundaries, paths, tuple(outer))
 
 
 def _group(walk: Walk, root: Space, uses: Mapping[str, Sequence[Use]]) -> Group:

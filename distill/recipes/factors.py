@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.profiling.flops import module_flops
-from distill.recipes.least_squares import Flow, iterations_for, matrix, minimised
+from distill.recipes.least_squares import TINY, Flow, balanced, iterations_for, matrix, minimised, regressed
 from distill.recipes.plain import Layer
 from distill.recipes.recipe import Cost
 from distill.recipes.replacement import Replacing
 
 CHANNEL, SPATIAL, TUCKER = FORMS = ("channel", "spatial", "tucker")
-TINY = 1e-12  # relative: below it a factor is rounding, and a variance is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ def full_ranks(layer: Layer, form: str) -> tuple[int, ...]:
     return (inputs, last) if form == TUCKER else (last,)
 
 
-def ranks_for(layer: Layer, form: str, ratio: float) -> tuple[float, ...]:
+def ranks_of_ratio(layer: Layer, form: str, ratio: float) -> tuple[float, ...]:
     """Return the ranks, not yet whole numbers, whose factors have that share of the layer's weights; of tucker's two,
     each is the same share of its channels."""
     outputs, inputs, height, width = _sides(layer.weight)
@@ -94,6 +93,21 @@ def ranks_for(layer: Layer, form: str, ratio: float) -> tuple[float, ...]:
     core, outer = outputs * inputs * taps, inputs**2 + outputs**2
     share = ((outer**2 + 4 * core * weights) ** 0.5 - outer) / (2 * core)
     return share * inputs, share * outputs
+
+
+def ranks_of_energy(layer: Layer, form: str, energy: float) -> tuple[int, ...]:
+    """Return the least ranks that keep that share of the kernel's squared singular values; for tucker on each side.
+
+    They are the kernel's own: what flows into a layer is not known when sizes are chosen.
+    """
+    kernel = _double(layer.weight).reshape(_sides(layer.weight))
+    if form == SPATIAL:
+        unfolded = [_lines(kernel)]
+    else:
+        unfolded = [kernel.transpose(0, 1).flatten(1)] if form == TUCKER else []
+        unfolded.append(kernel.flatten(1))
+    kept = [torch.linalg.svdvals(one).square().cumsum(0) for one in unfolded]
+    return tuple(min(int((one < energy * one[-1]).sum()) + 1, len(one)) for one in kept)
 
 
 def composed(form: str, *factors: Tensor) -> Tensor:
@@ -116,7 +130,7 @@ def first_factors(kernel: Tensor, form: str, ranks: Sequence[int], flow: Flow | 
     if form == CHANNEL:
         expand, reduce = low_rank(kernel.flatten(1), ranks[0], flow)
         return [reduce, expand]
-    start = _spatial(kernel, ranks[0]) if form == SPATIAL else _tucker(kernel, ranks, flow)
+    start = _spatial(kernel, ranks[0], flow) if form == SPATIAL else _tucker(kernel, ranks, flow)
     if flow is None:
         return start
     wanted = kernel.flatten(1)
@@ -144,7 +158,7 @@ def low_rank(kernel: Tensor, rank: int, flow: Flow | None = None) -> tuple[Tenso
         right = vectors.T if inverse is None else vectors.T @ inverse
     if flow is not None:
         left = left / flow.scale[:, None]
-    return _balanced(left, right)
+    return balanced(left, right)
 
 
 def _largest(gram: Tensor, rank: int) -> Tensor:
@@ -160,20 +174,23 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * root, (vectors / root).T
 
 
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same product with the columns of the left as long as the rows of the right, where neither is none."""
-    columns, rows = left.norm(dim=0), right.norm(dim=1)
-    exist = (columns > TINY * columns.max()) & (rows > TINY * rows.max())
-    factor = torch.where(exist, (rows / columns).sqrt(), torch.ones_like(rows))
-    return left * factor, right / factor[:, None]
-
-
-def _spatial(kernel: Tensor, rank: int) -> list[Tensor]:
-    """Return the nearest factors (r, C, k, 1) and (D, r, 1, k), from the SVD of the unfolding (C k, D k)."""
+def _spatial(kernel: Tensor, rank: int, flow: Flow | None) -> list[Tensor]:
+    """Return factors (r, C, k, 1) and (D, r, 1, k): the nearest, from the SVD of the unfolding (C k, D k); with a flow,
+    the second as it is best behind the first."""
     outputs, inputs, height, width = kernel.shape
-    left, right = low_rank(kernel.permute(1, 2, 0, 3).reshape(inputs * height, outputs * width), rank)
+    left, right = low_rank(_lines(kernel), rank)
+    if flow is not None:
+        first, pixels = left.reshape(inputs, height, rank), torch.eye(width, dtype=left.dtype)
+        features = torch.einsum("cir,jl->cijrl", first, pixels).reshape(-1, rank * width)
+        second = regressed(kernel.flatten(1), features, flow).reshape(outputs, rank, width)
+        left, right = balanced(left, second.transpose(0, 1).flatten(1))
     vertical = left.T.reshape(rank, inputs, height, 1)
     return [vertical, right.reshape(rank, outputs, width).transpose(0, 1).unsqueeze(2)]
+
+
+def _lines(kernel: Tensor) -> Tensor:
+    """Return a kernel (D, C, k, l) as (C k, D l)."""
+    return kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 def _tucker(kernel: Tensor, ranks: Sequence[int], flow: Flow | None) -> list[Tensor]:
@@ -201,9 +218,9 @@ def _trivial(kernel: Tensor, form: str) -> list[Tensor]:
     def eye(size: int) -> Tensor:
         return torch.eye(size, dtype=kernel.dtype, device=kernel.device)
 
-    outputs, inputs, height, width = _sides(kernel)
+    outputs, inputs, _, width = _sides(kernel)
     if form == SPATIAL:
-        unfolded = kernel.permute(1, 2, 0, 3).reshape(inputs * height, outputs * width)
+        unfolded = _lines(kernel)
         few = len(unfolded) <= unfolded.shape[1]
         left, right = (eye(len(unfolded)), unfolded) if few else (unfolded, eye(unfolded.shape[1]))
         return [left.T, right.reshape(-1, outputs, width).transpose(0, 1)]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from distill.profiling.statistics import InputStatistics
 
 DAMPING = 1e-4  # of the mean variance: directions that few batches have shown are not taken for empty ones
-MOST_WORK = 2e11  # multiplications of one minimisation: seconds; wide layers get fewer steps from a better start
+MOST_WORK = 4e10  # multiplications of one minimisation: a second or two; wide layers get fewer steps, or none
+TINY = 1e-12  # relative: below it a factor is rounding, and a variance is none
 LEAST_SCALE = 1e-3  # of the largest: a channel that the batch norm has switched off still has to have some weight
 
 
@@ -88,6 +89,25 @@ def keep_mean(layer: nn.Module, flow: Flow, before: Tensor, after: Tensor) -> No
     *_, last = (part for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Linear))
     if last.bias is not None:
         last.bias.copy_(last.bias.cpu().double() + (before - after) @ flow.mean)
+
+
+def regressed(kernel: Tensor, features: Tensor, flow: Flow) -> Tensor:
+    """Return the weight (D, m) that loses least of `kernel` W (D, d) where a layer sees m features Q^T u of the rows u,
+    `features` being Q (d, m): W Sigma Q (Q^T Sigma Q)^-1, whatever the outputs' scale."""
+    seen = flow.covariance @ features
+    gram = features.T @ seen
+    least = (TINY * gram.diagonal().mean()).clamp_min(torch.finfo(gram.dtype).tiny)  # a feature may be empty
+    gram.diagonal().add_(least)
+    weight: Tensor = torch.linalg.solve(gram, seen.T @ kernel.T).T
+    return weight
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same product with the columns of the left as long as the rows of the right, where neither is none."""
+    columns, rows = left.norm(dim=0), right.norm(dim=1)
+    exist = (columns > TINY * columns.max()) & (rows > TINY * rows.max())
+    factor = torch.where(exist, (rows / columns).sqrt(), torch.ones_like(rows))
+    return left * factor, right / factor[:, None]
 
 
 def iterations_for(kernel: Tensor) -> int:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import ConfigError, one_of
-from distill.recipes.factors import CHANNEL, FORMS, Factors, full_ranks, ranks_for
+from distill.recipes.factors import (
+    CHANNEL,
+    FORMS,
+    SPATIAL,
+    TUCKER,
+    Factors,
+    full_ranks,
+    ranks_of_energy,
+    ranks_of_ratio,
+)
 from distill.recipes.layers import LayerRecipe
 from distill.recipes.least_squares import Flow
 from distill.recipes.plain import Layer
@@ -19,6 +28,8 @@ from distill.recipes.selection import ways_of
 from distill.recipes.widths import aligned
 
 INITS = ("data", "teacher", "random")
+NARROW = 16  # channels at most that stay all: fewer save next to nothing, and a classifier of ten needs its ten
+WIDE = 256  # channels from which tucker loses no more than spatial does with as many weights, on real covariances
 WIDEST = 8192  # inputs of an output: a covariance is then half a GiB; wider layers begin with their kernel alone
 
 
@@ -28,9 +39,14 @@ class LowRank(LayerRecipe):
 
     replaces: ClassVar[str] = "dense convolutions or linear layers"
 
-    form: str = option(CHANNEL, "channel (k x k to few channels, then 1 x 1), spatial (k x 1, then 1 x k) or tucker")
+    form: str = option(
+        CHANNEL, "channel (k x k, then 1 x 1), spatial (k x 1, then 1 x k) or tucker (that, where wide: three)"
+    )
     ratio: float = option(0.5, "share of a layer's weights that its factors have, as nearly as align lets them")
-    width: int | None = option(None, "channels between the factors, for every layer, instead of a ratio")
+    energy: float | None = option(
+        None, "share of a kernel's squared singular values that its factors keep, for a ratio"
+    )
+    rank: int | None = option(None, "channels between the factors, for every layer, instead of a ratio")
     align: int = option(8, "what channels between the factors are a multiple of")
     init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random")
 
@@ -38,11 +54,14 @@ class LowRank(LayerRecipe):
         for name, value, choices in (("form", self.form, FORMS), ("init", self.init, INITS)):
             if value not in choices:
                 raise ConfigError(f"student.options.{name}", value, one_of(choices, value))
-        if not 0 < self.ratio <= 1:
-            raise ConfigError("student.options.ratio", self.ratio, "a number above 0 and up to 1")
-        for name, least in (("width", self.width), ("align", self.align)):
+        for name, share in (("ratio", self.ratio), ("energy", self.energy)):
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"student.options.{name}", share, "a number above 0 and up to 1")
+        for name, least in (("rank", self.rank), ("align", self.align)):
             if least is not None and least < 1:
                 raise ConfigError(f"student.options.{name}", least, "an integer >= 1")
+        if self.energy is not None and self.rank is not None:
+            raise ConfigError("student.options.energy", self.energy, "null, beside a rank; or no rank")
 
     def wanted(self, view: View) -> list[str]:
         layers = [path for path, module in view.module.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -75,12 +94,27 @@ class LowRank(LayerRecipe):
     # What is done with one layer is for its factors to do.
 
     def sized(self, layer: Layer) -> Factors:
-        square = isinstance(layer, nn.Conv2d) and min(layer.kernel_size) > 1
-        form = self.form if square else CHANNEL
+        form = self._form_of(layer)
         full = full_ranks(layer, form)
-        wanted = ranks_for(layer, form, self.ratio) if self.width is None else [self.width] * len(full)
-        ranks = [aligned(rank, most, self.align) for rank, most in zip(wanted, full, strict=True)]
+        wanted = zip(self._wanted_ranks(layer, form), full, strict=True)
+        ranks = [most if most <= NARROW else aligned(rank, most, self.align) for rank, most in wanted]
         return Factors(form=form, ranks=tuple(ranks), init=self.init)
+
+    def _form_of(self, layer: Layer) -> str:
+        if isinstance(layer, nn.Linear) or min(layer.kernel_size) == 1:
+            return CHANNEL
+        narrow = min(layer.in_channels, layer.out_channels) < WIDE
+        return SPATIAL if self.form == TUCKER and narrow else self.form
+
+    def _wanted_ranks(self, layer: Layer, form: str) -> tuple[float, ...]:
+        if self.rank is not None:
+            return (self.rank,) * len(full_ranks(layer, form))
+        if self.energy is None:
+            return ranks_of_ratio(layer, form, self.ratio)
+        if layer.weight.is_meta:
+            needed = "null, and a ratio or a rank, where a network is imagined: energy is that of its weights"
+            raise ConfigError("student.options.energy", self.energy, needed)
+        return ranks_of_energy(layer, form, self.energy)
 
     def fits(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

@@ -64,15 +64,26 @@ class Narrowing(Recipe):
         generator: torch.Generator | None = None,
         statistics: Mapping[str, InputStatistics] | None = None,
     ) -> nn.Module:
+        self.narrow(block, changes, generator, statistics)
+        return block
+
+    def narrow(
+        self,
+        block: nn.Module,
+        changes: Changes,
+        generator: torch.Generator | None = None,
+        statistics: Mapping[str, InputStatistics] | None = None,
+    ) -> list[tuple[Group, Tensor]]:
+        """Make a block its student(), in place; return the groups with the units that each has kept."""
         groups = groups_of(changes)
         if generator is None or self.init == "random":
-            self.install(block, changes)
+            kept = [torch.arange(group.kept) for group in groups]
         else:
-            known = (statistics or {}) if self.init == "data" else {}
-            take_away(block, groups, self.settle(block, changes, known))
+            kept = self.settle(block, changes, (statistics or {}) if self.init == "data" else {})
+        take_away(block, groups, kept)
         if generator is not None and self.init == "random":
             _draw(block, paths_of(groups), generator)
-        return block
+        return list(zip(groups, kept, strict=True))
 
     def install(self, network: nn.Module, changes: Changes) -> None:
         groups = groups_of(changes)

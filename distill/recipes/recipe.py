@@ -55,7 +55,11 @@ class Recipe(ABC):
     """A way to make a block cheaper."""
 
     replaces: ClassVar[str]  # in words, for "a network with ..."
-    regressed: ClassVar[bool] = False  # whether its last layer and batch norms are to be fitted to the block's inputs
+
+    @property
+    def regressed(self) -> bool:
+        """Whether the student's batch norms are to be estimated, and the layers that its output is a sum of fitted."""
+        return False
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments, all JSON values."""

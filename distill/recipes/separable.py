@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.recipes.convolutions import ConvolutionRecipe
-from distill.recipes.least_squares import Flow, iterations_for, matrix, minimised
+from distill.recipes.least_squares import Flow, balanced, iterations_for, matrix, minimised, regressed
 from distill.recipes.recipe import Cost, option
 
 
@@ -81,7 +81,7 @@ class Separable(ConvolutionRecipe):
         if self.init != "random":
             depthwise, pointwise = decouple(conv.weight.detach(), replacement.rank)
             if flow is not None:
-                depthwise, pointwise = fitted(conv.weight, depthwise, pointwise, flow)
+                depthwise, pointwise = fitted(conv.weight, depthwise, flow)
             with torch.no_grad():
                 replacement.depthwise.weight.copy_(depthwise)
                 replacement.pointwise.weight.copy_(pointwise)
@@ -122,9 +122,17 @@ def composed(depthwise: Tensor, pointwise: Tensor, rank: int) -> Tensor:
     return torch.einsum("rck,drc->dck", per_filter, weights).flatten(1)
 
 
-def fitted(kernel: Tensor, depthwise: Tensor, pointwise: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
-    """Return the pair, in the shapes given, that loses least of what the dense kernel gives on the data."""
-    wanted, rank = matrix(kernel), depthwise.shape[0] // kernel.shape[1]
-    start = [matrix(depthwise), matrix(pointwise)]
-    found = minimised(start, lambda d, p: composed(d, p, rank), wanted, flow, iterations=iterations_for(wanted))
-    return found[0].reshape(depthwise.shape), found[1].reshape(pointwise.shape)
+def fitted(kernel: Tensor, depthwise: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
+    """Return a pair that loses little of what the dense kernel gives on the data, in the shapes of decouple().
+
+    It is the best pointwise layer behind the filters given, and L-BFGS from there as far as that is quick.
+    """
+    wanted, filters, (outputs, inputs) = matrix(kernel), matrix(depthwise), kernel.shape[:2]
+    rank = len(filters) // inputs
+    channels = torch.eye(inputs, dtype=filters.dtype)
+    features = torch.einsum("rck,ce->ckre", filters.reshape(rank, inputs, -1), channels).reshape(-1, len(filters))
+    weights, filters = balanced(regressed(wanted, features, flow), filters)
+    found = minimised(
+        [filters, weights], lambda d, p: composed(d, p, rank), wanted, flow, iterations=iterations_for(wanted)
+    )
+    return found[0].reshape(depthwise.shape), found[1].reshape(outputs, -1, 1, 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,16 @@ def columns(weight: Tensor, site: Site, units: Tensor) -> Tensor:
     taps = weight[0, 0].numel()
     channels = site.channels(units)
     return (channels[:, :, None] * taps + torch.arange(taps)).flatten(1)
+
+
+def left_of(
+    seen: InputStatistics, block: nn.Module, path: str, kept: Sequence[tuple[Group, Tensor]]
+) -> InputStatistics:
+    """Return what is known of a layer's inputs without those that groups have lost, in the block that has lost them."""
+    sites = [(site, others(group.units, units)) for group, units in kept for site in group.inputs if site.path == path]
+    gone = [columns(_layer(block, path).weight, site, away).flatten() for site, away in sites]
+    left = others(len(seen.mean), torch.cat([_nothing(), *gone]))
+    return replace(seen, mean=seen.mean[left], covariance=seen.covariance[left][:, left])
 
 
 def _layer(block: nn.Module, path: str) -> nn.Conv2d | nn.Linear:

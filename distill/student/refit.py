@@ -110,11 +110,15 @@ def _sites(student: nn.Module, teacher: nn.Module, pair: Pair, paths: Sequence[s
         if mine.outputs[layer].shape == wanted.outputs[twin].shape:
             sites.append(Site(layer, mine.behind.get(layer), wanted.behind.get(twin, twin)))
     replaced = {module for path in paths for module in student.get_submodule(path).modules()}
+    twins = {site.layer for site in sites}
+    ends = True  # the last of these layers is fitted to the block's output, even where it has a twin
     for layer in reversed(mine.order):
-        last = Site(layer, mine.behind.get(layer))
-        if layer in replaced and _is_fitted(layer, mine) and _enters_as_a_sum(student, own, last):
-            sites = [*(site for site in sites if site.layer is not layer), last]
-            break
+        own_site = Site(layer, mine.behind.get(layer))
+        if layer not in replaced or not (ends or layer not in twins) or not _is_fitted(layer, mine):
+            continue
+        if _enters_as_a_sum(student, own, own_site):
+            sites = [*(site for site in sites if site.layer is not layer), own_site]
+            ends = False
     return sorted(sites, key=lambda site: mine.order.index(site.layer))
 
 

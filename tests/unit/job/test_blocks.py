@@ -43,7 +43,11 @@ def test_a_block_that_is_no_single_module_is_kept_with_the_reason() -> None:
     _, blocks = cut_with("{conv1: {recipe: one_conv}, layer1.0: {recipe: one_conv}}")
     assert any("conv1 (" in remark for remark in blocks.remarks)
     one = blocks.candidates[1]
-    assert (one.name, one.changes["module"], one.recipe.options()) == ("one_conv", "layer1.0", {"kernel": 3})
+    assert (one.name, one.changes["module"], one.recipe.options()) == (
+        "one_conv",
+        "layer1.0",
+        {"kernel": 3, "init": "data"},
+    )
 
 
 def test_units_of_a_stream_read_what_those_before_them_give() -> None:

@@ -27,11 +27,19 @@ CHANGING = [
     RECIPES["separable_x2"](),
     RECIPES["separable_x2"](rank=2),
     RECIPES["one_conv"](),
-    RECIPES["one_conv"](kernel=1),
+    RECIPES["one_conv"](kernel=1, init="random"),
+    RECIPES["bottleneck"](),
+    RECIPES["bottleneck"](ratio=0.5, init="random"),
+    RECIPES["inverted"](),
+    RECIPES["inverted"](expand=1.5, kernel=5, init="teacher"),
+    RECIPES["skip"](),
+    RECIPES["skip"](init="teacher"),
     RECIPES["lowrank"](),
     RECIPES["lowrank"](form="spatial", ratio=0.3, align=1, init="teacher"),
-    RECIPES["lowrank"](form="tucker", width=8, init="random"),
+    RECIPES["lowrank"](form="spatial", rank=8, init="random"),
     RECIPES["thin"](),
+    RECIPES["halved"](),
+    RECIPES["halved"](ratio=0.25, align=4, init="random"),
     RECIPES["thin"](ratio=0.25, align=4, init="random"),
     RECIPES["stream"](),
     RECIPES["stream"](ratio=0.25, align=4, init="random"),
@@ -116,7 +124,8 @@ class TestEveryChange:
         for index, view, changes in proposed(recipe, chain):
             student = recipe.student(chain.block_module(index), changes, torch.Generator().manual_seed(0))
             reads, gives = recipe.ends(changes)
-            out = student.train()(narrowed(reads, view.sample))
+            # Students without weights pass gradients on all the same.
+            out = student.train()(narrowed(reads, view.sample).clone().requires_grad_())
             assert out.shape == narrowed(gives, chain.run(IMAGES, last=index + 1, keep=[index + 1])[index + 1]).shape
             out.square().sum().backward()
             assert all(parameter.grad is not None for parameter in student.parameters())

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from distill.profiling.statistics import InputStatistics
-from distill.recipes.least_squares import Flow, keep_mean, minimised, norm_of, rebase, scale_of
+from distill.recipes.least_squares import (
+    Flow,
+    iterations_for,
+    keep_mean,
+    minimised,
+    norm_of,
+    rebase,
+    regressed,
+    scale_of,
+)
 from distill.recipes.separable import composed, decouple, fitted
 
 
@@ -79,7 +88,7 @@ def test_factors_that_fit_what_flows_lose_less_than_those_of_the_kernel_alone(
     flow: Flow, kernel: Tensor, memory_format: torch.memory_format, rank: int
 ) -> None:
     depthwise, pointwise = decouple(kernel.to(memory_format=memory_format), rank)
-    found = fitted(kernel, depthwise, pointwise, flow)
+    found = fitted(kernel, depthwise, flow)
 
     def lost(pair: tuple[Tensor, Tensor]) -> float:
         return float(flow.error(kernel.flatten(1) - composed(pair[0].flatten(1), pair[1].flatten(1), rank)))
@@ -90,6 +99,31 @@ def test_factors_that_fit_what_flows_lose_less_than_those_of_the_kernel_alone(
     flow.error(kernel.flatten(1) - composed(free[0].flatten(1), free[1].flatten(1), rank)).backward()
     size = float(flow.error(kernel.flatten(1)))
     assert all(factor.grad is not None and factor.grad.norm() < 1e-2 * size for factor in free)
+
+
+def test_the_layer_behind_features_is_that_of_least_squares(rows: Tensor, flow: Flow, kernel: Tensor) -> None:
+    features = torch.randn(27, 5, generator=seeded(4), dtype=torch.float64)
+    centred = rows - flow.mean
+    wanted = torch.linalg.lstsq(centred @ features, centred @ kernel.flatten(1).T).solution.T
+    torch.testing.assert_close(regressed(kernel.flatten(1), features, flow), wanted)
+
+
+def test_a_feature_that_is_always_zero_has_no_weight(flow: Flow, kernel: Tensor) -> None:
+    features = torch.eye(27, 5, dtype=torch.float64)
+    features[:, 2] = 0
+    assert regressed(kernel.flatten(1), features, flow)[:, 2].abs().max() == 0
+    assert regressed(kernel.flatten(1), 0 * features, flow).abs().max() == 0
+
+
+def test_wide_layers_have_a_start_that_fits_what_flows_and_no_steps(
+    monkeypatch: pytest.MonkeyPatch, flow: Flow, kernel: Tensor
+) -> None:
+    assert iterations_for(torch.empty(512, 4608, device="meta")) == 0
+    monkeypatch.setattr("distill.recipes.least_squares.MOST_WORK", 0)
+    depthwise, pointwise = decouple(kernel, 2)
+    pairs = [(depthwise, pointwise), fitted(kernel, depthwise, flow)]
+    before, after = (kernel.flatten(1) - composed(d.flatten(1), p.flatten(1), 2) for d, p in pairs)
+    assert flow.error(after) < 0.8 * flow.error(before)
 
 
 def test_a_minimisation_that_finds_nothing_better_gives_its_start(flow: Flow, kernel: Tensor) -> None:

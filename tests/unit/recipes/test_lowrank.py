@@ -15,7 +15,17 @@ from distill.errors import ConfigError
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import gather
 from distill.recipes import LowRank, View, replace_layers
-from distill.recipes.factors import CHANNEL, FORMS, SPATIAL, TUCKER, Factors, full_ranks, low_rank
+from distill.recipes.factors import (
+    CHANNEL,
+    FORMS,
+    SPATIAL,
+    TUCKER,
+    Factors,
+    composed,
+    first_factors,
+    full_ranks,
+    low_rank,
+)
 from distill.recipes.least_squares import Flow, matrix
 from distill.recipes.plain import Layer
 
@@ -153,14 +163,42 @@ class TestWidths:
         weights = sum(parameter.numel() for parameter in way.build(layer).parameters()) - 96
         assert weights / layer.weight.numel() == pytest.approx(0.3, rel=0.05)  # ranks are whole numbers
 
-    def test_a_width_goes_before_the_ratio(self) -> None:
-        assert LowRank(width=24, ratio=0.9).sized(conv(64, 96)).ranks == (24,)
-        assert LowRank(form="tucker", width=24).sized(conv(16, 96)).ranks == (16, 24)
+    def test_a_rank_goes_before_the_ratio(self) -> None:
+        assert LowRank(rank=24, ratio=0.9).sized(conv(64, 96)).ranks == (24,)
+        assert LowRank(form="tucker", rank=24).sized(conv(256, 300)).ranks == (24, 24)
+
+    @pytest.mark.parametrize("layer", [conv(24, 32), conv(24, 32, kernel_size=1), linear(24, 32)], ids=str)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_the_least_ranks_that_keep_an_energy(self, layer: Layer, form: str) -> None:
+        way = LowRank(form=form, energy=0.8, align=1).sized(layer)
+        kernel, fewer = matrix(layer.weight), tuple(rank - 1 for rank in way.ranks)
+        lost = []
+        for ranks in (way.ranks, fewer):
+            factors = first_factors(layer.weight.detach().double(), way.form, ranks, None)
+            lost.append(float((kernel - composed(way.form, *factors)).square().sum() / kernel.square().sum()))
+        assert lost[0] <= 0.2 * len(way.ranks), "each side keeps .8"
+        assert lost[1] > 0.2
+
+    def test_all_the_energy_takes_all_ranks(self) -> None:
+        assert LowRank(energy=1.0).sized(conv(24, 32)).ranks == (32,)
+        assert LowRank(energy=1).sized(linear(24, 32)).ranks == (24,)
+
+    def test_weights_that_are_imagined_have_no_energy(self) -> None:
+        with pytest.raises(ConfigError, match=r"student.options.energy: got 0.9"):
+            LowRank(energy=0.9).sized(nn.Linear(32, 32, device="meta"))
+
+    @pytest.mark.parametrize("options", [{"ratio": 0.3}, {"energy": 0.3}, {"rank": 4}], ids=str)
+    def test_what_is_narrow_stays_whole(self, options: dict[str, Any]) -> None:
+        assert LowRank(**options, align=1).sized(linear(64, 10)).ranks == (10,)
 
     @pytest.mark.parametrize("layer", OTHERS, ids=str)
     def test_what_has_no_two_sides_has_the_channel_form(self, layer: Layer) -> None:
         assert {LowRank(form=form).sized(layer).form for form in FORMS} == {CHANNEL}
-        assert [LowRank(form=form).sized(conv()).form for form in (SPATIAL, TUCKER)] == [SPATIAL, TUCKER]
+        assert LowRank(form=SPATIAL).sized(conv()).form == SPATIAL
+
+    def test_tucker_is_for_wide_layers(self) -> None:
+        assert LowRank(form=TUCKER).sized(conv(256, 300)).form == TUCKER
+        assert LowRank(form=TUCKER).sized(conv(255, 300)).form == SPATIAL
 
 
 class Encoder(nn.Module):
@@ -238,7 +276,7 @@ class TestPropose:
 
     def test_statistics_are_asked_for_where_they_can_be_used(self) -> None:
         torch.manual_seed(SEED)
-        wide = view(nn.Sequential(nn.Linear(8200, 16), nn.ReLU(), nn.Linear(16, 64)), torch.randn(2, 8200))
+        wide = view(nn.Sequential(nn.Linear(8200, 32), nn.ReLU(), nn.Linear(32, 64)), torch.randn(2, 8200))
         changes, _ = LowRank().propose(wide)
         assert changes is not None
         assert list(changes["layers"]) == ["0", "2"]
@@ -278,9 +316,25 @@ class TestFirstWeights:
 
 
 @pytest.mark.parametrize(
-    "options", [{"form": "cp"}, {"ratio": 0.0}, {"ratio": 1.5}, {"width": 0}, {"align": 0}, {"init": "zeros"}], ids=str
+    "options",
+    [
+        {"form": "cp"},
+        {"ratio": 0.0},
+        {"ratio": 1.5},
+        {"rank": 0},
+        {"energy": 0.0},
+        {"energy": 2.0},
+        {"align": 0},
+        {"init": "zeros"},
+    ],
+    ids=str,
 )
 def test_options_that_make_no_sense_are_refused_by_name(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ConfigError, match=f"student.options.{name}"):
         LowRank(**options)
+
+
+def test_a_rank_and_an_energy_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match=r"student.options.energy: got 0.9; expected null, beside a rank"):
+        LowRank(rank=8, energy=0.9)
