@@ -41,7 +41,7 @@ class Stream(Narrowing):
         return None, {view.name: "a stream runs through several blocks"}
 
     def settle(self, block: nn.Module, changes: Changes, statistics: Mapping[str, InputStatistics]) -> list[Tensor]:
-        groups, units = groups_of(changes), [torch.tensor(units) for units in changes["units"]]
+        groups, units = groups_of(changes), [torch.tensor(units, dtype=torch.int64) for units in changes["units"]]
         repair(block, groups, units, statistics)
         return units
 

@@ -267,7 +267,7 @@ def refit_in_a_row(
     students: Mapping[int, nn.Module],
     paths: Mapping[int, Sequence[str]],
     images: Sequence[Tensor],
-    gives: Mapping[int, Narrowed],
+    gives: Mapping[int, Narrowed] | None = None,
 ) -> int:
     """Fit the student blocks `students`, by the index of the block for which each stands, to what they get behind one
     another; return how many layers were fitted. `images` are batches of the network's input; `gives` are for students
@@ -278,6 +278,6 @@ def refit_in_a_row(
         teacher = chain.block_module(index).eval()
         student = students.get(index)
         if student is not None and any(True for _ in student.parameters()):
-            done += refit_block(student.eval(), teacher, inputs, paths[index], gives.get(index, _whole))
+            done += refit_block(student.eval(), teacher, inputs, paths[index], (gives or {}).get(index, _whole))
         inputs = [(teacher(theirs), (student or teacher)(own)) for theirs, own in inputs]
     return done

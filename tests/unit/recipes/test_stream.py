@@ -153,14 +153,22 @@ def test_a_layer_that_reads_a_stream_has_the_best_weights_for_what_is_left() -> 
     torch.testing.assert_close(student.get_submodule("layer1.1.conv1").weight.detach().flatten(1), best.float())
 
 
-def test_streams_widen_with_zeros_are_as_wide_as_asked_in_every_stage() -> None:
-    network = NETWORKS["CIFAR ResNet"]()
-    for changes in found(chain_of("CIFAR ResNet")).values():
-        HALF.install(network, changes)
-    widths = [network.get_submodule(f"layer{stage}.2.conv2").out_channels for stage in (1, 2, 3)]
-    assert (network.conv1.out_channels, *widths, network.linear.in_features) == (8, 8, 16, 32, 32)
-    assert isinstance(network.layer2[0].shortcut, Cropped)
-    assert network.eval()(IMAGES).shape == (8, 10)
+@pytest.mark.parametrize(("align", "wanted"), [(4, [8, 16, 32]), (16, [16, 16, 32])])
+def test_streams_that_zeros_widen_are_as_wide_as_asked_in_every_stage(align: int, wanted: list[int]) -> None:
+    """In steps of 16 the first stage's channels stay, and are all that the second has."""
+    recipe, chain = Stream(align=align), chain_of("CIFAR ResNet")
+    changed = found(chain, recipe)
+    students = {
+        block: recipe.student(chain.block_module(block), changes, torch.Generator())
+        for block, changes in changed.items()
+    }
+    states = [student.state_dict() for student in students.values()]
+    teacher = teacher_of("CIFAR ResNet")
+    network = assemble(teacher, changed=[(recipe, changes) for changes in changed.values()], blocks=states)
+    assert in_a_row(network, chain, students, IMAGES)
+    assert [network.get_submodule(f"layer{stage}.2.conv2").out_channels for stage in (1, 2, 3)] == wanted
+    assert (network.conv1.out_channels, network.linear.in_features) == (wanted[0], wanted[2])
+    assert isinstance(network.get_submodule("layer2.0.shortcut"), Cropped)
 
 
 def test_zeros_added_in_a_block_s_own_code_are_as_many_in_the_student() -> None:
