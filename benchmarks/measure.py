@@ -42,10 +42,10 @@ def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
         raise SystemExit(f"a run failed:\n{Path(f'{run_dir}.log').read_text()[-3000:]}")
 
 
-def run(*overrides: str, run_dir: Path) -> float:
+def run(*overrides: str, run_dir: Path, **environment: str) -> float:
     """Run to the end and return the wall seconds of the whole command."""
     begin = time.monotonic()
-    finish(start(*overrides, run_dir=run_dir), run_dir)
+    finish(start(*overrides, run_dir=run_dir, **environment), run_dir)
     return time.monotonic() - begin
 
 

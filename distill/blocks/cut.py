@@ -19,7 +19,7 @@ from distill.blocks.hooks import HookedChain
 from distill.blocks.misfit import channel_misfit
 from distill.blocks.obstacle import obstacle
 from distill.blocks.patterns import check_listed, expand
-from distill.blocks.tracing import Trace, UntraceableError, trace
+from distill.blocks.tracing import MODULE_STACK, Trace, UntraceableError, trace
 from distill.errors import ConfigError
 
 __all__ = ["Block", "Boundary", "Chain", "Granularity", "HookedChain", "TracedChain", "cut"]
@@ -137,7 +137,7 @@ def _graph(block: Group) -> fx.Graph:
     copies = {block.segments[0].source: graph.placeholder("x")}
     for node in block.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = {}
+        copies[node].meta = {key: node.meta[key] for key in (MODULE_STACK,) if key in node.meta}
     graph.output(copies[block.segments[-1].result])
     return graph
 

@@ -50,6 +50,9 @@ class Segment:
     branches: bool  # True if somewhere inside two activations are alive: a skip, a gate, parallel paths
 
 
+MODULE_STACK = "nn_module_stack"  # torch.fx's name for it in what it knows of an operation
+
+
 @dataclass(frozen=True, eq=False)
 class Trace:
     """A traced network: its module tree, its segments in order and the form of every tensor on the sample."""
@@ -65,7 +68,7 @@ class Trace:
 
 def module_stack(node: fx.Node) -> list[tuple[str, str, type]]:
     """Return the modules around an operation from the outermost in: (key of this very call, path, class)."""
-    return [(key, path, kind) for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()]
+    return [(key, path, kind) for key, (path, kind) in node.meta.get(MODULE_STACK, {}).items()]
 
 
 def trace(model: nn.Module, sample: Tensor, output: Tensor) -> Trace:

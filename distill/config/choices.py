@@ -74,9 +74,12 @@ class GranularityName(Choice):
     modules = "modules"
 
 
-RECIPES = ("separable", "separable_x2", "one_conv", "lowrank", "thin", "keep")  # of distill.recipes, which needs torch
+RECIPES = (  # those of distill.recipes, which needs torch
+    "separable", "separable_x2", "lowrank", "thin", "stream", "halved",
+    "one_conv", "bottleneck", "inverted", "skip", "keep",
+)  # fmt: skip
 
-WITHOUT_WIDTHS = ("separable", "separable_x2", "one_conv", "keep")  # of those, the ones without an option align
+WITHOUT_WIDTHS = ("separable", "separable_x2", "one_conv", "skip", "keep")  # of those, the ones without an option align
 
 
 class Init(Choice):

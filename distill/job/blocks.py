@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
@@ -24,7 +24,8 @@ from distill.errors import ConfigError, one_of
 from distill.job.recipes import Named, recipe_of, recipes_of
 from distill.planning.unit import Proposal, Unit, number_units
 from distill.profiling.statistics import InputStatistics
-from distill.recipes import Changes, Kept, Recipe, View
+from distill.recipes import Changes, Kept, Recipe, Stream, View
+from distill.recipes.stream import find_streams
 from distill.storage.aliases import load_state
 from distill.student.assemble import assemble, in_a_row
 from distill.training.graphed_teacher import GraphedChain
@@ -63,7 +64,13 @@ class Blocks:
         proposals = [Proposal(one.name, one.input, one.target) for one in self.candidates.values()]
         units = number_units(proposals, [block.name for block in self.chain.blocks])
         assert [unit.number for unit in units] == list(self.candidates)
-        return {unit.number: unit for unit in units if self.candidates[unit.number].trains}
+        found = {}
+        for unit in units:
+            one = self.candidates[unit.number]
+            if one.trains:
+                reads, gives = one.recipe.ends(one.changes)
+                found[unit.number] = replace(unit, reads=reads, gives=gives)
+        return found
 
     @property
     def replaced_paths(self) -> list[str]:
@@ -155,8 +162,8 @@ def _propose(
     config: JobConfig, chain: Chain, teacher: nn.Module, images: Tensor, asked: Mapping[int, Named]
 ) -> tuple[dict[int, Candidate], Kept]:
     """Return what every recipe would change in its block, and why other things stay."""
-    candidates: dict[int, Candidate] = {}
-    kept: Kept = {}
+    candidates, kept = _propose_streams(chain, images, asked)
+    asked = {block: one for block, one in asked.items() if not isinstance(one.recipe, Stream)}
     first = None if config.student.first_layer else chain.first_convolution
     whole = whole_modules(teacher, chain, images)
     for block, inputs in _inputs(chain, images, [block for block, one in asked.items() if chain.blocks[block].modules]):
@@ -176,7 +183,23 @@ def _propose(
             student = one.recipe.student(chain.block_module(block), changes)
             trains = any(True for _ in student.parameters())
             candidates[block] = Candidate(one.name, one.recipe, changes, block, block + 1, trains)
-    return candidates, kept
+    return dict(sorted(candidates.items())), kept
+
+
+def _propose_streams(chain: Chain, images: Tensor, asked: Mapping[int, Named]) -> tuple[dict[int, Candidate], Kept]:
+    """Return what changes in the blocks that are asked for narrower streams, which is found for all of them at once."""
+    recipes = {block: one.recipe for block, one in asked.items() if isinstance(one.recipe, Stream)}
+    if not recipes:
+        return {}, {}
+    if not chain.divisible:
+        return {}, {"streams": "the network is run through hooks, not block by block"}
+    modules = [chain.block_module(block).eval() for block in range(len(chain.blocks))]
+    with torch.enable_grad():
+        changed, kept = find_streams(modules, images.float(), recipes)
+    return {
+        block: Candidate(asked[block].name, recipes[block], changes, block, block + 1)
+        for block, changes in changed.items()
+    }, kept
 
 
 def _inputs(chain: Chain, images: Tensor, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -203,7 +226,9 @@ def _refuse_strangers(teacher: nn.Module, chain: Chain, images: Tensor, candidat
 
     if fits(list(candidates)):
         return
-    strangers = [block for block in candidates if not fits([block])] or list(candidates)
+    streams = [block for block, one in candidates.items() if isinstance(one.recipe, Stream)]  # only fit together
+    apart = [streams, *([block] for block in candidates if block not in streams)]
+    strangers = [block for blocks in apart if not fits(blocks) for block in blocks] or list(candidates)
     names = [chain.blocks[block].name for block in strangers]
     allowed = (
         f"also {', '.join(names)}: put together, the student is not its blocks in a row, because the network's code "

@@ -30,6 +30,7 @@ from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.student.assemble import recalibrate
 from distill.student.refit import refit_block
+from distill.training.channels import narrowed
 from distill.training.losses import relative_error
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 STAGE = "first_weights"
 AT_A_TIME = 2**30  # bytes of covariances that are gathered in one pass of the teacher
 IMAGES = 64  # of a batch are enough to judge a start by, or to fit one layer
+SWEEPS = 4  # over layers that are summed: a shortcut and what is beside it
 
 Statistics = Mapping[str, InputStatistics]
 
@@ -124,7 +126,7 @@ def _make_all(
     """Write the first weights of these units; yield their numbers and errors."""
     held_out = held_out_images(dataset)
     for numbers in _in_groups(blocks, own):
-        statistics = _gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
+        statistics = gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
         for number in numbers:
             module = _made(context, dataset, blocks, number, statistics)
             write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
@@ -145,7 +147,8 @@ def _in_groups(blocks: Blocks, own: Sequence[int]) -> Iterator[list[int]]:
         yield list(numbers)
 
 
-def _gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequence[str]) -> Statistics:
+def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequence[str]) -> Statistics:
+    """Return what flows into these of the teacher's layers, over the first training batches."""
     if not paths:
         return {}
     batches = context.config.student.statistics_batches
@@ -173,19 +176,24 @@ def _made(context: Context, dataset: Dataset, blocks: Blocks, number: int, stati
 
 
 def _regress(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> None:
-    """Complete first weights of a block that has none of the teacher's layers: its batch norms by what they get, its
-    last layer by regression."""
+    """Complete first weights of a block that has none of the teacher's layers: its batch norms by what they get, the
+    layers that its output is a sum of by regression, in turn where there are several (backfitting; Buja, Hastie,
+    Tibshirani 1989, "Linear smoothers and additive models")."""
     one = blocks.candidates[number]
     inputs = blocks.chain.run(images, last=one.input, keep=[one.input])[one.input].float()
     parts = list(torch.split(inputs, IMAGES))
     recalibrate(module, parts)
     teacher = blocks.teacher_module(number).eval()
-    refit_block(module.eval(), teacher, [(part, part) for part in parts], one.recipe.paths(one.changes))
+    pairs = [(part, part) for part in parts]
+    for _ in range(SWEEPS):
+        if refit_block(module.eval(), teacher, pairs, one.recipe.paths(one.changes)) < 2:
+            break
 
 
 @torch.no_grad()
 def error_of(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> float:
     """Return the relative error of a unit's module on the teacher's activations for these images."""
-    one = blocks.candidates[number]
-    found = blocks.chain.run(images, last=one.target, keep=[one.input, one.target])
-    return float(relative_error(module(found[one.input].float()), found[one.target]))
+    unit = blocks.units[number]
+    found = blocks.chain.run(images, last=unit.target, keep=[unit.input, unit.target])
+    inputs, targets = narrowed(unit.reads, found[unit.input]), narrowed(unit.gives, found[unit.target])
+    return float(relative_error(module(inputs.float()), targets))

@@ -42,6 +42,7 @@ from distill.job.logs import HeldBack, log_to
 from distill.job.memory import refuse_too_little
 from distill.job.outside import refuse_unusable_block_loss, refuse_unusable_objective
 from distill.job.plan import refuse_impossible
+from distill.job.streams import with_chosen_streams
 from distill.job.teacher import build_teacher, train_teacher
 from distill.launch.launcher import CONFIG_VARIABLE
 from distill.machine.host import share_of_cores
@@ -177,6 +178,7 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     """Run the stages from the plan on, as far as the configuration asks for."""
     for remark in blocks.remarks:
         context.say(remark)
+    blocks = with_chosen_streams(context, dataset, teacher, blocks)
     train_blocks(context, dataset, teacher, blocks)
     if context.config.stage not in (Stage.all, Stage.deliver):
         return

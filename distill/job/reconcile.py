@@ -5,6 +5,7 @@ give. Closed forms put right what they can, and validation images say which of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill.job.context import Context
 from distill.student.assemble import assemble, recalibrate, remembering_norms
 from distill.student.evaluate import best_of, count_hits
 from distill.student.refit import refit_in_a_row
+from distill.training.channels import narrowed
 
 TRAINED, UNTRAINED = "", "with first weights, "  # what a form's name begins with
 AS_IT_IS = "as they are"
@@ -83,7 +85,8 @@ def _fitted(context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping
         to_channels_last(module, context.device)
     paths = {one.input: one.recipe.paths(one.changes) for one in blocks.candidates.values()}
     images = list(_images(dataset, blocks, context.config.assemble.refit_images))
-    if refit_in_a_row(blocks.chain, modules, paths, images) == 0:
+    gives = {unit.input: partial(narrowed, unit.gives) for unit in blocks.units.values()}
+    if refit_in_a_row(blocks.chain, modules, paths, images, gives) == 0:
         return []
     return [modules[blocks.candidates[number].input].state_dict() for number in weights]
 

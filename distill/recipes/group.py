@@ -6,12 +6,17 @@ it. Knows nothing of graphs, and of which units are worth keeping.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from distill.blocks.tracing import module_stack
+from distill.recipes.zeros import remove_zeros
+
+ROLES = ("producers", "passes", "consumers", "gates", "zeros")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Site:
 class Group:
     """`units`, of which a number is `kept`. `producers` are the layers that put the channels out. `passes` work on
     every channel alone, convolutions in groups among them. `gates` read one value a channel and image, and scale the
-    channels by what they make of it; `consumers` are all other layers that read them."""
+    channels by what they make of it; `consumers` are all other layers that read them. `zeros` are modules that add them
+    as zeros before others (where a site starts at an even number) or after them (odd): along the dimension half as far
+    from the last one."""
 
     units: int
     kept: int
@@ -39,6 +46,7 @@ class Group:
     passes: tuple[Site, ...]
     consumers: tuple[Site, ...]
     gates: tuple[Site, ...]
+    zeros: tuple[Site, ...] = ()
 
     @property
     def step(self) -> int:
@@ -60,6 +68,16 @@ class Group:
         """The layers that it runs through."""
         return list(dict.fromkeys(site.path for site in (*self.outputs, *self.inputs)))
 
+    def within(self, paths: Collection[str]) -> Group:
+        """Return what of it is at these layers."""
+        sites = {role: tuple(site for site in getattr(self, role) if site.path in paths) for role in ROLES}
+        return Group(units=self.units, kept=self.kept, **sites)
+
+    def joined(self, other: Group) -> Group:
+        """Return it with the places of the same group at other layers."""
+        sites = {role: (*getattr(self, role), *getattr(other, role)) for role in ROLES}
+        return Group(units=self.units, kept=self.kept, **sites)
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self)
@@ -67,9 +85,15 @@ class Group:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Group:
         """Return what as_json() was given of."""
-        roles = ("producers", "passes", "consumers", "gates")
-        sites = {role: tuple(Site(**site) for site in values[role]) for role in roles}
+        sites = {role: tuple(Site(**site) for site in values.get(role, ())) for role in ROLES}
         return cls(units=values["units"], kept=values["kept"], **sites)
+
+
+def places_in(module: nn.Module) -> set[str]:
+    """Return the paths of all modules of a block, of those too that its graph has only the operations of."""
+    graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
+    traced = {path for node in graph.nodes for _, path, _ in module_stack(node)}
+    return traced | {path for path, _ in module.named_modules()}
 
 
 def paths_of(groups: Iterable[Group]) -> list[str]:
@@ -97,6 +121,13 @@ def take_away(network: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor
             for side, channels in gone.items():
                 channels += [site.channels(away).flatten() for site in getattr(group, side) if site.path == path]
         _narrow(layer, *(torch.cat([torch.arange(0), *channels]) for channels in gone.values()))
+    zeros: dict[tuple[str, int], list[int]] = {}
+    for group in groups:
+        for site in group.zeros:
+            fewer = zeros.setdefault((site.path, -(site.start // 2) - 1), [0, 0])
+            fewer[site.start % 2] += site.each * (group.units - group.kept)
+    for (path, dim), (before, after) in zeros.items():
+        remove_zeros(network, path, dim, before, after)
 
 
 def others(total: int, chosen: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from distill.profiling.statistics import InputStatistics
 
 Changes = dict[str, Any]  # JSON values
 Kept = dict[str, str]  # path of what stays as it is -> why
+Ends = tuple[tuple[tuple[int, ...], ...] | None, tuple[tuple[int, ...], ...] | None]
 
 
 def option(default: Any, help: str) -> Any:
@@ -54,7 +55,11 @@ class Recipe(ABC):
     """A way to make a block cheaper."""
 
     replaces: ClassVar[str]  # in words, for "a network with ..."
-    regressed: ClassVar[bool] = False  # whether its last layer and batch norms are to be fitted to the block's inputs
+
+    @property
+    def regressed(self) -> bool:
+        """Whether the student's batch norms are to be estimated, and the layers that its output is a sum of fitted."""
+        return False
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments, all JSON values."""
@@ -93,6 +98,11 @@ class Recipe(ABC):
     def wants(self, changes: Changes) -> list[str]:
         """Return the paths of the teacher's modules whose inputs' statistics its first weights need."""
         return []
+
+    def ends(self, changes: Changes) -> Ends:
+        """Return for every channel of the student's input, and of its output, the teacher's channels whose mean it is;
+        None where they are the teacher's own."""
+        return None, None
 
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
         """Whether there is anything in a network that it could replace; without `first_layer` not in its first one."""

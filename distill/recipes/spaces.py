@@ -1,4 +1,7 @@
-"""Runs of channels, some of which turn out to be the same: an addition makes those of two tensors one space."""
+"""Runs of channels, some of which turn out to be the same: an addition makes those of two tensors one space.
+
+Where only some of a space's channels are the same as others (an addition to a concatenation), it is split into parts.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ class MismatchError(Exception):
 
 
 class Space:
-    """Channels that a layer puts out, divided into units. Once joined to another space it only points there."""
+    """Channels that a layer puts out, divided into units. Once joined to another space, or split, it only points
+    there."""
 
     def __init__(self, units: int) -> None:
         self.units = units
         self.pinned: str | None = None  # why they must all stay
+        self.parts: tuple[Space, ...] = ()
         self._parent: tuple[Space, int] | None = None
 
     def root(self) -> tuple[Space, int]:
@@ -26,10 +31,16 @@ class Space:
         return space, each
 
     def join(self, root: Space) -> None:
-        """Become a part of `root`; both are roots, and its units are as many or divide those of this one."""
+        """Become the same as `root`; both are roots, and its units are as many or divide those of this one."""
         if root is not self:
             self._parent = root, self.units // root.units
             root.pinned = root.pinned or self.pinned
+
+    def split(self, units: int) -> None:
+        """Become two spaces, the first of which has so many units; this one is a root."""
+        self.parts = Space(units), Space(self.units - units)
+        for part in self.parts:
+            part.pinned = self.pinned
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,11 @@ class Run:
     space: Space
     each: int
 
-    def settled(self) -> Run:
-        """Return the same channels by the space that theirs has become a part of."""
+    def settled(self) -> tuple[Run, ...]:
+        """Return the same channels by the spaces that theirs have become."""
         root, more = self.space.root()
-        return Run(root, self.each * more)
+        each = self.each * more
+        return tuple(run for part in root.parts for run in Run(part, each).settled()) or (Run(root, each),)
 
     @property
     def width(self) -> int:
@@ -51,12 +63,12 @@ class Run:
 
     def divided(self, units: int) -> Space:
         """Return its space after making units of it so large that there are `units` of them."""
-        run = self.settled()
+        (run,) = self.settled()
         if run.space.units % units:
             raise MismatchError("their groups do not fit together")
         if run.space.units > units:
             run.space.join(Space(units))
-        return run.settled().space
+        return run.space.root()[0]
 
 
 @dataclass(frozen=True)
@@ -66,17 +78,36 @@ class Channels:
     dim: int
     runs: tuple[Run, ...]
 
+    def settled(self) -> tuple[Run, ...]:
+        """Return the runs by the spaces that theirs have become."""
+        return tuple(piece for run in self.runs for piece in run.settled())
+
     def join(self, other: Channels) -> None:
         """Make these and those the same. Raises MismatchError."""
-        if [run.width for run in self.runs] != [run.width for run in other.runs]:
+        if sum(run.width for run in self.runs) != sum(run.width for run in other.runs):
             raise MismatchError("it is combined with channels of other layers")
-        for pair in zip(self.runs, other.runs, strict=True):
-            units = min(run.settled().space.units for run in pair)
+        _split_alike(self, other)
+        for place in range(len(self.settled())):
+            pair = self.settled()[place], other.settled()[place]
+            units = min(run.space.units for run in pair)
             one, two = (run.divided(units) for run in pair)
             two.join(one)
 
     def pin(self, reason: str, *, always: bool = False) -> None:
         """Keep them all; the first reason stands, unless this one goes before others."""
-        for run in self.runs:
-            root = run.settled().space
-            root.pinned = reason if always else root.pinned or reason
+        for run in self.settled():
+            run.space.pinned = reason if always else run.space.pinned or reason
+
+
+def _split_alike(one: Channels, other: Channels) -> None:
+    """Split spaces until the runs of both are of the same widths."""
+    while True:
+        pairs = zip(one.settled(), other.settled(), strict=False)
+        uneven = next((pair for pair in pairs if pair[0].width != pair[1].width), None)
+        if uneven is None:
+            return
+        short, long = sorted(uneven, key=lambda run: run.width)
+        units, rest = divmod(short.width, long.each)
+        if rest:
+            raise MismatchError("their groups do not fit together")
+        long.space.split(units)

@@ -17,9 +17,12 @@ DELAYED = 256  # columns removed before the large matrices are brought up to dat
 
 
 def regularized(covariance: Tensor) -> Tensor:
-    """Return a covariance (d, d) that has an inverse."""
+    """Return a covariance (d, d) that has an inverse; more is added to one that rounding has left without."""
     damping = (DAMPING * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny ** 0.25)
-    return covariance + damping * torch.eye(len(covariance), dtype=torch.float64)
+    identity = torch.eye(len(covariance), dtype=torch.float64)
+    while int(torch.linalg.cholesky_ex(covariance + damping * identity).info) > 0:
+        damping = 10 * damping
+    return covariance + damping * identity
 
 
 class Reader:

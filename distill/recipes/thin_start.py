@@ -1,4 +1,4 @@
-"""The first weights of narrower blocks: which units of its groups stay, and what their readers' weights become.
+"""The first weights of narrower blocks: which units of their groups stay, and what their readers' weights become.
 
 The block keeps its widths here: readers of what is to go get zeros for it, and group.take_away() makes that smaller.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,28 @@ def choose(block: nn.Module, groups: Sequence[Group], statistics: Mapping[str, I
     return kept[::-1]
 
 
+@torch.no_grad()
+def repair(
+    block: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor], statistics: Mapping[str, InputStatistics]
+) -> None:
+    """Repair a block for the loss of all but the units `kept` of every group, where its layers have statistics."""
+    lost: dict[str, Tensor] = defaultdict(_nothing)
+    gates: dict[str, Tensor] = defaultdict(_nothing)
+    for group, units in zip(groups, kept, strict=True):
+        away = others(group.units, units)
+        for role, found in (group.consumers, lost), (group.gates, gates):
+            for site in role:
+                places = columns(_layer(block, site.path).weight, site, away).flatten()
+                found[site.path] = torch.cat([found[site.path], places])
+    for path, places in lost.items():
+        if _knows(statistics, block, path):
+            covariance = regularized(statistics[path].covariance)
+            left = others(len(covariance), places)
+            _put(block, path, repaired(_kernel(block, path), covariance, left), statistics[path])
+    for path, places in gates.items():
+        _close(block, path, places, statistics.get(path))
+
+
 def _nothing() -> Tensor:
     return torch.arange(0)
 
@@ -81,14 +103,18 @@ def _by_surgery(block: nn.Module, group: Group, statistics: Mapping[str, InputSt
         kernel = _kernel(block, path)
         scale = Flow.of(statistics[path], kernel, norm_of(block, statistics[path])).scale.clone()
         scale[lost.outputs[path]] = 0.0
-        readers.append(Reader(scale[:, None] * kernel, covariance, reads[path], rest))
+        seen = scale[:, None] * kernel
+        # Over the deviation of its outputs: the loudest of several readers is not to decide alone.
+        loudness = ((seen @ covariance) * seen).sum().clamp_min(torch.finfo(torch.float64).tiny) ** 0.25
+        readers.append(Reader(seen / loudness, covariance, reads[path], rest))
     kept = remaining(readers, group.units, group.kept)
     away = others(group.units, kept)
     for path, covariance in covariances.items():
         left = others(len(covariance), torch.cat([reads[path][away].flatten(), lost.columns[path]]))
         _put(block, path, repaired(_kernel(block, path), covariance, left), statistics[path])
     for site in group.gates:
-        _close(block, site, away, statistics.get(site.path))
+        lost_places = columns(_layer(block, site.path).weight, site, away).flatten()
+        _close(block, site.path, lost_places, statistics.get(site.path))
     return kept
 
 
@@ -103,10 +129,9 @@ def _put(block: nn.Module, path: str, kernel: Tensor, seen: InputStatistics) -> 
         keep_mean(layer, flow, before, kernel)
 
 
-def _close(block: nn.Module, site: Site, away: Tensor, seen: InputStatistics | None) -> None:
-    """Let a gate read nothing of these units, but what they are on average, where that is known."""
-    layer = _layer(block, site.path)
-    kernel, lost = _kernel(block, site.path), columns(_layer(block, site.path).weight, site, away).flatten()
+def _close(block: nn.Module, path: str, lost: Tensor, seen: InputStatistics | None) -> None:
+    """Let a gate read nothing at these places of its weights but what is there on average, where that is known."""
+    layer, kernel = _layer(block, path), _kernel(block, path)
     if seen is not None and layer.bias is not None:
         layer.bias.add_((kernel[:, lost] @ seen.mean[lost]).to(layer.bias))
     kernel[:, lost] = 0.0
@@ -118,6 +143,16 @@ def columns(weight: Tensor, site: Site, units: Tensor) -> Tensor:
     taps = weight[0, 0].numel()
     channels = site.channels(units)
     return (channels[:, :, None] * taps + torch.arange(taps)).flatten(1)
+
+
+def left_of(
+    seen: InputStatistics, block: nn.Module, path: str, kept: Sequence[tuple[Group, Tensor]]
+) -> InputStatistics:
+    """Return what is known of a layer's inputs without those that groups have lost, in the block that has lost them."""
+    sites = [(site, others(group.units, units)) for group, units in kept for site in group.inputs if site.path == path]
+    gone = [columns(_layer(block, path).weight, site, away).flatten() for site, away in sites]
+    left = others(len(seen.mean), torch.cat([_nothing(), *gone]))
+    return replace(seen, mean=seen.mean[left], covariance=seen.covariance[left][:, left])
 
 
 def _layer(block: nn.Module, path: str) -> nn.Conv2d | nn.Linear:

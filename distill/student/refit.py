@@ -10,7 +10,7 @@ networks", section 3.2, where inputs are the pruned network's and targets the or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ RIDGE = 1e-3  # of the features' mean variance
 TOLERANCE = 1e-4  # relative: to that the layer must enter the output as a sum
 FEW = 4  # images that show how a block runs
 
+Narrowed = Callable[[Tensor], Tensor]  # what the output of a student's block is of the teacher's
 Pair = tuple[Tensor, Tensor]  # of the same images: what the teacher's block gets, and what the student's
 
 # What a block may end with that a least-squares target lies before; each is given its input first.
@@ -76,8 +77,14 @@ class Site:
         return self.layer if self.norm is None else self.norm
 
 
+def _whole(y: Tensor) -> Tensor:
+    return y
+
+
 @torch.no_grad()
-def refit_block(student: nn.Module, teacher: nn.Module, inputs: Sequence[Pair], paths: Sequence[str]) -> int:
+def refit_block(
+    student: nn.Module, teacher: nn.Module, inputs: Sequence[Pair], paths: Sequence[str], gives: Narrowed = _whole
+) -> int:
     """Fit what can be fitted of a student block, in place and in the order in which it runs; return how many layers.
 
     `paths` are those of the modules that the student has in the place of the teacher's. Both are in eval mode.
@@ -86,7 +93,7 @@ def refit_block(student: nn.Module, teacher: nn.Module, inputs: Sequence[Pair], 
     for site in sites:
         moments = _Moments()
         for turn, (theirs, own) in enumerate(inputs):
-            moments.add(*_rows(site, student, teacher, theirs, own, turn=turn))
+            moments.add(*_rows(site, student, teacher, theirs, own, turn=turn, gives=gives))
         _solve(site, moments)
     return len(sites)
 
@@ -103,11 +110,15 @@ def _sites(student: nn.Module, teacher: nn.Module, pair: Pair, paths: Sequence[s
         if mine.outputs[layer].shape == wanted.outputs[twin].shape:
             sites.append(Site(layer, mine.behind.get(layer), wanted.behind.get(twin, twin)))
     replaced = {module for path in paths for module in student.get_submodule(path).modules()}
+    twins = {site.layer for site in sites}
+    ends = True  # the last of these layers is fitted to the block's output, even where it has a twin
     for layer in reversed(mine.order):
-        last = Site(layer, mine.behind.get(layer))
-        if layer in replaced and _is_fitted(layer, mine) and _enters_as_a_sum(student, own, last):
-            sites = [*(site for site in sites if site.layer is not layer), last]
-            break
+        own_site = Site(layer, mine.behind.get(layer))
+        if layer not in replaced or not (ends or layer not in twins) or not _is_fitted(layer, mine):
+            continue
+        if _enters_as_a_sum(student, own, own_site):
+            sites = [*(site for site in sites if site.layer is not layer), own_site]
+            ends = False
     return sorted(sites, key=lambda site: mine.order.index(site.layer))
 
 
@@ -194,13 +205,13 @@ def _silenced(site: Site) -> Iterator[_Heard]:
 
 
 def _rows(
-    site: Site, student: nn.Module, teacher: nn.Module, theirs: Tensor, own: Tensor, *, turn: int
+    site: Site, student: nn.Module, teacher: nn.Module, theirs: Tensor, own: Tensor, *, turn: int, gives: Narrowed
 ) -> tuple[Tensor, Tensor]:
     """Return rows of what a site gets (n, d) and of what it should give (n, D)."""
     with _silenced(site) as heard:
         rest = before_activation(student, own)
     if site.twin is None:
-        targets = before_activation(teacher, theirs) - rest
+        targets = gives(before_activation(teacher, theirs)) - rest
     else:
         targets = _Watched.of(teacher, theirs).outputs[site.twin]
     rows, pick = rows_of(site.layer, heard.features, turn=turn)
@@ -252,16 +263,21 @@ def _solve(site: Site, moments: _Moments) -> None:
 
 @torch.no_grad()
 def refit_in_a_row(
-    chain: Chain, students: Mapping[int, nn.Module], paths: Mapping[int, Sequence[str]], images: Sequence[Tensor]
+    chain: Chain,
+    students: Mapping[int, nn.Module],
+    paths: Mapping[int, Sequence[str]],
+    images: Sequence[Tensor],
+    gives: Mapping[int, Narrowed] | None = None,
 ) -> int:
     """Fit the student blocks `students`, by the index of the block for which each stands, to what they get behind one
-    another; return how many layers were fitted. `images` are batches of the network's input."""
+    another; return how many layers were fitted. `images` are batches of the network's input; `gives` are for students
+    whose output is narrower than the teacher's."""
     done = 0
     inputs: list[Pair] = [(x, x) for x in images]
     for index in range(len(chain.blocks)):
         teacher = chain.block_module(index).eval()
         student = students.get(index)
         if student is not None and any(True for _ in student.parameters()):
-            done += refit_block(student.eval(), teacher, inputs, paths[index])
+            done += refit_block(student.eval(), teacher, inputs, paths[index], (gives or {}).get(index, _whole))
         inputs = [(teacher(theirs), (student or teacher)(own)) for theirs, own in inputs]
     return done

@@ -8,6 +8,11 @@ from torch import Tensor
 from distill.planning.unit import Channels
 
 
+def narrowed(channels: Channels | None, x: Tensor) -> Tensor:
+    """Return what a student's boundary is of the teacher's (B, C, ...); None: all of it."""
+    return x if channels is None else ChannelMap(channels, x.device)(x)
+
+
 class ChannelMap:
     """What a student's boundary is of the teacher's. Called with (B, C, ...), returns (B, len(channels), ...), in
     channels_last where the teacher's is."""

@@ -14,7 +14,7 @@ from typing import Any
 
 SMALL = (
     "data.image_size=8",
-    "teacher.fit.epochs=1",
+    "teacher.fit.epochs=2",
     "distill.steps=4",
     "finetune.epochs=1",
     "assemble.batchnorm_batches=2",

@@ -64,7 +64,7 @@ def test_the_output_tells_plan_result_and_where_things_are(finished: tuple[Path,
 def test_energy_is_measured_or_the_reason_is_told_and_nothing_is_zero(finished: tuple[Path, str]) -> None:
     run_dir, printed = finished
     energy = metrics(run_dir)["energy"]
-    assert [*energy["stages"]] == ["teacher", "plan", "distill", "assemble", "finetune", "evaluate"]
+    assert [*energy["stages"]] == ["teacher", "first_weights", "plan", "distill", "assemble", "finetune", "evaluate"]
     assert [*summarize(run_dir)["stages"]][-1] == "deliver", "the files go on after metrics.json is written"
     assert energy["images"] == 4 * 64
     measured = [stage["joules"] for stage in energy["stages"].values()]

@@ -82,6 +82,29 @@ def test_what_cannot_be_made_of_blocks_is_refused_by_its_setting(tmp_path: Path,
     assert "Traceback" not in result.stderr
 
 
+def test_a_stream_becomes_narrower_in_all_of_its_blocks(finished: tuple[Path, str], tmp_path: Path) -> None:
+    command = [
+        f"teacher.weights={finished[0] / 'teacher.safetensors'}", "teacher.fit.epochs=0", "plan.cost=flops",
+        "run.dir=run", "student=stream", "student.align=8", "finetune.epochs=0",
+    ]  # fmt: skip
+    result = distill(*command, cwd=tmp_path, ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "run"
+    card, metrics = (json.loads((run / name).read_text()) for name in ("student.json", "metrics.json"))
+    assert {block["recipe"] for block in card["blocks"]} == {"stream"}
+    assert 0.4 < metrics["student"]["params"] / metrics["teacher"]["params"] < 0.6
+    assert len(metrics["blocks"]) == len(card["blocks"]) == 11
+    assert all(0 <= block["rel_error_start"] < 1 for block in metrics["blocks"])
+    student = load_student(run)
+    assert [student.layer1[0].conv2.out_channels, student.layer3[0].conv2.out_channels] == [8, 32]
+    assert student.linear.in_features == 32
+    assert "channels of 5 streams chosen by the inputs of 10 layers" in result.stdout
+    units = [block["changes"]["units"] for block in card["blocks"]]
+    again = distill(*command, cwd=tmp_path)
+    assert "channels of" not in again.stdout
+    assert [block["changes"]["units"] for block in json.loads((run / "student.json").read_text())["blocks"]] == units
+
+
 def test_a_student_without_one_gradient_step_is_the_same_from_any_ranks(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:

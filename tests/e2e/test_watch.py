@@ -45,7 +45,8 @@ def test_the_stages_of_a_run_are_in_the_trace(finished: tuple[Path, str]) -> Non
     events = json.loads((finished[0] / "trace.json").read_text())["traceEvents"]
     stages = [event["name"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event.get("cat") == "stage"]
     leading = [
-        f"stage {name}" for name in ("teacher", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
+        f"stage {name}"
+        for name in ("teacher", "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
     ]
     assert list(dict.fromkeys(stages)) == leading
 

@@ -41,7 +41,8 @@ def imports(folder: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("distill", ("timm", "hf", "onnx", "slurm")), ("tests", tuple(EXTRAS)), ("benchmarks", ())]
+    ("folder", "extras"),
+    [("distill", ("timm", "hf", "onnx", "slurm")), ("tests", tuple(EXTRAS)), ("benchmarks", ("benchmarks",))],
 )
 def test_every_import_is_of_a_declared_package(folder: str, extras: tuple[str, ...]) -> None:
     declared = names(CORE + [requirement for extra in extras for requirement in EXTRAS[extra]])

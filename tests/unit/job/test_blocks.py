@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import pytest
 import torch
 from torch import nn
 
 from distill.config.compose import compose
+from distill.errors import ConfigError
 from distill.job.blocks import Blocks, cut_blocks
 from distill.student.assemble import assemble, in_a_row
 from distill.teachers import build_architecture
@@ -13,9 +17,10 @@ from distill.teachers import build_architecture
 CPU = torch.device("cpu")
 
 
-def cut_with(recipes: str) -> tuple[nn.Module, Blocks]:
+def cut_with(recipes: str, *settings: str) -> tuple[nn.Module, Blocks]:
     teacher = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10).eval()
-    config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", f"student.per_block={recipes}"])
+    small = ["data=digits", "data.image_size=16", "data.batch_size=4"]
+    config = compose([*small, f"student.per_block={recipes}", *settings])
     return teacher, cut_blocks(config, (3, 16, 16), teacher, CPU)
 
 
@@ -38,4 +43,21 @@ def test_a_block_that_is_no_single_module_is_kept_with_the_reason() -> None:
     _, blocks = cut_with("{conv1: {recipe: one_conv}, layer1.0: {recipe: one_conv}}")
     assert any("conv1 (" in remark for remark in blocks.remarks)
     one = blocks.candidates[1]
-    assert (one.name, one.changes["module"], one.recipe.options()) == ("one_conv", "layer1.0", {"kernel": 3})
+    assert (one.name, one.changes["module"], one.recipe.options()) == (
+        "one_conv",
+        "layer1.0",
+        {"kernel": 3, "init": "data"},
+    )
+
+
+def test_units_of_a_stream_read_what_those_before_them_give() -> None:
+    _, blocks = cut_with("{}", "student=stream", "student.align=8")
+    units = [blocks.units[number] for number in range(11)]
+    assert [len(unit.gives or ()) for unit in units] == [8, 8, 8, 8, 16, 16, 16, 32, 32, 32, 0]
+    assert units[0].reads is units[-1].gives is None
+    assert all(one.gives == other.reads for one, other in pairwise(units))
+
+
+def test_streams_that_another_block_has_too_stay_and_where_all_do_the_recipe_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"student.recipe: got 'stream'.*conv1.*has another recipe, or none"):
+        cut_with("{layer3.1: {recipe: keep}}", "student=stream", "student.align=8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 
 import pytest
@@ -13,9 +13,11 @@ from torch import nn
 from distill.blocks.chain import Chain
 from distill.blocks.cut import Granularity, cut
 from distill.profiling.flops import module_flops
-from distill.recipes import RECIPES, Changes, Recipe, View
+from distill.recipes import RECIPES, Changes, Recipe, Stream, View
+from distill.recipes.stream import find_streams
 from distill.student.assemble import assemble, in_a_row
 from distill.teachers import build_architecture
+from distill.training.channels import narrowed
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 KEEP = RECIPES["keep"]()
@@ -25,12 +27,22 @@ CHANGING = [
     RECIPES["separable_x2"](),
     RECIPES["separable_x2"](rank=2),
     RECIPES["one_conv"](),
-    RECIPES["one_conv"](kernel=1),
+    RECIPES["one_conv"](kernel=1, init="random"),
+    RECIPES["bottleneck"](),
+    RECIPES["bottleneck"](ratio=0.5, init="random"),
+    RECIPES["inverted"](),
+    RECIPES["inverted"](expand=1.5, kernel=5, init="teacher"),
+    RECIPES["skip"](),
+    RECIPES["skip"](init="teacher"),
     RECIPES["lowrank"](),
     RECIPES["lowrank"](form="spatial", ratio=0.3, align=1, init="teacher"),
     RECIPES["lowrank"](form="spatial", rank=8, init="random"),
     RECIPES["thin"](),
+    RECIPES["halved"](),
+    RECIPES["halved"](ratio=0.25, align=4, init="random"),
     RECIPES["thin"](ratio=0.25, align=4, init="random"),
+    RECIPES["stream"](),
+    RECIPES["stream"](ratio=0.25, align=4, init="random"),
 ]
 
 
@@ -48,9 +60,9 @@ def chain() -> Chain:
     return cut(teacher(), IMAGES, granularity=Granularity.residual)
 
 
-def views(chain: Chain) -> Iterator[tuple[int, View]]:
+def views(chain: Chain, indices: Iterable[int] = (2, 4)) -> Iterator[tuple[int, View]]:
     """Two blocks: one that keeps shapes, and one with a stride."""
-    for block in (chain.blocks[2], chain.blocks[4]):
+    for block in map(chain.blocks.__getitem__, indices):
         yield (
             block.index,
             View(
@@ -65,8 +77,15 @@ def views(chain: Chain) -> Iterator[tuple[int, View]]:
 
 
 def proposed(recipe: Recipe, chain: Chain) -> list[tuple[int, View, Changes]]:
+    if isinstance(recipe, Stream):
+        changed, _ = find_streams(modules(chain), IMAGES, dict.fromkeys(range(len(chain.blocks)), recipe))
+        return [(index, view, json.loads(json.dumps(changed[index]))) for index, view in views(chain, changed)]
     found = [(index, view, recipe.propose(view)[0]) for index, view in views(chain)]
     return [(index, view, json.loads(json.dumps(changes))) for index, view, changes in found if changes is not None]
+
+
+def modules(chain: Chain) -> list[nn.Module]:
+    return [chain.block_module(block.index).eval() for block in chain.blocks]
 
 
 def test_every_recipe_is_here() -> None:
@@ -95,7 +114,8 @@ class TestEveryChange:
         for index, view, changes in proposed(recipe, chain):
             said, student = recipe.cost(view, changes), recipe.student(chain.block_module(index), changes)
             assert said.params == sum(parameter.numel() for parameter in student.parameters())
-            assert said.flops == module_flops(student.eval(), view.sample[:1])
+            reads, _ = recipe.ends(changes)
+            assert said.flops == module_flops(student.eval(), narrowed(reads, view.sample[:1]))
             block = chain.block_module(index)
             assert said.params <= sum(parameter.numel() for parameter in block.parameters())
             assert said.flops <= module_flops(block.eval(), view.sample[:1])
@@ -103,8 +123,10 @@ class TestEveryChange:
     def test_shapes_and_gradients(self, recipe: Recipe, chain: Chain) -> None:
         for index, view, changes in proposed(recipe, chain):
             student = recipe.student(chain.block_module(index), changes, torch.Generator().manual_seed(0))
-            out = student.train()(view.sample)
-            assert out.shape == chain.run(IMAGES, last=index + 1, keep=[index + 1])[index + 1].shape
+            reads, gives = recipe.ends(changes)
+            # Students without weights pass gradients on all the same.
+            out = student.train()(narrowed(reads, view.sample).clone().requires_grad_())
+            assert out.shape == narrowed(gives, chain.run(IMAGES, last=index + 1, keep=[index + 1])[index + 1]).shape
             out.square().sum().backward()
             assert all(parameter.grad is not None for parameter in student.parameters())
 

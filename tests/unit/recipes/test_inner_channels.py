@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.blocks.tracing import UntraceableError
-from distill.recipes.channels import inner_groups
+from distill.recipes.channels import Part, follow, inner_groups
 from distill.recipes.group import Group, Site, others, take_away
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -167,3 +168,44 @@ def test_units_that_nothing_reads_can_be_taken_away(block: Block) -> None:
         take_away(block, groups, [others(12, away)])
         assert block.first.out_channels == block.last.in_channels == 9
         torch.testing.assert_close(block(X), wanted)
+
+
+def test_an_addition_to_a_concatenation_parts_a_layer_s_channels() -> None:
+    block = Block(
+        lambda self, x: x + torch.cat([self.a(x), self.b(x)], 1), a=nn.Conv2d(12, 4, 1), b=nn.Conv2d(12, 8, 1)
+    )
+    one, other = found(block)[0]
+    assert [(group.units, paths(group.producers)) for group in (one, other)] == [
+        (4, ["first", "a"]),
+        (8, ["first", "b"]),
+    ]
+    assert [site.start for site in (*one.consumers, *other.consumers)] == [0, 0, 0, 4, 4, 4]
+
+
+def test_zeros_around_an_image_are_nothing_and_zeros_as_channels_stay() -> None:
+    assert found(Block(lambda self, x: F.pad(x, (1, 1, 0, 0))))[0][0].units == 12
+    block = Block(lambda self, x: self.wide(x) + F.pad(x[:, :, :, :], (0, 0, 0, 0, 1, 2)), wide=nn.Conv2d(12, 15, 1))
+    block.last = nn.Conv2d(15, 4, 1)
+    (group,), kept = found(block)
+    assert (group.units, paths(group.producers)) == (12, ["first", "wide"])
+    assert [(site.path, site.start) for site in group.consumers] == [("wide", 0), ("last", 1)]
+    assert "zeros" in kept["wide"]
+
+
+def test_channels_are_followed_from_one_block_to_the_next() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near = nn.Conv2d(12, 12, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.near(x)
+
+    ends = (nn.Sequential(OrderedDict({name: nn.Conv2d(*c, 1)})) for name, c in (("first", (4, 12)), ("last", (12, 4))))
+    first, last = ends
+    followed = follow([block.eval() for block in (first, Residual(), last)], X)
+    (group,) = followed.groups
+    assert (paths(group.producers), paths(group.consumers)) == (["first", "near"], ["near", "last"])
+    assert followed.boundaries == [(Part(0, 12, 1),)] * 2
+    assert followed.crossing == {"first", "near"}
+    assert followed.kept == {}

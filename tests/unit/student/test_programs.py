@@ -175,6 +175,15 @@ class TestFailures:
         assert records[other]["status"] == "ok"
         assert [path.name for path in tmp_path.iterdir()] == [f"student.{other}"]
 
+    def test_rounding_of_large_logits_is_no_difference(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        load = FORMS["onnx"].load
+        replaced_form(monkeypatch, "onnx", load=lambda content: lambda images: load(content)(images) * (1 + 1e-5))
+        large = network()
+        next(large.parameters()).data.mul_(1e5)
+        record = deliver(tmp_path, large)["onnx"]
+        assert record["status"] == "ok"
+        assert record["max_abs_difference"] > 1e-3  # type: ignore[operator]
+
     @pytest.mark.parametrize("name", sorted(FORMS))
     def test_a_program_with_other_weights_is_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

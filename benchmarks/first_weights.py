@@ -1,0 +1,190 @@
+"""Students without a gradient step: what first weights alone keep of networks, and what Torch-Pruning has there.
+
+    python benchmarks/first_weights.py SCRATCH --data CIFAR10_FOLDER --teachers FOLDER [--seeds 3]
+
+CIFAR10_FOLDER holds train.parquet and test.parquet; FOLDER, resnet20-12fca82f.th and resnet44-014dd654.th. Every row is
+the whole command, one rank of one thread, over seeds, which choose the batches of the statistics; test images are seen
+once, by the student that validation images chose. Torch-Pruning (pip install -e '.[benchmarks]') narrows the inner
+convolutions of blocks, since what it makes of shortcuts that pad channels does not run; the same number of batches
+re-estimates its batch norms.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import read, run, summary, write
+from torch import nn
+
+from distill.data import Augment, DataOptions, Dataset, open_dataset
+from distill.student.assemble import recalibrate
+from distill.student.evaluate import count_hits
+from distill.teachers import build_architecture, load_weights
+
+TEACHERS = {"cifar_resnet20": "resnet20-12fca82f.th", "cifar_resnet44": "resnet44-014dd654.th"}
+NO_STEP = ("distill.steps=0", "finetune.epochs=0")
+RE_ESTIMATED = 50  # batches
+PRECISION = 2e-3  # in the share of parameters that Torch-Pruning is brought to
+
+
+@dataclass(frozen=True)
+class Row:
+    teacher: str
+    overrides: tuple[str, ...]
+    most_params: float
+    goal: float
+
+
+ROWS = {
+    "separable": Row("cifar_resnet20", ("student=separable", *NO_STEP), 0.28, 83.0),
+    "lowrank, spatial": Row(
+        "cifar_resnet20",
+        ("student=lowrank", "student.options={form: spatial, ratio: 0.51}", "student.align=8", *NO_STEP),
+        0.52,
+        89.8,
+    ),
+    "separable of ResNet-44": Row("cifar_resnet44", ("student=separable", *NO_STEP), 0.30, 87.5),
+    "separable, one epoch of blocks": Row(
+        "cifar_resnet20", ("student=separable", "distill.epochs=1", "finetune.epochs=0"), 0.28, 88.5
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--teachers", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {name: _row(args, name) for name in args.rows}
+    share = max((row["params_ratio"] for name, row in rows.items() if name == "separable"), default=0.271)
+    pruned = {seed: _one_shot(args, seed, share) for seed in range(args.seeds)}
+    write(
+        "first_weights",
+        {
+            "what": "students without a gradient step (one row: after one epoch of blocks), CIFAR-10 test top-1",
+            "seeds": list(range(args.seeds)),
+            "rows": rows,
+            "torch_pruning_one_shot": {
+                name: summary([pruned[seed][name] for seed in pruned])
+                for name in ("params_ratio", "magnitude", "taylor")
+            },
+        },
+    )
+
+
+def _row(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    row = ROWS[name]
+    found = [
+        _measured(args, row, args.scratch.absolute() / f"{name.replace(' ', '_')}-{n}", n) for n in range(args.seeds)
+    ]
+    return {
+        "teacher": row.teacher,
+        "overrides": row.overrides,
+        "goal": f"at least {row.goal} with at most {row.most_params} of the parameters",
+        "params_ratio": found[0]["params_ratio"],
+        **{key: summary([one[key] for one in found]) for key in found[0] if key != "params_ratio"},
+    }
+
+
+def _measured(args: argparse.Namespace, row: Row, run_dir: Path, seed: int) -> dict[str, float]:
+    wall = run(
+        f"teacher={row.teacher}",
+        f"teacher.weights={args.teachers.absolute() / TEACHERS[row.teacher]}",
+        "data=hf",
+        f"data.root={args.data.absolute()}",
+        "launch.nproc_per_node=1",
+        "launch.threads_per_rank=1",
+        f"seed={seed}",
+        *row.overrides,
+        run_dir=run_dir,
+        OMP_NUM_THREADS="1",
+    )
+    metrics = read(run_dir / "metrics.json")
+    stages = {stage: read(run_dir / "stages" / f"{stage}.json")["result"] for stage in ("first_weights", "assemble")}
+    student, teacher = metrics["student"], metrics["teacher"]
+    errors = [block["rel_error_start"] for block in metrics["blocks"]]
+    return {
+        "params_ratio": student["params"] / teacher["params"],
+        "teacher_top1": teacher["top1"],
+        "top1": student["top1"],
+        "top1_assembled": student["top1_assembled"],
+        "first_weights_seconds": stages["first_weights"]["seconds"],
+        "assemble_seconds": stages["assemble"]["seconds"],
+        "command_seconds": wall,
+        "mean_relative_error_of_blocks": sum(errors) / len(errors),
+    }
+
+
+def _one_shot(args: argparse.Namespace, seed: int, share: float) -> dict[str, float]:
+    """Prune ResNet-20 once to that share of its parameters; return the test accuracies by what tells channels apart."""
+    import torch_pruning
+
+    options = DataOptions(
+        name="hf",
+        root=str(args.data.absolute()),
+        image_size=32,
+        augment=Augment.crop_flip,
+        batch_size=64,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+    )
+    importances = {
+        "magnitude": torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        "taylor": torch_pruning.importance.GroupTaylorImportance(),
+    }
+    found: dict[str, float] = {}
+    with open_dataset(options, seed=seed, device=torch.device("cpu")) as dataset:
+        for name, importance in importances.items():
+            network = _pruned(args.teachers, dataset, importance, share)
+            recalibrate(network, (dataset.train_batch(step).images for step in range(RE_ESTIMATED)))
+            found[name] = count_hits(network, dataset.test_batches(250)).percent()["top1"]
+            found["params_ratio"] = _params(network) / _params(_teacher(args.teachers))
+    return found
+
+
+def _pruned(folder: Path, dataset: Dataset, importance: Any, share: float) -> nn.Module:
+    low, high = 0.0, 1.0
+    while high - low > PRECISION:
+        ratio = (low + high) / 2
+        network = _narrowed(folder, dataset, importance, ratio)
+        low, high = (ratio, high) if _params(network) > share * _params(_teacher(folder)) else (low, ratio)
+    return _narrowed(folder, dataset, importance, high)
+
+
+def _narrowed(folder: Path, dataset: Dataset, importance: Any, ratio: float) -> nn.Module:
+    import torch_pruning
+
+    network = _teacher(folder)
+    for batch in map(dataset.train_batch, range(8)):
+        F.cross_entropy(network(batch.images), batch.labels).backward()
+    inner = {module for path, module in network.named_modules() if path.startswith("layer") and path.endswith("conv1")}
+    others = [one for one in network.modules() if isinstance(one, nn.Conv2d | nn.Linear) and one not in inner]
+    sample = dataset.train_batch(0).images[:1]
+    pruner = torch_pruning.pruner.MetaPruner(
+        network, sample, importance=importance, pruning_ratio=ratio, ignored_layers=others
+    )
+    pruner.step()
+    return network
+
+
+def _teacher(folder: Path) -> nn.Module:
+    network = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
+    load_weights(network, str(folder / TEACHERS["cifar_resnet20"]))
+    return network.eval()
+
+
+def _params(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+if __name__ == "__main__":
+    main()
