@@ -134,6 +134,7 @@ def test_a_student_without_a_layer_to_fit_is_left_as_it_is(teacher: nn.Module) -
 
 
 def test_blocks_are_fitted_behind_one_another() -> None:
+    torch.manual_seed(0)
     network = settled(nn.Sequential(Block(), Block(), Block()))
     chain = cut(network, IMAGES[:2], granularity=Granularity.modules, modules=["0", "1", "2"])
     paths = {index: [f"{index}.conv1", f"{index}.conv2"] for index in range(len(chain.blocks))}
