@@ -27,6 +27,8 @@ from distill.student.assemble import assemble, in_a_row
 
 log = logging.getLogger(__name__)
 
+EXACT = 1e-7  # a relative error that is rounding
+
 State = Mapping[str, Tensor]
 
 
@@ -81,6 +83,9 @@ def _kept_weights(
     for number, unit in sorted(blocks.units.items()):
         kept[number] = ledger.weights(number)
         if number not in before or ledger.entries[number].steps == 0:
+            continue
+        if before[number] < EXACT:  # a block that only gives fewer channels: nothing was to be learnt
+            kept[number] = first_weights(context, number)
             continue
         module = blocks.student(number, kept[number])
         to_channels_last(module, context.device)
