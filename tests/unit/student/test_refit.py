@@ -145,5 +145,5 @@ def test_blocks_are_fitted_behind_one_another() -> None:
         students[index] = block.eval()
     with torch.no_grad():
         before = relative_error(chain.run_with(students, IMAGES), network(IMAGES))
-    assert refit_in_a_row(chain, students, paths, [IMAGES[:16], IMAGES[16:]]) == 6
+    assert refit_in_a_row(chain, students, paths, [IMAGES[:16], IMAGES[16:]], {}) == 6
     assert relative_error(chain.run_with(students, IMAGES), network(IMAGES)) < 0.7 * before
