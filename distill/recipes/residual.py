@@ -20,7 +20,7 @@ class ResidualBlock(Convolving):
     batch norm, ReLU between them; a shortcut; and a ReLU at the end where the block gives nothing negative.
 
     With `init=data` the shortcut's projection and the last convolution are fitted to the block's output, in turn; the
-    convolutions before are random. (Starting them from factors of the teacher's kernels gained a tenth or less of
+    convolutions before are random. (Starting them from factors of the teacher's kernels gained about a tenth of
     the held-out error on ResNet-20's blocks.)
     """
 
