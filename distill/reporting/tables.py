@@ -23,7 +23,7 @@ class Size(Protocol):
 
 
 # The states of the student that one is chosen from, in the order in which they come about.
-STUDENTS = {"assembled": "assembled", "recalibrated": "batch norms re-estimated", "finetuned": "fine-tuned"}
+STUDENTS = {"assembled": "assembled", "recalibrated": "reconciled", "finetuned": "fine-tuned"}
 
 
 class Seconds(Protocol):

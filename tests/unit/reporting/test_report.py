@@ -79,7 +79,7 @@ class TestResultTable:
     def test_accuracies_differ_in_points(self) -> None:
         text = shown(result_table(metrics()))
         assert re.search(r"top-1, assembled +90\.00 % +40\.00 % +-50\.00 points", text)
-        assert re.search(r"top-1, batch norms re-estimated +90\.00 % +85\.00 % +-5\.00 points", text)
+        assert re.search(r"top-1, reconciled +90\.00 % +85\.00 % +-5\.00 points", text)
         assert re.search(r"top-1 +90\.00 % +88\.50 % +-1\.50 points", text)
 
     def test_the_delivered_state_is_named_and_what_it_was_chosen_by(self) -> None:
@@ -91,9 +91,9 @@ class TestResultTable:
         }  # fmt: skip
         text = shown(result_table(content))
         assert re.search(r"top-1, assembled +90\.00 % +40\.00 %", text)
-        assert re.search(r"top-1, batch norms re-estimated, delivered +90\.00 % +85\.00 % +-5\.00 points", text)
+        assert re.search(r"top-1, reconciled, delivered +90\.00 % +85\.00 % +-5\.00 points", text)
         assert re.search(r"top-1, fine-tuned +90\.00 % +10\.00 %", text)
-        assert re.search(r"validation top-1, batch norms re-estimated +- +83\.30 % +\+-12\.5 points", text)
+        assert re.search(r"validation top-1, reconciled +- +83\.30 % +\+-12\.5 points", text)
         assert re.search(r"validation top-1, fine-tuned +- +- +", text)
         assert not re.search(r"top-1 +90", text)
         assert re.search(r"latency, batch 1, eager fp32, 2 threads +2\.00 ms +2\.00 ms +1\.000", text)
@@ -104,7 +104,7 @@ class TestResultTable:
         content = metrics(teacher=network(top5=None))
         content["student"] |= {"delivered": "assembled", "top5": None, "validation": {"top1": {"assembled": 50.0}}}
         text = shown(result_table(content))
-        assert "re-estimated" not in text
+        assert "reconciled" not in text
         assert "top-5" not in text
 
     def test_nothing_replaced_has_no_ratio(self) -> None:
