@@ -57,7 +57,7 @@ def test_blocks_have_the_recipes_that_patterns_give_them(finished: tuple[Path, s
         ("outside:Centred", None),
     ]
     assert card["blocks"][0]["options"]["rank"] == 1
-    assert "statistics: of the inputs of 2 layers, over 8 batches" in result.stdout
+    assert "statistics: of the inputs of 10 layers, over 8 batches" in result.stdout
     with pytest.raises(DistillError, match="outside:Centred"):
         load_student(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["student.per_block"]
@@ -122,7 +122,7 @@ def test_a_student_without_one_gradient_step_is_the_same_from_any_ranks(
         names = ["student.safetensors", *(f"first/{number:02d}.safetensors" for number in range(1, 10))]
         states.append([load_file(run / name) for name in names])
         metrics = json.loads((run / "metrics.json").read_text())
-        assert metrics["student"]["top1"] > metrics["student"]["top1_assembled"] - 5
+        assert metrics["student"]["top1"] > metrics["student"]["top1_assembled"] - 10
         assert metrics["student"]["top1"] > 0.6 * metrics["teacher"]["top1"]
         for block in metrics["blocks"]:
             assert (block["recipe"], block["steps"]) == ("separable", 0)
