@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from distill.blocks.cut import Granularity, cut
 from distill.profiling.flops import module_flops
 from distill.recipes import RECIPES, Changes, Recipe, Stream, View
 from distill.recipes.stream import find_streams
-from distill.student.assemble import assemble, in_a_row
+from distill.student.assemble import assemble, in_a_row, recalibrate
+from distill.student.files import StudentCard
+from distill.student.programs import deliver_programs
 from distill.teachers import build_architecture
 from distill.training.channels import narrowed
+from tests.matrix import matrix
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 KEEP = RECIPES["keep"]()
@@ -155,3 +159,16 @@ class TestEveryChange:
             assert all(again.get_submodule(path) for path in recipe.paths(changes))
         again.load_state_dict(student.state_dict())
         assert torch.equal(again.eval()(IMAGES), student.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("recipe", matrix({type(recipe): recipe for recipe in CHANGING}.values()), ids=str)
+def test_its_students_are_delivered_in_every_format(recipe: Recipe, chain: Chain, tmp_path: Path) -> None:
+    student = teacher()
+    for _, _, changes in proposed(recipe, chain):
+        recipe.install(student, changes)
+    recalibrate(student, [torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))])
+    card = StudentCard(
+        architecture={}, blocks=[], image_size=16, mean=[0.5] * 3, std=[0.5] * 3, classes=[], resize_shorter_side=16
+    )
+    records = deliver_programs(tmp_path, student, card, [IMAGES])
+    assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(records, "ok"), records
