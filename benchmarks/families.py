@@ -62,10 +62,12 @@ def main() -> None:
         for name, size in names.items():
             if name in args.names:
                 rows += _rows(args, source, name, size)
+                _write(rows)
     print(_table(rows))
-    what = (
-        "students without a gradient step of untrained networks: parameters kept, relative error of logits, CPU seconds"
-    )
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    what = "students of untrained networks without a gradient step: parameters kept, relative errors, CPU seconds"
     write("families", {"what": what, "settings": SETTINGS, "rows": rows})
 
 
