@@ -95,6 +95,8 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     if watched:
         layers, over = show_count(len(watched), "layer"), show_count(batches, "batch")
         context.say(f"statistics: of the inputs of {layers}, over {over}")
+    if unseen := [path for one in blocks.candidates.values() for path in one.recipe.unwatched(one.changes)]:
+        context.say(f"no statistics, weights alone: {', '.join(unseen)} (of inputs too wide, or padded in own code)")
     context.say(f"first weights of {show_count(len(makers), 'block')} in {seconds:.1f} s")
     context.control.set(f"result/{STAGE}", result)
     return result

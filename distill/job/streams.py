@@ -34,8 +34,8 @@ def with_chosen_streams(context: Context, dataset: Dataset, teacher: nn.Module, 
         statistics = gathered(context, dataset, teacher, _with_room(teacher, list(wanted)))
         units = choose_units(copied(teacher).eval(), [one.changes for one in streams.values()], statistics)
         seconds = time.monotonic() - start
-        count, readers = show_count(len(units), "stream"), show_count(len(statistics), "layer")
-        context.say(f"channels of {count} chosen by the inputs of {readers} in {seconds:.1f} s")
+        count, readers = show_count(len(units), "stream"), show_count(len(wanted), "layer")
+        context.say(f"channels of {count} chosen by the inputs of {len(statistics)} of {readers} in {seconds:.1f} s")
         return {"units": units, "seconds": seconds}
 
     with context.during(STAGE):

@@ -88,6 +88,10 @@ class Halved(Recipe):
     def wants(self, changes: Changes) -> list[str]:
         return list(dict.fromkeys([*self._inner.wants(changes["inner"]), *self._outer.wants(changes["outer"])]))
 
+    def unwatched(self, changes: Changes) -> list[str]:
+        parts = [*self._inner.unwatched(changes["inner"]), *self._outer.unwatched(changes["outer"])]
+        return list(dict.fromkeys(parts))
+
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
         return self._outer.suits(network, first_layer=first_layer)
 

@@ -19,6 +19,7 @@ from distill.profiling.statistics import InputStatistics
 DAMPING = 1e-4  # of the mean variance: directions that few batches have shown are not taken for empty ones
 MOST_WORK = 4e10  # multiplications of one minimisation: a second or two; wide layers get fewer steps, or none
 TINY = 1e-12  # relative: below it a factor is rounding, and a variance is none
+WIDEST = 8192  # inputs of an output: their covariance is half a GiB; wider layers are seen by their weights alone
 LEAST_SCALE = 1e-3  # of the largest: a channel that the batch norm has switched off still has to have some weight
 
 

@@ -20,7 +20,7 @@ from distill.recipes.factors import (
     ranks_of_ratio,
 )
 from distill.recipes.layers import LayerRecipe
-from distill.recipes.least_squares import Flow
+from distill.recipes.least_squares import WIDEST, Flow
 from distill.recipes.plain import Layer
 from distill.recipes.recipe import Changes, Kept, View, option
 from distill.recipes.replacement import Replacing
@@ -30,7 +30,6 @@ from distill.recipes.widths import aligned
 INITS = ("data", "teacher", "random")
 NARROW = 16  # channels at most that stay all: fewer save next to nothing, and a classifier of ten needs its ten
 WIDE = 256  # channels from which tucker loses no more than spatial does with as many weights, on real covariances
-WIDEST = 8192  # inputs of an output: a covariance is then half a GiB; wider layers begin with their kernel alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +84,9 @@ class LowRank(LayerRecipe):
 
     def wants(self, changes: Changes) -> list[str]:
         return list(changes["statistics"]) if self.init == "data" else []
+
+    def unwatched(self, changes: Changes) -> list[str]:
+        return [path for path in changes["layers"] if self.init == "data" and path not in changes["statistics"]]
 
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
         fitting = [module for module in network.modules() if self.fits(module)]

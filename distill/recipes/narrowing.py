@@ -14,11 +14,11 @@ from distill.errors import ConfigError, one_of
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, lost, paths_of, take_away
+from distill.recipes.least_squares import WIDEST
 from distill.recipes.recipe import Changes, Cost, Recipe, View, option
 from distill.recipes.widths import aligned
 
 INITS = ("data", "teacher", "random")
-LARGEST_COVARIANCE = 8192  # columns: half a GiB in float64, and minutes of work; more are chosen by norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,10 @@ class Narrowing(Recipe):
     def wants(self, changes: Changes) -> list[str]:
         return list(changes["statistics"]) if self.init == "data" else []
 
+    def unwatched(self, changes: Changes) -> list[str]:
+        readers = dict.fromkeys(site.path for group in groups_of(changes) for site in group.consumers)
+        return [path for path in readers if self.init == "data" and path not in changes["statistics"]]
+
     @abstractmethod
     def settle(self, block: nn.Module, changes: Changes, statistics: Mapping[str, InputStatistics]) -> list[Tensor]:
         """Return the units that stay of every group, as numbers in order, and repair a block, in place, for the loss of
@@ -122,8 +126,7 @@ def watchable(block: nn.Module, groups: Sequence[Group]) -> list[str]:
         path
         for path, layer in layers.items()
         # Layers that pad in a forward() of their own see other inputs than those that they are given.
-        if type(layer).forward in {nn.Conv2d.forward, nn.Linear.forward}
-        and layer.weight[0].numel() <= LARGEST_COVARIANCE  # type: ignore[index]
+        if type(layer).forward in {nn.Conv2d.forward, nn.Linear.forward} and layer.weight[0].numel() <= WIDEST  # type: ignore[index]
     ]
 
 

@@ -104,6 +104,11 @@ class Recipe(ABC):
         None where they are the teacher's own."""
         return None, None
 
+    def unwatched(self, changes: Changes) -> list[str]:
+        """Return the paths of modules of which statistics would be wanted that cannot be had: of inputs too wide, or
+        padded in a forward() of their own. Their first weights come from weights alone."""
+        return []
+
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
         """Whether there is anything in a network that it could replace; without `first_layer` not in its first one."""
         return True

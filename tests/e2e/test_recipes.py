@@ -98,7 +98,7 @@ def test_a_stream_becomes_narrower_in_all_of_its_blocks(finished: tuple[Path, st
     student = load_student(run)
     assert [student.layer1[0].conv2.out_channels, student.layer3[0].conv2.out_channels] == [8, 32]
     assert student.linear.in_features == 32
-    assert "channels of 5 streams chosen by the inputs of 10 layers" in result.stdout
+    assert "channels of 5 streams chosen by the inputs of 10 of 10 layers" in result.stdout
     units = [block["changes"]["units"] for block in card["blocks"]]
     again = distill(*command, cwd=tmp_path)
     assert "channels of" not in again.stdout

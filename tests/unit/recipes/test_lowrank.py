@@ -289,7 +289,8 @@ class TestPropose:
         assert changes is not None
         assert list(changes["layers"]) == ["0", "2"]
         assert LowRank().wants(changes) == ["2"], "a covariance of 8,200 x 8,200 numbers is too much"
-        assert LowRank(init="teacher").wants(changes) == []
+        assert LowRank().unwatched(changes) == ["0"]
+        assert LowRank(init="teacher").wants(changes) == LowRank(init="teacher").unwatched(changes) == []
 
     def test_networks_with_something_besides_the_first_layer_suit_it(self) -> None:
         first = nn.Conv2d(3, 8, 3)
