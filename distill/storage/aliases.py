@@ -23,7 +23,16 @@ def for_all_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dic
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict of which each_once() has left the first names; others may not be missing."""
-    module.load_state_dict(for_all_names(module.state_dict(), state))
+    module.load_state_dict(versioned(module, for_all_names(module.state_dict(), state)))
+
+
+def versioned(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict that says to be of the module's own code, as files of tensors alone cannot: some modules
+    convert others, or refuse them."""
+    own = module.state_dict()
+    own.clear()
+    own.update(state)
+    return own
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.blocks.chain import Chain, agree, copied, made_trainable
 from distill.recipes import Changes, Recipe
+from distill.storage.aliases import versioned
 
 
 def assemble(
@@ -25,7 +26,7 @@ def assemble(
     for weights in blocks:
         assert not state.keys() & weights.keys(), "two blocks hold the same weights"
         state |= weights
-    unexpected = student.load_state_dict(state, strict=False).unexpected_keys
+    unexpected = student.load_state_dict(versioned(student, state), strict=False).unexpected_keys
     assert not unexpected, unexpected
     return made_trainable(student).train(teacher.training)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import ConfigError
-from distill.storage.aliases import for_all_names
+from distill.storage.aliases import for_all_names, versioned
 from distill.storage.paths import expanded
 from distill.teachers.checkpoint_file import SAVE, read
 from distill.teachers.inert import Inert, kind_of
@@ -50,7 +50,7 @@ def load_backbone(model: nn.Module, source: str, name: str, weights: str) -> tup
         allowed = f"weights of this architecture; only {len(fitting)} of its {len(own)} tensors are among them"
         raise ConfigError("teacher.weights", weights, allowed)
     _refuse_unusable(own, fitting, weights)
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(versioned(model, fitting), strict=False)
     return tuple(key for key in own if key not in fitting and not is_counter(key))
 
 
@@ -146,7 +146,7 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], weights: str) -> 
         raise ConfigError("teacher.weights", weights, f"weights of this architecture; {problems}")
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     _refuse_unusable(own, fitting, weights)
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(versioned(model, fitting), strict=False)
 
 
 def _refuse_unusable(own: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: str) -> None:
