@@ -28,7 +28,7 @@ from distill.teachers import build_architecture, load_weights
 
 TEACHERS = {"cifar_resnet20": "resnet20-12fca82f.th", "cifar_resnet44": "resnet44-014dd654.th"}
 NO_STEP = ("distill.steps=0", "finetune.epochs=0")
-LATER_BLOCKS_MORE = (
+EARLY_BLOCKS_MORE = (
     "student.per_block={layer1.*: {recipe: keep}, layer2.*: {recipe: separable, rank: 5}, "
     "layer3.*: {recipe: separable, rank: 3}}"
 )
@@ -46,8 +46,8 @@ class Row:
 
 ROWS = {
     "separable": Row("cifar_resnet20", ("student=separable", *NO_STEP), 0.28, 83.0),
-    "separable, later blocks more": Row(
-        "cifar_resnet20", ("student=separable", LATER_BLOCKS_MORE, *NO_STEP), 0.52, 89.8
+    "separable, early blocks more": Row(
+        "cifar_resnet20", ("student=separable", EARLY_BLOCKS_MORE, *NO_STEP), 0.52, 89.8
     ),
     "lowrank, spatial": Row(
         "cifar_resnet20",
