@@ -5,7 +5,8 @@
 Networks are those of torchvision and timm with random weights, batch norms' statistics taken of digits, which are the
 data too: what is measured is whether a student is made, how many parameters it keeps, and how far its blocks and its
 logits are from the teacher's on held-out images, not how accurate it would be. Seconds are the processor's,
-of the whole command on one thread. A network of which nothing can be made is in the table with the reason.
+of the whole command on one thread. A network of which nothing can be made is in the table with the reason. Other rows of
+the file stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import read, run, write
+from measure import MACHINE, RESULTS, read, run, write
 from safetensors.torch import save_file
 from torch import nn
 
@@ -57,13 +58,18 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=[name for names in NETWORKS.values() for name in names])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    path = RESULTS / "families.json"
+    found = {_key(row): row for row in (read(path)["rows"] if path.exists() else [])}
     for source, names in NETWORKS.items():
         for name, size in names.items():
             if name in args.names:
-                rows += _rows(args, source, name, size)
-                _write(rows)
-    print(_table(rows))
+                found |= {_key(row): row for row in _rows(args, source, name, size)}
+                _write([*found.values()])
+    print(_table([*found.values()]))
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["network"], row["recipe"], row["ratio"]
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
@@ -83,7 +89,7 @@ def _rows(args: argparse.Namespace, source: str, name: str, size: int) -> list[d
                 f"data.image_size={size}", f"student={recipe}", f"student.options.ratio={ratio}", *SETTINGS,
             )  # fmt: skip
             begin = resource.getrusage(resource.RUSAGE_CHILDREN)
-            row: dict[str, Any] = {"network": name, "recipe": recipe, "ratio": ratio}
+            row: dict[str, Any] = {"network": name, "recipe": recipe, "ratio": ratio, "commit": MACHINE["commit"]}
             try:
                 run(*command, run_dir=run_dir, OMP_NUM_THREADS="1")
             except SystemExit as failure:
