@@ -4,9 +4,9 @@
 
 Networks are those of torchvision and timm with random weights, batch norms' statistics taken of digits, which are the
 data too: what is measured is whether a student is made, how many parameters it keeps, and how far its blocks and its
-logits are from the teacher's on held-out images, not how accurate it would be. Seconds are the processor's,
-of the whole command on one thread. A network of which nothing can be made is in the table with the reason. Other rows of
-the file stay.
+logits are from the teacher's on held-out images, not how accurate it would be. Seconds are the processor's, of the
+whole command on one thread. A network of which nothing can be made is in the table with the reason. Other rows of the
+file stay.
 """
 
 from __future__ import annotations
