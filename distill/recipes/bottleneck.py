@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.errors import ConfigError
-from distill.recipes.recipe import option
+from distill.recipes.recipe import option, share
 from distill.recipes.residual import ResidualBlock
 from distill.recipes.whole_block import Form
 from distill.recipes.widths import aligned
@@ -19,12 +18,7 @@ class Bottleneck(ResidualBlock):
     differ: the stride is in the larger convolution, as torchvision has it.
     """
 
-    ratio: float = option(0.25, "inner width, as a share of the wider side")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.ratio <= 1:
-            raise ConfigError("student.options.ratio", self.ratio, "a number above 0 and up to 1")
+    ratio: float = option(0.25, "inner width, as a share of the wider side", share)
 
     def width(self, form: Form) -> int:
         widest = max(form.inputs, form.outputs)

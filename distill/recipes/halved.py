@@ -17,7 +17,7 @@ from distill.recipes.factors import CHANNEL, Factors
 from distill.recipes.layers import LayerRecipe
 from distill.recipes.lowrank import LowRank
 from distill.recipes.plain import Layer
-from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
+from distill.recipes.recipe import INIT, Changes, Cost, Kept, Recipe, View, count, option, share
 from distill.recipes.thin import Thin
 from distill.recipes.thin_start import left_of
 from distill.recipes.widths import aligned
@@ -35,12 +35,9 @@ class Halved(Recipe):
 
     replaces: ClassVar[str] = "convolutions or linear layers"
 
-    ratio: float = option(0.5, "filters that stay, as a share of the layer's, above 0 and up to 1")
-    align: int = option(8, "widths are multiples of it, where the teacher's are")
-    init: str = option("data", "first weights: data, teacher or random")
-
-    def __post_init__(self) -> None:
-        self._inner, self._outer  # noqa: B018  (they refuse what they cannot be)
+    ratio: float = option(0.5, "filters that stay, as a share of the layer's, above 0 and up to 1", share)
+    align: int = option(8, "widths are multiples of it, where the teacher's are", count)
+    init: str = option("data", "first weights: data, teacher or random", INIT)
 
     @property
     def _inner(self) -> Thin:

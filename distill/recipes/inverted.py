@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distill.errors import ConfigError
 from distill.recipes.recipe import option
 from distill.recipes.residual import ResidualBlock
 from distill.recipes.whole_block import Form
+
+
+def _expansion(value: float) -> str | None:
+    return None if value > 0 else "a number above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,7 @@ class Inverted(ResidualBlock):
     (arXiv:1801.04381). We differ: ReLU for ReLU6, and a shortcut also where shapes differ.
     """
 
-    expand: float = option(2.0, "inner width, as a multiple of the input's")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.expand <= 0:
-            raise ConfigError("student.options.expand", self.expand, "a number above 0")
+    expand: float = option(2.0, "inner width, as a multiple of the input's", _expansion)
 
     def width(self, form: Form) -> int:
         return self.align * max(1, round(self.expand * form.inputs / self.align))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.errors import ConfigError, one_of
+from distill.errors import ConfigError
 from distill.recipes.factors import (
     CHANNEL,
     FORMS,
@@ -22,12 +22,11 @@ from distill.recipes.factors import (
 from distill.recipes.layers import LayerRecipe
 from distill.recipes.least_squares import WIDEST, Flow
 from distill.recipes.plain import Layer
-from distill.recipes.recipe import Changes, Kept, View, option
+from distill.recipes.recipe import INIT, Changes, Kept, View, among, count, option, share
 from distill.recipes.replacement import Replacing
 from distill.recipes.selection import ways_of
 from distill.recipes.widths import aligned
 
-INITS = ("data", "teacher", "random")
 NARROW = 16  # channels at most that stay all: fewer save next to nothing, and a classifier of ten needs its ten
 WIDE = 256  # channels from which tucker loses no more than spatial does with as many weights, on real covariances
 
@@ -39,26 +38,20 @@ class LowRank(LayerRecipe):
     replaces: ClassVar[str] = "dense convolutions or linear layers"
 
     form: str = option(
-        CHANNEL, "channel (k x k, then 1 x 1), spatial (k x 1, then 1 x k) or tucker (that, where wide: three)"
+        CHANNEL,
+        "channel (k x k, then 1 x 1), spatial (k x 1, then 1 x k) or tucker (that, where wide: three)",
+        among(*FORMS),
     )
-    ratio: float = option(0.5, "share of a layer's weights that its factors have, as nearly as align lets them")
+    ratio: float = option(0.5, "share of a layer's weights that its factors have, as nearly as align lets them", share)
     energy: float | None = option(
-        None, "share of a kernel's squared singular values that its factors keep, for a ratio"
+        None, "share of a kernel's squared singular values that its factors keep, for a ratio", share
     )
-    rank: int | None = option(None, "channels between the factors, for every layer, instead of a ratio")
-    align: int = option(8, "what channels between the factors are a multiple of")
-    init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random")
+    rank: int | None = option(None, "channels between the factors, for every layer, instead of a ratio", count)
+    align: int = option(8, "what channels between the factors are a multiple of", count)
+    init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random", INIT)
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("form", self.form, FORMS), ("init", self.init, INITS)):
-            if value not in choices:
-                raise ConfigError(f"student.options.{name}", value, one_of(choices, value))
-        for name, share in (("ratio", self.ratio), ("energy", self.energy)):
-            if share is not None and not 0 < share <= 1:
-                raise ConfigError(f"student.options.{name}", share, "a number above 0 and up to 1")
-        for name, least in (("rank", self.rank), ("align", self.align)):
-            if least is not None and least < 1:
-                raise ConfigError(f"student.options.{name}", least, "an integer >= 1")
+        super().__post_init__()
         if self.energy is not None and self.rank is not None:
             raise ConfigError("student.options.energy", self.energy, "null, beside a rank; or no rank")
 

@@ -10,32 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from distill.errors import ConfigError, one_of
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, lost, paths_of, take_away
 from distill.recipes.least_squares import WIDEST
-from distill.recipes.recipe import Changes, Cost, Recipe, View, option
+from distill.recipes.recipe import INIT, Changes, Cost, Recipe, View, count, option, share
 from distill.recipes.widths import aligned
-
-INITS = ("data", "teacher", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Narrowing(Recipe):
     """Fewer channels in the same layers: `changes` say the groups of channels, and how many of each stay."""
 
-    ratio: float = option(0.5, "channels that stay, as a share of the layer's, above 0 and up to 1")
-    align: int = option(8, "widths are multiples of it, where the teacher's are")
-    init: str = option("data", "first weights: data, teacher or random")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ConfigError("student.options.ratio", self.ratio, "a number above 0 and up to 1")
-        if self.align < 1:
-            raise ConfigError("student.options.align", self.align, "an integer >= 1")
-        if self.init not in INITS:
-            raise ConfigError("student.options.init", self.init, one_of(INITS, self.init))
+    ratio: float = option(0.5, "channels that stay, as a share of the layer's, above 0 and up to 1", share)
+    align: int = option(8, "widths are multiples of it, where the teacher's are", count)
+    init: str = option("data", "first weights: data, teacher or random", INIT)
 
     def narrowed(self, group: Group) -> Group:
         """Return a group with the units that are to stay of it."""

@@ -7,13 +7,14 @@ options it rebuilds the block in a network of the same architecture, without the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from distill.errors import ConfigError, one_of
 from distill.profiling.statistics import InputStatistics
 
 Changes = dict[str, Any]  # JSON values
@@ -21,9 +22,31 @@ Kept = dict[str, str]  # path of what stays as it is -> why
 Ends = tuple[tuple[tuple[int, ...], ...] | None, tuple[tuple[int, ...], ...] | None]
 
 
-def option(default: Any, help: str) -> Any:
-    """Declare an option of a recipe, with one line of help."""
-    return field(default=default, metadata={"help": help})
+Refusal = Callable[[Any], str | None]  # what is expected instead of a value; None where it will do
+
+
+def option(default: Any, help: str, refusal: Refusal | None = None) -> Any:
+    """Declare an option of a recipe, with one line of help, and what its values may be. Where None is the default, it
+    is always allowed."""
+    return field(default=default, metadata={"help": help, "refusal": refusal})
+
+
+def share(value: float) -> str | None:
+    """Refuse what is no share of a whole."""
+    return None if 0 < value <= 1 else "a number above 0 and up to 1"
+
+
+def count(value: int) -> str | None:
+    """Refuse what is no number of things."""
+    return None if value >= 1 else "an integer >= 1"
+
+
+def among(*choices: str) -> Refusal:
+    """Return what refuses all but these."""
+    return lambda value: None if value in choices else one_of(choices, value)
+
+
+INIT = among("data", "teacher", "random")
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,13 @@ class Recipe(ABC):
     def regressed(self) -> bool:
         """Whether the student's batch norms are to be estimated, and the layers that its output is a sum of fitted."""
         return False
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, refusal = getattr(self, one.name), one.metadata.get("refusal")
+            expected = None if refusal is None or (value is None and one.default is None) else refusal(value)
+            if expected is not None:
+                raise ConfigError(f"student.options.{one.name}", value, expected)
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments, all JSON values."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from distill.errors import ConfigError
-from distill.recipes.recipe import Cost, option
+from distill.recipes.recipe import Cost, count, option
 from distill.recipes.skip import open_shortcut, shortcut, shortcut_cost
 from distill.recipes.whole_block import Convolving, Form, convolution_cost, total
 
@@ -24,12 +23,7 @@ class ResidualBlock(Convolving):
     the held-out error on ResNet-20's blocks.)
     """
 
-    align: int = option(8, "what the inner width is a multiple of")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.align < 1:
-            raise ConfigError("student.options.align", self.align, "an integer >= 1")
+    align: int = option(8, "what the inner width is a multiple of", count)
 
     @abstractmethod
     def width(self, form: Form) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill.recipes.convolutions import ConvolutionRecipe
 from distill.recipes.least_squares import Flow, balanced, iterations_for, matrix, minimised, regressed
-from distill.recipes.recipe import Cost, option
+from distill.recipes.recipe import INIT, Cost, count, option
 
 
 class SeparableConv2d(nn.Module):
@@ -46,8 +46,8 @@ class SeparableConv2d(nn.Module):
 class Separable(ConvolutionRecipe):
     """Depthwise then pointwise, started from the SVD of the teacher's kernel or at random (He et al. 2015)."""
 
-    rank: int = option(2, "depthwise filters per input channel, at most as many as the kernel has pixels")
-    init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random")
+    rank: int = option(2, "depthwise filters per input channel, at most as many as the kernel has pixels", count)
+    init: str = option("data", "first weights: data (what flows into it), teacher (its kernel alone) or random", INIT)
 
     def build(self, conv: nn.Conv2d) -> SeparableConv2d:
         height, width = conv.kernel_size

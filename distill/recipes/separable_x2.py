@@ -11,7 +11,7 @@ from torch import nn
 
 from distill.recipes.convolutions import ConvolutionRecipe
 from distill.recipes.least_squares import Flow
-from distill.recipes.recipe import Cost, option
+from distill.recipes.recipe import Cost, among, count, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class SeparableX2(ConvolutionRecipe):
 
     needs_output: ClassVar[bool] = True  # of its last ReLU; in VGG another ReLU follows, which works in place
 
-    rank: int = option(1, "depthwise filters per channel")
-    init: str = option("random", "first weights: random")
+    rank: int = option(1, "depthwise filters per channel", count)
+    init: str = option("random", "first weights: random", among("random"))
 
     def build(self, conv: nn.Conv2d) -> nn.Sequential:
         same = [size // 2 for size in conv.kernel_size]

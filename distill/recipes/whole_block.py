@@ -13,12 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.errors import ConfigError, one_of
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
-from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View, option
-
-INITS = ("data", "teacher", "random")
+from distill.recipes.recipe import INIT, Changes, Cost, Kept, Recipe, View, option
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,9 @@ class WholeBlock(Recipe):
 
     replaces: ClassVar[str] = "blocks of several layers that are one module, from images to images"
 
-    init: str = option("data", "first weights: data (fitted to the block), teacher (passing its input on) or random")
-
-    def __post_init__(self) -> None:
-        if self.init not in INITS:
-            raise ConfigError("student.options.init", self.init, one_of(INITS, self.init))
+    init: str = option(
+        "data", "first weights: data (fitted to the block), teacher (its input, passed on), random", INIT
+    )
 
     @property
     def regressed(self) -> bool:
@@ -132,16 +127,15 @@ class WholeBlock(Recipe):
         return [changes["module"]]
 
 
+def _odd(value: int) -> str | None:
+    return None if value >= 1 and value % 2 == 1 else "an odd integer >= 1"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Convolving(WholeBlock):
     """Has a convolution that looks around."""
 
-    kernel: int = option(3, "side of the convolution's kernel, odd")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError("student.options.kernel", self.kernel, "an odd integer >= 1")
+    kernel: int = option(3, "side of the convolution's kernel, odd", _odd)
 
 
 class Placed(nn.Module):

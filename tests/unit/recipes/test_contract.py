@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from distill.blocks.chain import Chain
 from distill.blocks.cut import Granularity, cut
+from distill.errors import ConfigError
 from distill.profiling.flops import module_flops
 from distill.recipes import RECIPES, Changes, Recipe, Stream, View
 from distill.recipes.stream import find_streams
@@ -172,3 +174,25 @@ def test_its_students_are_delivered_in_every_format(recipe: Recipe, chain: Chain
     )
     records = deliver_programs(tmp_path, student, card, [IMAGES])
     assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(records, "ok"), records
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "expected"),
+    [
+        ("separable", "rank", 0, "an integer >= 1"),
+        ("separable", "init", "dta", "'data'"),
+        ("separable_x2", "init", "data", "random"),
+        ("lowrank", "form", "spacial", "'spatial'"),
+        ("lowrank", "energy", 1.5, "a number above 0 and up to 1"),
+        ("thin", "ratio", 0.0, "a number above 0 and up to 1"),
+        ("stream", "align", 0, "an integer >= 1"),
+        ("halved", "ratio", 1.1, "a number above 0 and up to 1"),
+        ("one_conv", "kernel", 2, "an odd integer >= 1"),
+        ("bottleneck", "align", 0, "an integer >= 1"),
+        ("inverted", "expand", 0.0, "a number above 0"),
+        ("skip", "init", "none", "one of data, teacher, random"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_name(name: str, option: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"student.options.{option}: got {value!r}") + f".*{expected}"):
+        RECIPES[name](**{option: value})
