@@ -205,7 +205,7 @@ def _strip(run: Run) -> Markup:
         else:
             kind, words = "later", "not begun"
         length = bar([(seconds[stage], "stage")], whole=longest, label=f"{stage}: {words}") if stage in seconds else ""
-        items.append(tag("li", tag("b", stage), tag("span", words), length, class_=kind))
+        items.append(tag("li", tag("b", stage.replace("_", " ")), tag("span", words), length, class_=kind))
     return tag("ol", *items, class_="strip", aria_label="stages of the job")
 
 

@@ -19,7 +19,7 @@ from distill.observability.trace import RankTrace
 from distill.observability.trace import read as read_traces
 from distill.storage.files import DamagedFileError, read_bytes, read_json, read_lines
 
-STAGES = ("teacher", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
+STAGES = ("teacher", "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
 MARKS = ("resolved.yaml", "identity.json", "ledger.jsonl", "metrics.json")  # any of them makes a run directory
 EXPECTED = "a run directory (the one that the run printed, with resolved.yaml in it) or a folder with some below it"
 LAST_LINES = 12  # of a log
@@ -132,7 +132,8 @@ class Run:
         if self.finished or stage in self.stages:
             return True
         following = STAGES[STAGES.index(stage) + 1 :]
-        return any(later in self.stages for later in following) or (stage in ("teacher", "plan") and bool(self.plan))
+        planned = bool(self.plan) and "distill" in following
+        return planned or any(later in self.stages for later in following)
 
     @property
     def current_stage(self) -> str | None:

@@ -284,7 +284,7 @@ class TestUnfinishedRun:
     def test_it_tells_how_far_every_block_and_stage_is(self, tmp_path: Path) -> None:
         page = drawn(self.begun(tmp_path))
         assert "unfinished: distill" in page.words
-        assert "1 of 3 blocks finished. Complete stages: teacher, plan." in page.words
+        assert "1 of 3 blocks finished. Complete stages: teacher, first_weights, plan." in page.words
         assert re.search(r"layer0\.0 0 finished 200 of 200", page.words)
         assert re.search(r"layer2\.0 0 training 100 of 200", page.words)
         assert "What stopped it" not in page.sections
