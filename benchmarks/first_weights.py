@@ -144,6 +144,7 @@ def _one_shot(args: argparse.Namespace, seed: int, share: float) -> dict[str, fl
         image_size=32,
         augment=Augment.crop_flip,
         batch_size=64,
+        validation_fraction=0.02,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
     )
