@@ -18,6 +18,7 @@ SMALL = (
     "distill.steps=4",
     "finetune.epochs=1",
     "assemble.batchnorm_batches=2",
+    "assemble.refit_images=64",
     "launch.threads_per_rank=1",
 )
 ONE_BLOCK = (  # after SMALL: long enough to be stopped in
