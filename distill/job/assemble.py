@@ -15,7 +15,7 @@ from distill.data import Dataset
 from distill.errors import DistillError
 from distill.job.blocks import Blocks
 from distill.job.context import Context
-from distill.job.first_weights import error_of, first_weights, held_out_images, relative_errors
+from distill.job.first_weights import OnTheWay, error_of, first_weights, held_out_images, relative_errors
 from distill.job.reconcile import AS_IT_IS, TRAINED, UNTRAINED, reconcile
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
@@ -78,7 +78,7 @@ def _kept_weights(
     ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
     kept: dict[int, State] = {}
     errors: dict[int, tuple[float, float]] = {}
-    images = held_out_images(dataset)
+    images = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
     before = relative_errors(context)
     for number, unit in sorted(blocks.units.items()):
         kept[number] = ledger.weights(number)

@@ -34,6 +34,9 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     budget = step_budget(config, dataset)
     if context.leads and config.stage is not Stage.plan and context.run.result("distill") is None:
         _take_blocks(context, teacher, blocks, budget=budget)
+    # Also where all blocks are taken from another run: assembling lets no block end worse than it began.
+    with context.during("first_weights"):
+        start = find_first_weights(context, dataset, teacher, blocks)
     if (result := context.completed("distill")) is not None:
         source = result.get("taken_from")
         since = f"its figures are those of run {source}" if source else "complete since an earlier attempt"
@@ -44,8 +47,6 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
     caching = Caching(context, dataset, teacher, blocks) if is_cached(config) else None
     origin = context.run.origin(TEACHER)
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
-    with context.during("first_weights"):
-        start = find_first_weights(context, dataset, teacher, blocks)
     makers = Trainers(context, blocks, checkpoints, budget=budget, start=start)
     with context.during("plan"):
         plan, memory = make_plan(context, dataset, blocks, makers, caching, start=start)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distill.blocks.chain import Chain
 from distill.blocks.memory_format import to_channels_last
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
@@ -63,6 +64,24 @@ def relative_errors(context: Context) -> dict[int, float]:
 def held_out_images(dataset: Dataset) -> Tensor:
     """Return the validation images by which units are judged."""
     return dataset.validation_batch(0).images[:IMAGES]
+
+
+class OnTheWay:
+    """Images on their way through the teacher: asked for boundaries in rising order, no block runs twice."""
+
+    def __init__(self, chain: Chain, images: Callable[[], Tensor]) -> None:
+        self._chain, self._images = chain, images
+        self._reached: tuple[int, Tensor] | None = None
+
+    def at(self, boundary: int, *more: int) -> list[Tensor]:
+        """Return what passes these boundaries, of which the first is the least."""
+        first, x = self._reached or (0, self._images())
+        if first > boundary or not self._chain.divisible:
+            first, x = 0, self._images()
+        asked = (boundary, *more)
+        found = self._chain.run(x, first=first, last=max(asked), keep=set(asked))
+        self._reached = boundary, found[boundary]
+        return [found[one] for one in asked]
 
 
 def find_first_weights(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> dict[int, float]:
@@ -126,11 +145,12 @@ def _make_all(
     context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, own: Sequence[int]
 ) -> Iterator[tuple[int, float]]:
     """Write the first weights of these units; yield their numbers and errors."""
-    held_out = held_out_images(dataset)
+    held_out = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
+    fitted = OnTheWay(blocks.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
     for numbers in _in_groups(blocks, own):
         statistics = gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
         for number in numbers:
-            module = _made(context, dataset, blocks, number, statistics)
+            module = _made(context, blocks, number, statistics, fitted)
             write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
             yield number, error_of(blocks, number, module, held_out)
 
@@ -160,8 +180,8 @@ def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequ
     return {path: one for path, one in found.items() if one.rows > 0}
 
 
-def _made(context: Context, dataset: Dataset, blocks: Blocks, number: int, statistics: Statistics) -> nn.Module:
-    """Return a unit's module with its first weights, in eval mode."""
+def _made(context: Context, blocks: Blocks, number: int, statistics: Statistics, fitted: OnTheWay) -> nn.Module:
+    """Return a unit's module with its first weights, in eval mode; `fitted` are the images that regressions are for."""
     unit, recipe = blocks.units[number], blocks.candidates[number].recipe
     seed = derive_seed(context.config.seed, "student", unit.key)
     module = blocks.build(number, torch.Generator().manual_seed(seed), statistics)
@@ -172,18 +192,17 @@ def _made(context: Context, dataset: Dataset, blocks: Blocks, number: int, stati
         module = blocks.build(number, torch.Generator().manual_seed(seed))
     to_channels_last(module, context.device)
     if recipe.regressed:
-        step = context.config.student.statistics_batches
-        _regress(blocks, number, module, dataset.train_batch(step).images)
+        _regress(blocks, number, module, fitted)
     return module.eval()
 
 
-def _regress(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> None:
+def _regress(blocks: Blocks, number: int, module: nn.Module, images: OnTheWay) -> None:
     """Complete first weights of a block that has none of the teacher's layers: its batch norms by what they get, the
     layers that its output is a sum of by regression, in turn where there are several (backfitting; Buja, Hastie,
     Tibshirani 1989, "Linear smoothers and additive models")."""
     one = blocks.candidates[number]
-    inputs = blocks.chain.run(images, last=one.input, keep=[one.input])[one.input].float()
-    parts = list(torch.split(inputs, IMAGES))
+    (inputs,) = images.at(one.input)
+    parts = list(torch.split(inputs.float(), IMAGES))
     recalibrate(module, parts)
     teacher = blocks.teacher_module(number).eval()
     pairs = [(part, part) for part in parts]
@@ -193,9 +212,8 @@ def _regress(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> 
 
 
 @torch.no_grad()
-def error_of(blocks: Blocks, number: int, module: nn.Module, images: Tensor) -> float:
+def error_of(blocks: Blocks, number: int, module: nn.Module, images: OnTheWay) -> float:
     """Return the relative error of a unit's module on the teacher's activations for these images."""
     unit = blocks.units[number]
-    found = blocks.chain.run(images, last=unit.target, keep=[unit.input, unit.target])
-    inputs, targets = narrowed(unit.reads, found[unit.input]), narrowed(unit.gives, found[unit.target])
-    return float(relative_error(module(inputs.float()), targets))
+    inputs, targets = images.at(unit.input, unit.target)
+    return float(relative_error(module(narrowed(unit.reads, inputs).float()), narrowed(unit.gives, targets)))

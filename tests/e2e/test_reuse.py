@@ -77,6 +77,9 @@ def test_what_computes_the_same_blocks_trains_none(
     assert f"distill stage: 9 of 9 blocks taken from run {name_of(first)}" in printed
     assert "no block is trained again" in printed
     assert set(bits(second).values()) == set(bits(first).values())
+    errors = [json.loads((run / "stages" / "first_weights.json").read_text())["result"] for run in (first, second)]
+    begun, again = (sorted(found["relative_errors"].values()) for found in errors)
+    assert begun == again, "by which assembling tells what has got worse"
     page = write_report(second).read_text()
     assert f"trained by run {name_of(first)}" in page
     assert f"9 of 9 trained by run {name_of(first)}" in page

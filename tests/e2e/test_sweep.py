@@ -166,7 +166,7 @@ def test_a_signal_while_ranks_are_being_started_ends_the_sweep(tmp_path: Path) -
     ("settings", "message"),
     [
         (("studen.rank=1,2",), "studen: this setting does not exist; expected 'student'"),
-        (("student=foo,bar",), "student: got 'foo'; expected one of "),
+        (("student=foo,bar",), "student: got 'foo'; expected one of bottleneck, halved, inverted, keep, lowrank, "),
         (("seed=1,1",), "run.dir:"),
         (("seed=1,2", "--resolve"), "command line: got '--resolve'"),
     ],
