@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.plain import plain_form
 from distill.recipes.recipe import Changes, Cost, Kept, Recipe, View
@@ -41,9 +40,8 @@ class LayerRecipe(Recipe, Replacing):
         return (self.changes(view, taken) if taken else None), kept
 
     def cost(self, view: View, changes: Changes) -> Cost:
-        ways = self.ways(changes)
-        params = sum(parameter.numel() for parameter in view.module.parameters())
-        flops = module_flops(view.module.eval(), view.sample[:1])
+        ways, before = self.ways(changes), view.cost
+        params, flops = before.params, before.flops
         for path, shapes in _inputs_of(view, ways).items():
             layer = plain_form(view.module.get_submodule(path)).layer  # type: ignore[arg-type]
             compared = [ways[path].compared(layer, shape) for shape in shapes]  # once for every use

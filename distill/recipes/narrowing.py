@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, lost, paths_of, take_away
 from distill.recipes.least_squares import WIDEST
@@ -33,8 +32,8 @@ class Narrowing(Recipe):
 
     def cost(self, view: View, changes: Changes) -> Cost:
         groups, block, x = groups_of(changes), view.module.eval(), view.sample[:1]
-        params = sum(parameter.numel() for parameter in block.parameters())
-        flops = module_flops(block, x)
+        before = view.cost
+        params, flops = before.params, before.flops
         positions = _positions(block, x, paths_of(groups))
         for path in paths_of(groups):
             layer, (outputs, inputs) = block.get_submodule(path), lost(groups, path)

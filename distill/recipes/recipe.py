@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import ConfigError, one_of
+from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
 
 Changes = dict[str, Any]  # JSON values
@@ -50,6 +51,22 @@ INIT = among("data", "teacher", "random")
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Parameters, and FLOPs of one image in use (two per multiply-add)."""
+
+    params: int
+    flops: int
+
+    def more_than(self, before: Cost) -> str | None:
+        """Return in words by what a replacement would cost more than what it replaces; None where it does not."""
+        if self.params > before.params:
+            return f"its replacement would have {self.params:,} parameters for {before.params:,}"
+        if self.flops > before.flops:
+            return f"its replacement would take {self.flops:,} FLOPs an image for {before.flops:,}"
+        return None
+
+
+@dataclass(frozen=True)
 class View:
     """A block as a recipe sees it. `module` is a trainable copy (its mode and statistics may change), whose modules
     and weights have the teacher's own qualified names: an fx.GraphModule where the teacher was traced. `sample` are two
@@ -64,13 +81,11 @@ class View:
     changeable: frozenset[str]
     path: str | None
 
-
-@dataclass(frozen=True)
-class Cost:
-    """Parameters, and FLOPs of one image in use (two per multiply-add)."""
-
-    params: int
-    flops: int
+    @property
+    def cost(self) -> Cost:
+        """What the block costs as it is."""
+        params = sum(parameter.numel() for parameter in self.module.parameters())
+        return Cost(params, module_flops(self.module.eval(), self.sample[:1]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,11 +102,7 @@ def _objection(
 def _too_large(layer: Layer, x: Tensor, way: Replacing) -> str | None:
     """Return in words how the replacement exceeds what it replaces, or None."""
     before, after = way.compared(layer, (1, *x.shape[1:]))
-    if after.params > before.params:
-        return f"its replacement would have {after.params:,} parameters for {before.params:,}"
-    if after.flops > before.flops:
-        return f"its replacement would take {after.flops:,} FLOPs an image for {before.flops:,}"
-    return None
+    return after.more_than(before)
 
 
 @torch.no_grad()

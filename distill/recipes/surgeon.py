@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DAMPING = 1e-4  # of the mean variance, added to every variance: few rows leave directions without any
+from distill.recipes.least_squares import DAMPING
+
 DELAYED = 256  # columns removed before the large matrices are brought up to date: one product for many thin ones
 
 

@@ -13,7 +13,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.recipe import INIT, Changes, Cost, Kept, Recipe, View, option
 
@@ -87,13 +86,9 @@ class WholeBlock(Recipe):
         return None if shapes[0] == shapes[1] else f"its replacement would give {shapes[0]} for {shapes[1]}"
 
     def _too_large(self, view: View, changes: Changes) -> str | None:
-        params, flops = _params(view.module), module_flops(view.module, view.sample[:1])
-        after = self.cost(view, changes)
-        if after.params > params:
-            return f"its replacement would have {after.params:,} parameters for {params:,}"
-        if after.flops > flops:
-            return f"its replacement would take {after.flops:,} FLOPs an image for {flops:,}"
-        return "its replacement would be no cheaper" if after == Cost(params, flops) else None
+        before, after = view.cost, self.cost(view, changes)
+        same = "its replacement would be no cheaper" if after == before else None
+        return after.more_than(before) or same
 
     def cost(self, view: View, changes: Changes) -> Cost:
         height, width = view.sample.shape[2:]
@@ -178,7 +173,3 @@ def _objection(view: View, y: Tensor) -> str | None:
     if any(rest for _, rest in strides) or len(set(strides)) > 1:
         return "no one stride makes its output's size of its input's"
     return None
-
-
-def _params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
