@@ -2,11 +2,11 @@
 
     python benchmarks/families.py SCRATCH [--recipes thin] [--ratios 0.5] [--names resnet50 ...]
 
-Networks are those of torchvision and timm with random weights, batch norms' statistics taken of digits, which are the
-data too: what is measured is whether a student is made, how many parameters it keeps, and how far its blocks and its
-logits are from the teacher's on held-out images, not how accurate it would be. Seconds are the processor's, of the
-whole command on one thread. A network of which nothing can be made is in the table with the reason. Other rows of the
-file stay.
+Networks are those of torchvision and timm with random weights, branches that are switched off before training switched
+on, batch norms' statistics taken of digits, which are the data too: what is measured is whether a student is made, how
+many parameters it keeps, and how far its blocks and its logits are from the teacher's on held-out images, not how
+accurate it would be. Seconds are the processor's, of the whole command on one thread. A network of which nothing can be
+made is in the table with the reason. Other rows of the file stay.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from distill.student.assemble import recalibrate
 from distill.teachers import build_architecture
 from distill.training.losses import relative_error
 
+BRANCH = 0.3  # scale of what is added to a shortcut
 SMALL, USUAL = 64, 224  # pixels; the latter where a network's positions are fixed
 NETWORKS = {
     "torchvision": {
@@ -119,9 +120,14 @@ def _found(run_dir: Path, teacher: nn.Module, size: int) -> dict[str, Any]:
 
 
 def _teacher(scratch: Path, source: str, name: str, size: int) -> nn.Module:
-    """Return a network with random weights whose batch norms know digits; it is written for the commands."""
+    """Return a network with random weights whose batch norms know digits; it is written for the commands. Where a
+    branch is switched off before training (a scale of zeros, or of 1e-6), it is given some weight: whatever stood for
+    it would be exact."""
     torch.manual_seed(0)
     network = build_architecture(source=source, name=name, num_classes=10)
+    for path, parameter in network.named_parameters():
+        if parameter.dim() == 1 and not path.endswith("bias") and parameter.abs().max() < 1e-3:
+            nn.init.constant_(parameter, BRANCH)
     with _digits(size) as dataset:
         recalibrate(network, (dataset.train_batch(step).images for step in range(4)))
     scratch.mkdir(parents=True, exist_ok=True)
