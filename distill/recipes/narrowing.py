@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, lost, paths_of, take_away
-from distill.recipes.least_squares import WIDEST
 from distill.recipes.recipe import INIT, Changes, Cost, Recipe, View, count, option, share
 from distill.recipes.widths import aligned
 
@@ -114,7 +113,7 @@ def watchable(block: nn.Module, groups: Sequence[Group]) -> list[str]:
         path
         for path, layer in layers.items()
         # Layers that pad in a forward() of their own see other inputs than those that they are given.
-        if type(layer).forward in {nn.Conv2d.forward, nn.Linear.forward} and layer.weight[0].numel() <= WIDEST  # type: ignore[index]
+        if type(layer).forward in {nn.Conv2d.forward, nn.Linear.forward}
     ]
 
 
