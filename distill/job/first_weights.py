@@ -28,6 +28,7 @@ from distill.job.reuse import TEACHER
 from distill.observability.numbers import show_count
 from distill.profiling.sketch import Sketch
 from distill.profiling.statistics import WIDEST, InputStatistics, bytes_for, gather
+from distill.recipes.heads import seen_heads
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.student.assemble import recalibrate
@@ -201,7 +202,9 @@ def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequ
     batches = context.config.student.statistics_batches
     layers = {path: teacher.get_submodule(path) for path in paths}
     norms = {path: module for path, module in teacher.named_modules() if isinstance(module, _BatchNorm)}
-    found = gather(layers, (dataset.train_batch(step).images for step in range(batches)), teacher.eval(), norms)
+    images = (dataset.train_batch(step).images for step in range(batches))
+    with seen_heads(teacher):
+        found = gather(layers, images, teacher.eval(), norms)
     return {path: one for path, one in found.items() if one.rows > 0}
 
 

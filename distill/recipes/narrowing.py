@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, lost, paths_of, take_away
+from distill.recipes.heads import PROJECTIONS, open_attention
 from distill.recipes.recipe import INIT, Changes, Cost, Recipe, View, count, option, share
 from distill.recipes.widths import aligned
 
@@ -31,6 +33,10 @@ class Narrowing(Recipe):
 
     def cost(self, view: View, changes: Changes) -> Cost:
         groups, block, x = groups_of(changes), view.module.eval(), view.sample[:1]
+        if any(group.heads for group in groups):  # whose attention has costs of its own
+            block = copy.deepcopy(block)
+            self.install(block, changes)
+            return replace(view, module=block).cost
         before = view.cost
         params, flops = before.params, before.flops
         positions = _positions(block, x, paths_of(groups))
@@ -63,6 +69,7 @@ class Narrowing(Recipe):
     ) -> list[tuple[Group, Tensor]]:
         """Make a block its student(), in place; return the groups with the units that each has kept."""
         groups = groups_of(changes)
+        open_attention(block, _with_heads(groups))
         if generator is None or self.init == "random":
             kept = [torch.arange(group.kept) for group in groups]
         else:
@@ -74,10 +81,14 @@ class Narrowing(Recipe):
 
     def install(self, network: nn.Module, changes: Changes) -> None:
         groups = groups_of(changes)
+        open_attention(network, _with_heads(groups))
         take_away(network, groups, [torch.arange(group.kept) for group in groups])
 
     def paths(self, changes: Changes) -> list[str]:
-        return paths_of(groups_of(changes))
+        groups = groups_of(changes)
+        # What the teacher's has as one module may be layers in the student's.
+        whole = {f"{path}.{layer}": path for path in _with_heads(groups) for layer in PROJECTIONS}
+        return list(dict.fromkeys(whole.get(path, path) for path in paths_of(groups)))
 
     def wants(self, changes: Changes) -> list[str]:
         return list(changes["statistics"]) if self.init == "data" else []
@@ -103,6 +114,10 @@ class Narrowing(Recipe):
 def groups_of(changes: Changes) -> list[Group]:
     """Return the groups that changes speak of."""
     return [Group.from_json(values) for values in changes["groups"]]
+
+
+def _with_heads(groups: Sequence[Group]) -> list[str]:
+    return [site.path for group in groups for site in group.heads]
 
 
 def watchable(block: nn.Module, groups: Sequence[Group]) -> list[str]:
