@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",
         "training",
     },
+    "deployment": {"blocks", "errors", "storage", "student"},
     "student": {"blocks", "data", "errors", "extensions", "profiling", "recipes", "storage", "teachers"},
     "recipes": {"blocks", "errors", "profiling"},
     "simulation": {"errors", "planning", "profiling", "reporting", "storage"},
@@ -53,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
 
 SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides the job and the entry
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
-    "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
+    "config", "deployment/measure", "errors", "extensions",
+    "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
     "observability/trace", "planning", "reporting", "simulation/command", "simulation/hardware", "simulation/simulator",
     "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
