@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.blocks.chain import Chain
-from distill.deployment.measure import LIMIT_S, Timing, in_turn, over, summary
+from distill.deployment.forms import forms_of
+from distill.deployment.measure import LIMIT_S, Timing
 from distill.deployment.runtimes import Runtime, Source
+from distill.deployment.stopwatch import Stopwatch
 from distill.deployment.tables import KeptHere, Timings
 
 Place = int | tuple[int, int]  # a block by its index; or blocks in a row, from the first to one behind the last
-SAME = Timing(0.0, 0.0, 0.0, 0.0, 0)  # the difference of what computes the same
 
 
 @dataclass(frozen=True)
@@ -55,31 +56,24 @@ class LatencyTable:
         limit_s: float = LIMIT_S,
     ) -> None:
         self.runtime, self.batch = runtime, batch
-        self._chain, self._teacher, self._limit_s = chain, teacher, limit_s
-        self._timings: Timings = KeptHere(runtime.environment) if timings is None else timings
+        self._chain, self._teacher = chain, teacher
+        kept = KeptHere(runtime.environment) if timings is None else timings
+        self._stopwatch = Stopwatch(runtime=runtime, timings=kept, limit_s=limit_s)
 
     def difference(self, place: Place, candidate: nn.Module) -> Timing:
         """Return by how many milliseconds the network takes longer (less: negative) with a candidate in the place of
-        the teacher's block."""
+        the teacher's block, in the form that is faster where it has several (forms.py)."""
         return self.differences(place, {"candidate": candidate})["candidate"]
 
     def differences(self, place: Place, candidates: Mapping[str, nn.Module]) -> dict[str, Timing]:
         """difference() of several candidates for one place, by name: those not known yet are timed in turn."""
         base, chains = self.chains(place, candidates)
-        found, unknown = {}, {}
-        for name, source in chains.items():
-            key = f"{self.key(source)}/{self.key(base)}"
-            known = SAME if source.key == base.key else self._timings.get(key, f"{name} in block {place}")
-            if known is None:
-                unknown[source.key] = source
-            else:
-                found[name] = known
-        if unknown:
-            self._time([base, *unknown.values()], self._sample(self._outer(place)[0]))
-        return {name: found.get(name) or self._known(source, base, name) for name, source in chains.items()}
+        found = self._stopwatch.differences(base, chains, self._sample(self._outer(place)[0]))
+        return {name: min(forms, key=lambda one: one.median_ms) for name, forms in found.items()}
 
-    def chains(self, place: Place, candidates: Mapping[str, nn.Module]) -> tuple[Source, dict[str, Source]]:
-        """Return the programs of the teacher's blocks at a place and of the candidates for it, between neighbours."""
+    def chains(self, place: Place, candidates: Mapping[str, nn.Module]) -> tuple[Source, dict[str, list[Source]]]:
+        """Return the programs of the teacher's blocks at a place and of the candidates for it, in every form, between
+        neighbours."""
         first, end = _span(place)
         outer = self._outer(place)
         before = [self._chain.block_module(block) for block in range(outer[0], first)]
@@ -90,17 +84,15 @@ class LatencyTable:
         def source(*inner: nn.Module) -> Source:
             return self.runtime.source(nn.Sequential(*before, *inner, *behind), sample)
 
-        return source(*own), {name: source(candidate) for name, candidate in candidates.items()}
+        return source(*own), {
+            name: [source(form) for form in forms_of(candidate)] for name, candidate in candidates.items()
+        }
 
     @cached_property
     def teacher(self) -> Timing:
         """Milliseconds of the whole teacher."""
-        source = self.whole(self._teacher)
-        known = self._timings.get(self.key(source), "the teacher")
-        if known is not None:
-            return known
-        self._time([source], self._sample(0))
-        return self._known(source, None, "the teacher")
+        (source,) = self.whole(self._teacher)
+        return self._stopwatch.alone(source, self._sample(0), "the teacher")
 
     def predict(self, choices: Mapping[Place, nn.Module]) -> float:
         """Return the milliseconds that the teacher would take with these candidates in its blocks' places."""
@@ -113,21 +105,13 @@ class LatencyTable:
     def measured(self, student: nn.Module) -> float:
         """Return the milliseconds of a whole network, measured beside the teacher, whose own drift since it was timed
         first is taken out."""
-        base, source = self.whole(self._teacher), self.whole(student)
-        if source.key == base.key:
-            return self.teacher.median_ms
-        key = f"{self.key(source)}/{self.key(base)}"
-        if self._timings.get(key, "the student") is None:
-            self._time([base, source], self._sample(0))
-        return self.teacher.median_ms + self._known(source, base, "the student").median_ms
+        (base,) = self.whole(self._teacher)
+        found = self._stopwatch.differences(base, {"the student": self.whole(student)}, self._sample(0))
+        return self.teacher.median_ms + min(one.median_ms for one in found["the student"])
 
-    def whole(self, network: nn.Module) -> Source:
-        """Return the program of a whole network."""
-        return self.runtime.source(network, self._sample(0))
-
-    def key(self, source: Source) -> str:
-        """Return what the timing of a program is kept under."""
-        return key_of(source, self.batch)
+    def whole(self, network: nn.Module) -> list[Source]:
+        """Return the programs of a whole network, one for every form."""
+        return [self.runtime.source(form, self._sample(0)) for form in forms_of(network)]
 
     def _outer(self, place: Place) -> tuple[int, int]:
         """Return where a chain begins and ends: a block further at both sides, where blocks follow one another."""
@@ -139,25 +123,6 @@ class LatencyTable:
     def _sample(self, boundary: int) -> Tensor:
         form = self._chain.boundaries[boundary].of_rows(self.batch)
         return torch.randn(form.shape, generator=torch.Generator().manual_seed(0))
-
-    def _known(self, source: Source, base: Source | None, what: str) -> Timing:
-        key = self.key(source) if base is None else f"{self.key(source)}/{self.key(base)}"
-        known = SAME if base is not None and source.key == base.key else self._timings.get(key, what)
-        assert known is not None, what
-        return known
-
-    def _time(self, sources: list[Source], sample: Tensor) -> None:
-        """Time programs in turn, and keep how long each takes and by how much it takes longer than the first."""
-        rounds = in_turn([self.runtime.start(source, sample) for source in sources], limit_s=self._limit_s)
-        for source, seconds in zip(sources, rounds, strict=True):
-            self._timings.put(self.key(source), summary(seconds))
-        for source, seconds in zip(sources[1:], rounds[1:], strict=True):
-            self._timings.put(f"{self.key(source)}/{self.key(sources[0])}", over(seconds, rounds[0]))
-
-
-def key_of(source: Source, batch: int) -> str:
-    """Return what the timing of a program on batches of that size is kept under."""
-    return f"{source.key}-b{batch}"
 
 
 def _span(place: Place) -> tuple[int, int]:

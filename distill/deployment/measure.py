@@ -70,6 +70,16 @@ def over(seconds: Sequence[float], base: Sequence[float]) -> Timing:
     return summary([own - other for own, other in zip(seconds, base, strict=True)])
 
 
+def piece_key(key: str, batch: int) -> str:
+    """Return what the timing of a program on batches of that size is kept under."""
+    return f"{key}-b{batch}"
+
+
+def difference_key(key: str, base: str) -> str:
+    """Return what the difference of a piece to another is kept under."""
+    return f"{key}/{base}"
+
+
 def in_turn(
     programs: Sequence[Call],
     *,
@@ -201,10 +211,10 @@ def measure_bundle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         names = [piece["name"] for piece in group["pieces"]]
         calls = [opened((folder / p["file"]).read_bytes(), batch=group["batch"], **how) for p in group["pieces"]]
         rounds = in_turn(calls, limit_s=options.seconds)
-        keys = [f"{piece['key']}-b{group['batch']}" for piece in group["pieces"]]
+        keys = [piece_key(piece["key"], group["batch"]) for piece in group["pieces"]]
         timings.update({key: asdict(summary(own)) for key, own in zip(keys, rounds, strict=True)})
         for key, own in zip(keys[1:], rounds[1:], strict=True):
-            timings[f"{key}/{keys[0]}"] = asdict(over(own, rounds[0]))
+            timings[difference_key(key, keys[0])] = asdict(over(own, rounds[0]))
         sys.stdout.write(f"group {number} of {len(bundle['groups'])}, batch {group['batch']}\n")
         sys.stdout.write(lines(names, [summary(own) for own in rounds]))
         sys.stdout.flush()

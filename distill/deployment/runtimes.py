@@ -40,7 +40,7 @@ class Runtime(ABC):
 
     name: ClassVar[str]
     extra: ClassVar[str | None] = None  # of this package, which brings it
-    package: ClassVar[str] = "torch"
+    packages: ClassVar[tuple[str, ...]] = ("torch",)  # that it needs, of which the first is its own
     precisions: ClassVar[tuple[str, ...]]
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
@@ -59,8 +59,7 @@ class Runtime(ABC):
     @classmethod
     def missing(cls) -> str | None:
         """Return the package that has to be installed for it; None where all are."""
-        needed = (cls.package, "onnx") if cls.extra else (cls.package,)
-        return next((name for name in needed if find_spec(name) is None), None)
+        return next((name for name in cls.packages if find_spec(name) is None), None)
 
     @abstractmethod
     def source(self, module: nn.Module, sample: Tensor) -> Source:
@@ -73,12 +72,12 @@ class Runtime(ABC):
     @cached_property
     def environment(self) -> dict[str, Any]:
         """What a timing holds for, besides the program and the batch, as JSON values."""
-        found = measure.environment(self.package, threads=self.threads, precision=self.precision)
+        found = measure.environment(self.packages[0], threads=self.threads, precision=self.precision)
         found["runtime"] = self.name
         return found if self.device == "cpu" else found | {"clock": "gpu", "gpu": torch.cuda.get_device_name()}
 
 
-class _ReadsOnnx(Runtime):
+class ReadsOnnx(Runtime):
     """A runtime of ONNX programs, on the CPU: it folds batch norms itself."""
 
     def source(self, module: nn.Module, sample: Tensor) -> Source:
@@ -103,18 +102,20 @@ class _ReadsOnnx(Runtime):
             raise ConfigError("deploy.precision", self.precision, f"what {self.name} can do here: {error}") from error
 
 
-class OnnxRuntime(_ReadsOnnx):
+class OnnxRuntime(ReadsOnnx):
     """ONNX Runtime's CPU provider."""
 
-    name = package = "onnxruntime"
+    name = "onnxruntime"
+    packages = ("onnxruntime", "onnx")
     extra = "onnx"
     precisions = ("fp32", "int8")
 
 
-class OpenVino(_ReadsOnnx):
+class OpenVino(ReadsOnnx):
     """OpenVINO's CPU plugin, tuned for the time of one call."""
 
-    name = package = "openvino"
+    name = "openvino"
+    packages = ("openvino", "onnx", "onnxruntime")  # whose quantiser makes INT8 programs for it
     extra = "openvino"
     precisions = ("fp32", "bf16", "int8")
 

@@ -101,8 +101,9 @@ class MeasuredElsewhere:
             )
         return self._timings[key]
 
-    def has(self, key: str) -> bool:
-        return key in self._timings
+    def known(self, key: str) -> Timing | None:
+        """Return a timing, None where the table has it not."""
+        return self._timings.get(key)
 
     def put(self, key: str, timing: Timing) -> None:
         raise AssertionError("nothing is measured here for another device")
