@@ -27,7 +27,7 @@ RESULTS = 2
 
 # Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
 _NOT_IN_FINGERPRINT = {
-    "stage", "launch", "run", "checkpoint", "device",
+    "stage", "launch", "run", "checkpoint", "device", "deploy",
     "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
     "plan.link_gbit", "plan.shared_memory", "plan.memory_gib", "plan.take_over",

@@ -18,16 +18,17 @@ PACKAGE = Path(__file__).parents[2] / "distill"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"api", "student", "version"},
     "api": {"blocks", "config", "data", "errors", "job", "reporting", "storage", "student"},
-    "__main__": {"config", "errors", "job", "launch", "planning", "reporting", "simulation"},
+    "__main__": {"config", "deployment", "errors", "job", "launch", "planning", "reporting", "simulation"},
     "job": {
-        "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "extensions", "launch",
-        "machine", "observability", "planning", "profiling", "recipes", "reporting", "simulation", "storage", "student",
-        "teachers", "training",
+        "blocks", "cache", "config", "cuda", "data", "deployment", "distributed", "engine", "errors", "extensions",
+        "launch", "machine", "observability", "planning", "profiling", "recipes", "reporting", "simulation", "storage",
+        "student", "teachers", "training",
     },
     "engine": {
         "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",
         "training",
     },
+    "deployment": {"blocks", "errors", "recipes", "storage", "student"},
     "student": {"blocks", "data", "errors", "extensions", "profiling", "recipes", "storage", "teachers"},
     "recipes": {"blocks", "errors", "profiling"},
     "simulation": {"errors", "planning", "profiling", "reporting", "storage"},
@@ -53,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
 
 SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides the job and the entry
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
-    "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
+    "config", "deployment/bench", "deployment/measure", "errors", "extensions",
+    "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
     "observability/trace", "planning", "reporting", "simulation/command", "simulation/hardware", "simulation/simulator",
     "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
