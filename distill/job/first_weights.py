@@ -121,6 +121,28 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     return result
 
 
+def take_first_weights(
+    context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Complete the stage with first weights that were made before, by a unit's number. Rank 0 calls this."""
+    start = time.monotonic()
+    held_out = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
+    errors = {}
+    for number, state in sorted(weights.items()):
+        write_bytes(context.run.path / first_file(number), save(contiguous(dict(state))))
+        module = blocks.student(number, state)
+        to_channels_last(module, context.device)
+        errors[number] = error_of(blocks, number, module.eval(), held_out)
+    watched = sorted({path for number in weights for path in _wanted(blocks, number)})
+    result = {
+        "relative_errors": errors,
+        "layers": watched,
+        "batches": context.config.student.statistics_batches,
+        "seconds": time.monotonic() - start,
+    }
+    context.run.complete(STAGE, result, made=[first_file(number) for number in errors], used=[TEACHER])
+
+
 def _makers(blocks: Blocks, world_size: int) -> dict[int, int]:
     """Return which rank makes which unit's: the costly ones first, each to the rank that has least."""
     cost = {number: 1.0 + sum(width**2 for width in _widths(blocks, number)) for number in blocks.units}
@@ -150,7 +172,7 @@ def _make_all(
     for numbers in _in_groups(blocks, own):
         statistics = gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
         for number in numbers:
-            module = _made(context, blocks, number, statistics, fitted)
+            module = made(context, blocks, number, statistics, fitted)
             write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
             yield number, error_of(blocks, number, module, held_out)
 
@@ -180,7 +202,7 @@ def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequ
     return {path: one for path, one in found.items() if one.rows > 0}
 
 
-def _made(context: Context, blocks: Blocks, number: int, statistics: Statistics, fitted: OnTheWay) -> nn.Module:
+def made(context: Context, blocks: Blocks, number: int, statistics: Statistics, fitted: OnTheWay) -> nn.Module:
     """Return a unit's module with its first weights, in eval mode; `fitted` are the images that regressions are for."""
     unit, recipe = blocks.units[number], blocks.candidates[number].recipe
     seed = derive_seed(context.config.seed, "student", unit.key)

@@ -21,8 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"config", "errors", "job", "launch", "planning", "reporting", "simulation"},
     "job": {
         "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "extensions", "launch",
-        "machine", "observability", "planning", "profiling", "recipes", "reporting", "simulation", "storage", "student",
-        "teachers", "training",
+        "machine", "observability", "planning", "profiling", "recipes", "reporting", "search", "simulation", "storage",
+        "student", "teachers", "training",
     },
     "engine": {
         "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",
@@ -37,10 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "errors", "machine", "observability", "reporting", "storage", "version"},
     "reporting": {"errors", "observability", "planning", "storage"},
     "cache": {"blocks", "errors", "machine", "storage"},
-    "config": {"data", "errors", "extensions", "machine", "planning", "storage", "teachers"},
+    "config": {"data", "errors", "extensions", "machine", "planning", "search", "storage", "teachers"},
     "teachers": {"blocks", "errors", "extensions", "storage"},
     "data": {"errors", "extensions", "machine", "storage"},
     "observability": {"errors", "storage"},
+    "search": {"errors"},
     "storage": {"errors", "machine"},
     "blocks": {"errors"},
     "planning": set(),
@@ -55,7 +56,7 @@ SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
     "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
-    "observability/trace", "planning", "reporting", "simulation/command", "simulation/hardware", "simulation/simulator",
+    "observability/trace", "planning", "reporting", "search", "simulation/command", "simulation/hardware", "simulation/simulator",
     "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
     "storage/run_directory", "storage/siblings", "engine/rebalance/moves",
 )  # fmt: skip

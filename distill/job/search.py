@@ -1,0 +1,118 @@
+"""The search stage: of all candidates, scored without training, the student that is best within the budgets.
+
+What the student loses is taken to be the sum of what its blocks lose one by one; the best few choices by that are put
+together, put right as far as closed forms can, and judged as whole students on validation images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.config.schema import JobConfig
+from distill.data import Dataset
+from distill.errors import DistillError
+from distill.job.blocks import Blocks, at_work, cut_chain, refuse_strangers, sample_images
+from distill.job.candidates import Candidate
+from distill.job.context import Context
+from distill.job.first_weights import take_first_weights
+from distill.job.pool import Pool
+from distill.job.problem import Judged, Problem, found_record, words
+from distill.job.recipes import rebuilt
+from distill.job.reconcile import JUDGED_BATCH, JUDGED_BATCHES, reconciled
+from distill.job.reuse import TEACHER
+from distill.job.scores import find_scores, weights_file, weights_of
+from distill.student.divergence import log_probabilities, mean_divergence
+
+STAGE = "search"
+BATCHES = 8  # over which batch norms are re-estimated of students that are only judged
+
+
+def found_students(
+    config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device, result: Mapping[str, Any]
+) -> Blocks:
+    """Return the student that a complete search has chosen, without trying any candidate again."""
+    chain = cut_chain(config, image_shape, teacher, device)
+    candidates = {
+        int(block): Candidate(
+            one["recipe"],
+            rebuilt(one["recipe"], one["options"]),
+            one["changes"],
+            int(block),
+            int(block) + 1,
+            one["trains"],
+            one["label"],
+        )
+        for block, one in result["candidates"].items()
+    }
+    return Blocks(at_work(config, chain, device), candidates)
+
+
+def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> Blocks:
+    """Return the student to be trained, the same on every rank. Every rank must call."""
+    scores = find_scores(context, dataset, teacher, pool)
+    with context.during(STAGE):
+        start = time.monotonic()
+        problem = Problem.of(context.config, pool, scores)
+        if context.leads:  # all ranks take its word for what the solver says
+            context.control.set(
+                "choices", [choice.options for choice in problem.best_few(context.config.search.judged)]
+            )
+        taken = context.control.wait("choices", peer=0, purpose="choices of candidates")
+        judged = _judged(context, dataset, teacher, pool, [problem.swaps(options) for options in taken])
+        best = min(range(len(taken)), key=lambda number: (judged[number].rank, number))
+        if judged[best].divergence is None:
+            raise DistillError(
+                "search: the answers of all students that were put together hold nan or infinity on validation images; "
+                "raise the budget, or name other search.candidates"
+            )
+        swaps = problem.swaps(taken[best])
+        blocks = pool.with_swaps(swaps)
+        refuse_strangers(teacher, pool.chain, sample_images(dataset.image_shape, context.device), blocks.candidates)
+        if context.leads:
+            weights = {pool.swaps[number].block: weights_of(context, number) for number in swaps}
+            trained = {block: state for block, state in weights.items() if blocks.candidates[block].trains}
+            take_first_weights(context, dataset, blocks, trained)
+            few = list(zip(taken, judged, strict=True))
+            result = found_record(context.config, pool, scores=scores, problem=problem, judged=few, best=best)
+            result |= {"seconds": time.monotonic() - start}
+            context.run.complete(STAGE, result, used=[TEACHER, *map(weights_file, swaps)])
+            for line in words(pool, result):
+                context.say(line)
+    return blocks
+
+
+def _judged(
+    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, students: Sequence[Sequence[int]]
+) -> list[Judged]:
+    """Return how students of these swaps answer on validation images; the ranks take turns."""
+    for number, swaps in enumerate(students):
+        if number % context.world_size == context.rank:
+            context.control.set(f"{STAGE}/{number}", asdict(_judge(context, dataset, teacher, pool, swaps)))
+    found = []
+    for number in range(len(students)):
+        peer = number % context.world_size
+        found.append(Judged(**context.control.wait(f"{STAGE}/{number}", peer=peer, purpose="judgement of students")))
+    return found
+
+
+@torch.no_grad()
+def _judge(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, swaps: Sequence[int]) -> Judged:
+    blocks = pool.with_swaps(swaps)
+    weights = {pool.swaps[number].block: weights_of(context, number) for number in swaps}
+    trained = {number: weights[number] for number in blocks.units}
+    student = reconciled(context, dataset, teacher, blocks, trained, batches=BATCHES)
+    total, right, images = 0.0, 0, 0
+    for batch in islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES):
+        logits = student(batch.images)
+        total += len(batch.labels) * mean_divergence(log_probabilities(teacher(batch.images)), logits)
+        right += int((logits.argmax(dim=1) == batch.labels).sum())
+        images += len(batch.labels)
+    return Judged(total / images if math.isfinite(total) else None, 100 * right / images, images)
