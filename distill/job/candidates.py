@@ -34,19 +34,25 @@ class Candidate:
         return {"recipe": self.name, "options": self.recipe.options(), "changes": self.changes}
 
 
-@torch.no_grad()
 def propose(
-    chain: Chain,
-    teacher: nn.Module,
-    images: Tensor,
-    asked: Mapping[int, Sequence[Named]],
-    *,
-    first_layer: bool,
+    chain: Chain, teacher: nn.Module, images: Tensor, asked: Mapping[int, Sequence[Named]], *, first_layer: bool
 ) -> tuple[list[Candidate], Kept]:
-    """Return what recipes would change in their blocks, in the blocks' order and of a block in theirs, and why other
-    things stay; `first_layer`: whether the network's first convolution may change too."""
+    """Return what recipes would change in their blocks, as try_out() yields it, and why other things stay."""
     candidates: list[Candidate] = []
     kept: Kept = {}
+    for found, left in try_out(chain, teacher, images, asked, first_layer=first_layer):
+        kept |= left
+        candidates += [found[0]] if found is not None else []
+    return candidates, kept
+
+
+@torch.no_grad()
+def try_out(
+    chain: Chain, teacher: nn.Module, images: Tensor, asked: Mapping[int, Sequence[Named]], *, first_layer: bool
+) -> Iterator[tuple[tuple[Candidate, nn.Module] | None, Kept]]:
+    """Yield for every recipe the candidate that it makes of its block and that one's module, whose weights mean nothing
+    (None where it changes nothing), and why other things stay: in the blocks' order, and of a block in that asked for.
+    `first_layer`: whether the network's first convolution may change too."""
     first = None if first_layer else chain.first_convolution
     whole = whole_modules(teacher, chain, images)
     for block, inputs in _inputs(chain, images, [block for block in asked if chain.blocks[block].modules]):
@@ -62,12 +68,12 @@ def propose(
             )
             with torch.enable_grad():
                 changes, left = one.recipe.propose(view)
-            kept |= left
-            if changes is not None:
-                student = one.recipe.student(chain.block_module(block), changes)
-                trains = any(True for _ in student.parameters())
-                candidates.append(Candidate(one.name, one.recipe, changes, block, block + 1, trains, one.label))
-    return candidates, kept
+            if changes is None:
+                yield None, left
+                continue
+            student = one.recipe.student(chain.block_module(block), changes)
+            trains = any(True for _ in student.parameters())
+            yield (Candidate(one.name, one.recipe, changes, block, block + 1, trains, one.label), student), left
 
 
 @torch.no_grad()

@@ -146,7 +146,8 @@ def _metrics(
         "top1_finetuned": accuracy.get("finetuned", {}).get("top1"),
         "replaced_params": _count(student, replaced),
     }
-    return {
+    searched = {"search": _search(run.result("search"), student_facts)} if context.config.search.on else {}
+    return searched | {
         "teacher": measure_network(teacher, image_shape=dataset.image_shape, device=context.device)
         | accuracy["teacher"]
         | {"name": context.config.teacher.name, "replaced_params": sum(_count(modules[path]) for path in replaced)},
@@ -182,6 +183,19 @@ def _block(context: Context, blocks: Blocks, entry: Entry) -> dict[str, Any]:
         "recipe": blocks.candidates[entry.unit].name,
         "params": _count(blocks.build(entry.unit)),
         "rel_error_start": relative_errors(context).get(entry.unit),
+    }
+
+
+def _search(result: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of the choice under budgets: what was asked for, what was chosen and predicted, what has come of it,
+    and all candidates with their scores."""
+    measured = {name: student[name] for name in ("params", "flops", "bytes", "top1")}
+    chosen = {name: result[name] for name in ("budget", "chosen", "predicted", "judged", "delivered", "more")}
+    return {
+        "budgets": [{**chosen, "measured": measured}],
+        "teacher": result["teacher"],
+        "candidates": result["pool"],
+        "seconds": result["seconds"],
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from distill.blocks.chain import Chain
+from distill.blocks.chain import Chain, copied
 from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 from distill.job.blocks import (
@@ -20,9 +20,9 @@ from distill.job.blocks import (
     refuse_strangers,
     sample_images,
 )
-from distill.job.candidates import Candidate, propose
+from distill.job.candidates import Candidate, try_out
 from distill.job.recipes import candidates_of
-from distill.profiling.flops import module_flops
+from distill.profiling.block_costs import count_flops
 from distill.search.budgets import shown
 from distill.search.choice import Option, choose, least
 from distill.storage.aliases import each_once
@@ -102,37 +102,34 @@ def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modul
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         images = sample_images(image_shape, device)
         tried = {block.index: asked[block.name] for block in chain.blocks if block.name in chosen}
-        candidates, _ = propose(chain, teacher, images, tried, first_layer=config.student.first_layer)
-        pool = Pool(
-            at_work(config, chain, device),
-            tuple(_swaps(chain, candidates)),
-            amounts_of(teacher, images[:1]),
-            tuple(_remarks(chain, [names.index(name) for name in names if name in chosen], candidates)),
-        )
+        found = try_out(chain, teacher, images, tried, first_layer=config.student.first_layer)
+        swaps = tuple(_swaps(chain, (one for one, _ in found if one is not None)))
+        remarks = tuple(_remarks(chain, {*tried} - {swap.block for swap in swaps}))
+        pool = Pool(at_work(config, chain, device), swaps, amounts_of(copied(teacher), images[:1]), remarks)
         _refuse_unreachable(config, pool)
         refuse_strangers(teacher, chain, images, pool.example.candidates)
     return pool
 
 
 def amounts_of(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """Return what a network, or a part of one, has of everything that may be budgeted, for one image like `x`."""
-    return {
-        "params": float(sum(parameter.numel() for parameter in network.parameters())),
-        "flops": float(module_flops(network.eval(), x)),
-        "bytes": float(sum(tensor.nbytes for tensor in each_once(network.state_dict()).values())),
-    }
+    """Return what a network, or a part of one, has of everything that may be budgeted, for one image like `x`. The
+    network has no values any more afterwards: FLOPs are counted on the meta device."""
+    params = sum(parameter.numel() for parameter in network.parameters())
+    size = sum(tensor.nbytes for tensor in each_once(network.state_dict()).values())
+    imagined = network.eval().to("meta")
+    with torch.no_grad():
+        flops = count_flops(lambda: imagined(torch.empty_like(x, device="meta", dtype=torch.float32)))
+    return {"params": float(params), "flops": float(flops), "bytes": float(size)}
 
 
-def _swaps(chain: Chain, candidates: Sequence[Candidate]) -> Iterator[Swap]:
+def _swaps(chain: Chain, candidates: Iterable[tuple[Candidate, nn.Module]]) -> Iterator[Swap]:
     """Yield the candidates with their amounts; of those that come to the same the first."""
     seen: set[str] = set()
     teacher: dict[int, Amounts] = {}
-    for one in candidates:
-        boundary = chain.boundaries[one.input]
-        x = torch.empty(1, *boundary.shape[1:], dtype=boundary.dtype)
+    for one, module in candidates:
+        x = torch.empty(1, *chain.boundaries[one.input].shape[1:])
         if one.input not in teacher:
             teacher[one.input] = amounts_of(chain.block_module(one.input), x)
-        module = one.recipe.student(chain.block_module(one.input), one.changes)
         options = {name: value for name, value in one.recipe.options().items() if name not in SIZES}
         shapes = [[name, *tensor.shape] for name, tensor in module.state_dict().items()]
         key = json.dumps([one.input, one.name, options, shapes])
@@ -142,12 +139,11 @@ def _swaps(chain: Chain, candidates: Sequence[Candidate]) -> Iterator[Swap]:
             yield Swap(one, {name: own[name] - before[name] for name in own})
 
 
-def _remarks(chain: Chain, chosen: Sequence[int], candidates: Sequence[Candidate]) -> Iterator[str]:
+def _remarks(chain: Chain, without: Iterable[int]) -> Iterator[str]:
     if chain.remark:
         yield chain.remark
-    without = sorted({*chosen} - {one.input for one in candidates})
-    if without:
-        yield f"without candidates, they stay: {', '.join(chain.blocks[block].name for block in without)}"
+    if names := [chain.blocks[block].name for block in sorted(without)]:
+        yield f"without candidates, they stay: {', '.join(names)}"
 
 
 def _refuse_unreachable(config: JobConfig, pool: Pool) -> None:

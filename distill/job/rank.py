@@ -138,6 +138,9 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> Path:
     """Run the stages that the configuration asks for; return the run directory."""
     make_importable(config.run.code)
+    if config.search.budgets:
+        allowed = "none in one job: python -m distill, without --multirun, makes a job of each"
+        raise ConfigError("search.budgets", config.search.budgets, allowed)
     device = _device(config, control.local_rank)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))
     facts, run = _agree_on_identity(config, control)

@@ -61,7 +61,7 @@ def _forms(
     student = network(weights.values())
     if _re_estimated(student, dataset, batches):
         yield "batch norms re-estimated", student
-    fitted = _fitted(context, dataset, blocks, weights) if context.config.assemble.refit_images > 0 else []
+    fitted = _fitted(context, dataset, blocks, weights, context.config.assemble.refit_images)
     if fitted:
         yield "layers fitted", network(fitted)
         student = network(fitted)
@@ -76,12 +76,13 @@ def reconciled(
     blocks: Blocks,
     weights: Mapping[int, State],
     *,
+    images: int,
     batches: int,
 ) -> nn.Module:
-    """Return the student with its layers fitted as far as they can be, and its batch norms re-estimated over at most so
-    many batches: one of the forms that reconcile() chooses from."""
+    """Return the student with its layers fitted, as far as they can be, to at most so many images, and its batch norms
+    re-estimated over at most so many batches: one of the forms that reconcile() chooses from."""
     config = context.config.assemble
-    fitted = _fitted(context, dataset, blocks, weights) if config.refit_images > 0 else []
+    fitted = _fitted(context, dataset, blocks, weights, min(images, config.refit_images))
     student = _network(context, teacher, blocks, fitted or weights.values())
     _re_estimated(student, dataset, min(batches, config.batchnorm_batches))
     return student
@@ -101,15 +102,18 @@ def _re_estimated(student: nn.Module, dataset: Dataset, batches: int) -> bool:
     return True
 
 
-def _fitted(context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, State]) -> list[State]:
-    """Return the units' weights after their layers were fitted to what they get in a row; none where none could be."""
-    if not blocks.chain.divisible:
+def _fitted(
+    context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, State], wanted: int
+) -> list[State]:
+    """Return the units' weights after their layers were fitted, by so many images, to what they get in a row; none
+    where none could be."""
+    if wanted == 0 or not blocks.chain.divisible:
         return []
     modules = blocks.students(weights)
     for module in modules.values():
         to_channels_last(module, context.device)
     paths = {one.input: one.recipe.paths(one.changes) for one in blocks.candidates.values()}
-    images = list(_images(dataset, blocks, context.config.assemble.refit_images))
+    images = list(_images(dataset, blocks, wanted))
     gives = {unit.input: partial(narrowed, unit.gives) for unit in blocks.units.values()}
     if refit_in_a_row(blocks.chain, modules, paths, images, gives) == 0:
         return []

@@ -22,7 +22,7 @@ from distill.data import Dataset
 from distill.job.context import Context
 from distill.job.first_weights import IMAGES, OnTheWay, gathered, made
 from distill.job.pool import Pool
-from distill.job.reuse import TEACHER
+from distill.job.reuse import TEACHER, candidates_identity, take_candidates
 from distill.observability.numbers import show_count
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
@@ -56,10 +56,23 @@ def weights_of(context: Context, number: int) -> dict[str, Tensor]:
 def find_scores(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> list[Score]:
     """Return the scores of all swaps, the same on every rank. Every rank must call."""
     with context.during(STAGE):
+        if context.leads and context.run.result(STAGE) is None:
+            _take(context, teacher, pool)
         result = context.completed(STAGE)
         if result is None:
             result = _compute(context, dataset, teacher, pool)
     return [Score(**one) for one in result["scores"]]
+
+
+def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
+    """Complete the stage with what a sibling has of it, if one has scored the same candidates."""
+    facts = [{"block": swap.block, **swap.candidate.facts} for swap in pool.swaps]
+    images = context.config.search.images
+    identity = candidates_identity(context.identity, pool.chain, facts, teacher=teacher, images=images)
+    files = [weights_file(number) for number in range(len(facts))]
+    result = take_candidates(context, identity, files)
+    if result is not None:
+        context.run.complete(STAGE, result, made=files, used=[TEACHER])
 
 
 def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> dict[str, Any]:

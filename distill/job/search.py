@@ -14,10 +14,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.config.schema import JobConfig
-from distill.data import Dataset
+from distill.data import Batch, Dataset
 from distill.errors import DistillError
 from distill.job.blocks import Blocks, at_work, cut_chain, refuse_strangers, sample_images
 from distill.job.candidates import Candidate
@@ -32,7 +32,7 @@ from distill.job.scores import find_scores, weights_file, weights_of
 from distill.student.divergence import log_probabilities, mean_divergence
 
 STAGE = "search"
-BATCHES = 8  # over which batch norms are re-estimated of students that are only judged
+FITTED, BATCHES = 256, 8  # images and batches by which students that are only judged are put right
 
 
 def found_students(
@@ -93,9 +93,13 @@ def _judged(
     context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, students: Sequence[Sequence[int]]
 ) -> list[Judged]:
     """Return how students of these swaps answer on validation images; the ranks take turns."""
-    for number, swaps in enumerate(students):
-        if number % context.world_size == context.rank:
-            context.control.set(f"{STAGE}/{number}", asdict(_judge(context, dataset, teacher, pool, swaps)))
+    own = [number for number in range(len(students)) if number % context.world_size == context.rank]
+    batches = list(islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES)) if own else []
+    with torch.no_grad():
+        answers = [log_probabilities(teacher(batch.images)) for batch in batches]
+    for number in own:
+        student = _put_together(context, dataset, teacher, pool, students[number])
+        context.control.set(f"{STAGE}/{number}", asdict(_judge(student, batches, answers)))
     found = []
     for number in range(len(students)):
         peer = number % context.world_size
@@ -103,16 +107,22 @@ def _judged(
     return found
 
 
-@torch.no_grad()
-def _judge(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, swaps: Sequence[int]) -> Judged:
+def _put_together(
+    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, swaps: Sequence[int]
+) -> nn.Module:
+    """Return the student of these swaps with their first weights, put right as far as closed forms can."""
     blocks = pool.with_swaps(swaps)
     weights = {pool.swaps[number].block: weights_of(context, number) for number in swaps}
     trained = {number: weights[number] for number in blocks.units}
-    student = reconciled(context, dataset, teacher, blocks, trained, batches=BATCHES)
-    total, right, images = 0.0, 0, 0
-    for batch in islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES):
+    return reconciled(context, dataset, teacher, blocks, trained, images=FITTED, batches=BATCHES)
+
+
+@torch.no_grad()
+def _judge(student: nn.Module, batches: Sequence[Batch], answers: Sequence[Tensor]) -> Judged:
+    total, right = 0.0, 0
+    for batch, answer in zip(batches, answers, strict=True):
         logits = student(batch.images)
-        total += len(batch.labels) * mean_divergence(log_probabilities(teacher(batch.images)), logits)
+        total += len(batch.labels) * mean_divergence(answer, logits)
         right += int((logits.argmax(dim=1) == batch.labels).sum())
-        images += len(batch.labels)
+    images = sum(len(batch.labels) for batch in batches)
     return Judged(total / images if math.isfinite(total) else None, 100 * right / images, images)

@@ -56,7 +56,8 @@ SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
     "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
-    "observability/trace", "planning", "reporting", "search", "simulation/command", "simulation/hardware", "simulation/simulator",
+    "observability/trace", "planning", "reporting", "search", "simulation/command", "simulation/hardware",
+    "simulation/simulator",
     "storage/contents", "storage/differing", "storage/files", "storage/image_files", "storage/lease", "storage/paths",
     "storage/run_directory", "storage/siblings", "engine/rebalance/moves",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain, combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.search.choice import Choice, Option, choices, choose, least, totals
@@ -40,6 +40,7 @@ def pools(draw: st.DrawFn) -> list[Option]:
     return options
 
 
+@settings(deadline=None)
 @given(pools(), st.integers(-250, 0), st.integers(-250, 0))
 def test_it_is_the_best_of_all_there_are(options: list[Option], params: int, flops: int) -> None:
     limits = {"params": float(params), "flops": float(flops)}
@@ -52,6 +53,7 @@ def test_it_is_the_best_of_all_there_are(options: list[Option], params: int, flo
         assert all(found.amounts[name] <= limits[name] + 1e-6 for name in limits)
 
 
+@settings(deadline=None)
 @given(pools())
 def test_the_next_ones_come_in_order_and_none_twice(options: list[Option]) -> None:
     limits = {"params": -20.0}
