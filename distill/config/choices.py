@@ -131,6 +131,28 @@ class WireDtype(Choice):
     bf16 = "bf16"
 
 
+class RuntimeName(Choice):
+    """What will run the student."""
+
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    torch = "torch"
+    torch_compile = "torch_compile"
+
+
+class Precision(Choice):
+    """In which a runtime computes."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+class DeployDevice(Choice):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Cache(Choice):
     """Where the teacher's activations are kept once they have been computed."""
 

@@ -27,7 +27,7 @@ RESULTS = 2
 
 # Settings that say where and how fast a job runs, not what it computes: another value resumes the same run.
 _NOT_IN_FINGERPRINT = {
-    "stage", "launch", "run", "checkpoint", "device",
+    "stage", "launch", "run", "checkpoint", "device", "deploy",
     "data.root", "data.num_workers", "data.download",
     "plan.strategy", "plan.cost", "plan.teacher_ranks", "plan.groups", "plan.window", "plan.timeout_s",
     "plan.link_gbit", "plan.shared_memory", "plan.memory_gib", "plan.take_over",
@@ -50,7 +50,7 @@ _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
     ("student.options", {}), ("student.per_block", []), ("student.align", None),
     ("search.budget.params", None), ("search.budget.flops", None), ("search.budget.bytes", None),
-    ("search.sweep", None), ("search.budgets", []),
+    ("search.budget.latency", None), ("search.sweep", None), ("search.budgets", []),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
@@ -73,6 +73,11 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
         del found["cache.dtype"]
     if config.data.name not in (DataName.imagefolder, DataName.hf):
         del found["data.exif_orientation"]  # what is no file of a picture has none
+    if config.search.budget.latency is not None:  # which decides what is chosen
+        found |= dict(
+            _by_path("deploy", {name: value for name, value in asdict(config.deploy).items() if name != "table"})
+        )
+        found |= _table(config.deploy.table)
     if config.search.on:
         found = {path: value for path, value in found.items() if path not in _NOT_SEARCHED}
     else:
@@ -144,6 +149,13 @@ def _weights(source: TeacherSource, weights: str | None) -> Found:
     if source in (TeacherSource.torchvision, TeacherSource.timm) and "/" not in weights:
         return {"teacher.weights": weights}
     raise ConfigError("teacher.weights", weights, "a file that exists (.safetensors, or one written by torch.save)")
+
+
+def _table(table: str | None) -> Found:
+    """What another device's latencies are."""
+    return (
+        {} if table is None else {"deploy.table": _read("deploy.table", table, lambda: describe_file(expanded(table)))}
+    )
 
 
 def _network(source: TeacherSource, factory: str | None, folder: str | None) -> Found:

@@ -6,7 +6,8 @@ import json
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, cast, get_args, get_type_hints
 
 from omegaconf import MISSING
 
@@ -34,6 +35,9 @@ def setting_kinds() -> dict[str, str]:
 
 
 def _type_name(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        names = ["null" if one is NoneType else _type_name(one) for one in get_args(kind)]
+        return " or ".join(names) if " or " in names[0] else str(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(member.name for member in kind)
     return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)

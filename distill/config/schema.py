@@ -24,11 +24,14 @@ from distill.config.choices import (
     Cost,
     CropMode,
     DataName,
+    DeployDevice,
     Device,
     GranularityName,
     Init,
     Interpolation,
     OptimizerName,
+    Precision,
+    RuntimeName,
     Schedule,
     Stage,
     Stop,
@@ -205,6 +208,9 @@ class BudgetConfig:
     params: Any = setting(None, "most parameters of the student: a share of the teacher's (0.3) or a number (100k)")
     flops: Any = setting(None, "most FLOPs of an image, two a multiply-add: a share (0.3) or an amount (20MFLOPs)")
     bytes: Any = setting(None, "most bytes of weights and batch norms: a share (0.3) or an amount (500kB)")
+    latency: Any = setting(
+        None, "longest call on deploy.batch images, in deploy.runtime: a share (0.3) or an amount (3ms)"
+    )
 
     def __post_init__(self) -> None:
         self.given()
@@ -418,6 +424,24 @@ class FinetuneConfig:
 
 
 @dataclass(kw_only=True)
+class DeployConfig:
+    runtime: RuntimeName | None = setting(
+        None,
+        "what will run the student, in which its latency is measured; null: onnxruntime where installed, else torch",
+    )
+    device: DeployDevice = setting(DeployDevice.cpu, "where it will run; cuda: torch and torch_compile alone")
+    threads: int = setting(1, "CPU threads of a call; one is measured best, and several calls at once use the others")
+    batch: int = setting(64, "images of a call by which candidates are compared; 1 is measured too, and 64")
+    precision: Precision = setting(Precision.fp32, "precision in which it will run (docs/latency.md)")
+    table: str | None = setting(
+        None, "the table that measure.py of a bundle wrote on another device, in the place of measuring here"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("deploy", self, threads=1, batch=1)
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     every: int = setting(200, "steps between two checkpoints of an unfinished block")
 
@@ -479,6 +503,7 @@ class JobConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     assemble: AssembleConfig = field(default_factory=AssembleConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.first_weights import relative_errors
+from distill.job.latency import delivered_latency, form_to_export
 from distill.job.reuse import TEACHER
 from distill.job.teacher import architecture_of
 from distill.launch import provenance
@@ -31,7 +32,7 @@ from distill.storage.ledger import Entry, Ledger
 from distill.storage.run_directory import RunDirectory
 from distill.student.evaluate import measure_network
 from distill.student.files import StudentCard, save_student
-from distill.student.programs import deliver_programs
+from distill.student.programs import deliver_programs, deliver_teacher
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,11 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             aspect="squashed" if config.data.crop_mode is CropMode.squash else "kept",
         )
         save_student(run.path, student, card)
-        exports = deliver_programs(run.path, student, card, _some_test_images(dataset))
+        exports = _export(context, dataset, teacher, student, card)
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
+        metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
+        if config.search.on:
+            metrics["search"] = _search(run.result("search"), metrics)
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
@@ -106,6 +110,18 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
     context.say(f"report:  {run.path / 'report.html'}")
 
 
+def _export(
+    context: Context, dataset: Dataset, teacher: nn.Module, student: nn.Module, card: StudentCard
+) -> dict[str, dict[str, Any]]:
+    """Write the programs of student and teacher; return what became of them."""
+    folder, images = context.run.path, _some_test_images(dataset)
+    form, found = form_to_export(context.config, student, image_shape=dataset.image_shape)
+    exports = deliver_programs(folder, student, card, images, onnx_form=form)
+    if exports["onnx"]["status"] == "ok":
+        exports["onnx"] |= found
+    return exports | {"teacher_onnx": deliver_teacher(folder, teacher, replace(card, blocks=[]), images)}
+
+
 def _some_test_images(dataset: Dataset) -> list[Tensor]:
     """Return the first test images, enough of them to see a difference between two programs."""
     batches: list[Tensor] = []
@@ -119,10 +135,17 @@ def _some_test_images(dataset: Dataset) -> list[Tensor]:
 def _tell_exports(context: Context, exports: Mapping[str, Mapping[str, Any]]) -> None:
     for record in exports.values():
         if record["status"] == "ok":
+            network = record["file"].partition(".")[0]
             context.say(
-                f"{record['file']}: logits within {record['max_abs_difference']:.1e} of the eager student's, same "
+                f"{record['file']}: logits within {record['max_abs_difference']:.1e} of the eager {network}'s, same "
                 f"first guess on {record['top1_agreement']:.2f} % of {record['images']} test images"
             )
+            if "form" in record:
+                times = ", ".join(f"{form} {ms:.2f} ms" for form, ms in record["ms"].items())
+                context.say(
+                    f"{record['file']}: separable convolutions in the faster form of two, in {record['runtime']} at "
+                    f"batch {record['batch']}: {times}"
+                )
         elif record["status"] == "not installed":
             context.say(f"{record['file']}: not written; {record['reason']}")
         else:
@@ -146,8 +169,7 @@ def _metrics(
         "top1_finetuned": accuracy.get("finetuned", {}).get("top1"),
         "replaced_params": _count(student, replaced),
     }
-    searched = {"search": _search(run.result("search"), student_facts)} if context.config.search.on else {}
-    return searched | {
+    return {
         "teacher": measure_network(teacher, image_shape=dataset.image_shape, device=context.device)
         | accuracy["teacher"]
         | {"name": context.config.teacher.name, "replaced_params": sum(_count(modules[path]) for path in replaced)},
@@ -186,10 +208,14 @@ def _block(context: Context, blocks: Blocks, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _search(result: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+def _search(result: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of the choice under budgets: what was asked for, what was chosen and predicted, what has come of it,
     and all candidates with their scores."""
-    measured = {name: student[name] for name in ("params", "flops", "bytes", "top1")}
+    measured = {name: metrics["student"][name] for name in ("params", "flops", "bytes", "top1")}
+    latency = metrics["latency"]
+    called = latency["batches"].get(str(latency["batch"]))
+    if called is not None:
+        measured |= {"latency": called["student"]["median_ms"], "latency_of_teacher": called["teacher"]["median_ms"]}
     chosen = {name: result[name] for name in ("budget", "chosen", "predicted", "judged", "delivered", "more")}
     return {
         "budgets": [{**chosen, "measured": measured}],

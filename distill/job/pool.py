@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,20 @@ class Pool:
         """The student of which every block is as large as it may be, and trains: for what is tried before a choice."""
         return self.with_swaps(_largest(self))
 
+    def with_amounts(self, name: str, teacher: float, more: Sequence[float]) -> Pool:
+        """Return the pool with one more amount: what the teacher has of it, and how much more with every swap."""
+        swaps = [replace(swap, amounts={**swap.amounts, name: one}) for swap, one in zip(self.swaps, more, strict=True)]
+        return replace(self, swaps=tuple(swaps), teacher={**self.teacher, name: teacher})
+
     def limits(self, config: JobConfig) -> dict[str, float]:
-        """Return by how much more than the teacher's every budgeted amount may be (a negative number: less)."""
+        """Return by how much more than the teacher's every budgeted amount that is known may be (a negative number:
+        less)."""
         budgets = config.search.budget.given()
-        return {name: budget.limit(self.teacher[name]) - self.teacher[name] for name, budget in budgets.items()}
+        return {
+            name: budget.limit(self.teacher[name]) - self.teacher[name]
+            for name, budget in budgets.items()
+            if name in self.teacher
+        }
 
 
 def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device) -> Pool:
@@ -106,7 +116,7 @@ def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modul
         swaps = tuple(_swaps(chain, (one for one, _ in found if one is not None)))
         remarks = tuple(_remarks(chain, {*tried} - {swap.block for swap in swaps}))
         pool = Pool(at_work(config, chain, device), swaps, amounts_of(copied(teacher), images[:1]), remarks)
-        _refuse_unreachable(config, pool)
+        refuse_unreachable(config, pool)
         refuse_strangers(teacher, chain, images, pool.example.candidates)
     return pool
 
@@ -146,7 +156,7 @@ def _remarks(chain: Chain, without: Iterable[int]) -> Iterator[str]:
         yield f"without candidates, they stay: {', '.join(names)}"
 
 
-def _refuse_unreachable(config: JobConfig, pool: Pool) -> None:
+def refuse_unreachable(config: JobConfig, pool: Pool) -> None:
     """Raise ConfigError unless some choice of candidates, which is not the teacher, is within the budgets."""
     search = config.search
     if not any(swap.candidate.trains for swap in pool.swaps):
@@ -154,10 +164,10 @@ def _refuse_unreachable(config: JobConfig, pool: Pool) -> None:
         allowed = f"candidates of which one at least makes a block cheaper and has weights to train (blocks: {names})"
         raise ConfigError("search.candidates", search.candidates, allowed)
     options, limits = pool.options(dict.fromkeys(range(len(pool.swaps)), 0.0)), pool.limits(config)
-    if all(limit >= 0 for limit in limits.values()):
-        name, value = next(iter(search.budget.given())), next(iter(limits))
+    if len(limits) == len(search.budget.given()) and all(limit >= 0 for limit in limits.values()):
+        name = next(iter(limits))
         allowed = f"less than the teacher's own {shown(name, pool.teacher[name])}, or there is nothing to choose"
-        raise ConfigError(f"search.budget.{name}", getattr(search.budget, value), allowed)
+        raise ConfigError(f"search.budget.{name}", getattr(search.budget, name), allowed)
     for name, limit in limits.items():
         lowest = least(options, name).amounts[name]
         if lowest > limit:

@@ -12,7 +12,7 @@ from distill.config.schema import JobConfig
 from distill.job.pool import KEEP, Pool
 from distill.job.scores import Score
 from distill.search.budgets import shown
-from distill.search.choice import Choice, Option, choices, choose, totals
+from distill.search.choice import Choice, Option, choices, choose
 
 DIFFERENT = 0.2  # of the blocks that may change: in so many of them at least students that are judged differ
 MORE = 0.1  # of a budget: what so much more of it would buy is told
@@ -50,21 +50,20 @@ class Problem:
         apart = max(1, round(DIFFERENT * len(self.pool.blocks)))
         return list(islice(choices(self.options, self.limits, apart=apart), count))
 
-    def swaps(self, taken: Sequence[int]) -> list[int]:
-        """Return the numbers of the pool's swaps that a choice's options are; none for blocks that stay."""
-        return [int(self.options[number].name) for number in taken if self.options[number].name != KEEP]
+    def swaps(self, choice: Choice) -> list[int]:
+        """Return the numbers of the pool's swaps that a choice consists of; none for blocks that stay."""
+        return [int(self.options[number].name) for number in choice.options if self.options[number].name != KEEP]
 
-    def labels(self, taken: Sequence[int]) -> dict[str, str]:
+    def labels(self, choice: Choice) -> dict[str, str]:
         """Return what every block becomes, by name."""
-        chosen = {
-            self.pool.swaps[number].block: self.pool.swaps[number].candidate.label for number in self.swaps(taken)
-        }
-        return {self.pool.chain.blocks[block].name: chosen.get(block, KEEP) for block in self.pool.blocks}
+        chosen = {self.pool.swaps[number].block: self.pool.swaps[number] for number in self.swaps(choice)}
+        names = {block: self.pool.chain.blocks[block].name for block in self.pool.blocks}
+        return {name: chosen[block].candidate.label if block in chosen else KEEP for block, name in names.items()}
 
-    def predicted(self, taken: Sequence[int]) -> dict[str, float]:
+    def predicted(self, choice: Choice) -> dict[str, float]:
         """Return the amounts of the whole student, and the sum of what its blocks lose alone."""
-        loss, more = totals(self.options, taken)
-        return {**{name: self.pool.teacher[name] + more[name] for name in more}, "divergence": loss}
+        whole = {name: self.pool.teacher[name] + more for name, more in choice.amounts.items()}
+        return {**whole, "divergence": choice.loss}
 
     def with_more(self, name: str) -> tuple[float, Choice] | None:
         """Return what a little more of a budget is, and the best choice with it; None where it gains nothing."""
@@ -78,16 +77,15 @@ class Problem:
 
 def found_record(
     config: JobConfig,
-    pool: Pool,
+    problem: Problem,
     *,
     scores: Sequence[Score],
-    problem: Problem,
-    judged: Sequence[tuple[Sequence[int], Judged]],
+    judgements: Sequence[tuple[Choice, Judged]],
     best: int,
 ) -> dict[str, Any]:
     """Return what the stage records of the choice, as JSON values: enough to build the student, and to explain it."""
-    taken = judged[best][0]
-    swaps = problem.swaps(taken)
+    pool, choice = problem.pool, judgements[best][0]
+    chosen = {number: pool.swaps[number] for number in problem.swaps(choice)}
     names = [block.name for block in pool.chain.blocks]
     return {
         "budget": {
@@ -95,16 +93,16 @@ def found_record(
             for name, limit in problem.limits.items()
         },
         "teacher": dict(pool.teacher),
-        "chosen": problem.labels(taken),
-        "predicted": problem.predicted(taken),
-        "losses": {names[pool.swaps[number].block]: scores[number].divergence for number in swaps},
+        "chosen": problem.labels(choice),
+        "predicted": problem.predicted(choice),
+        "losses": {names[swap.block]: scores[number].divergence for number, swap in chosen.items()},
         "judged": [
-            {"chosen": problem.labels(options), "predicted": problem.predicted(options), **asdict(one)}
-            for options, one in judged
+            {"chosen": problem.labels(one), "predicted": problem.predicted(one), "proven": one.proven, **asdict(judged)}
+            for one, judged in judgements
         ],
         "delivered": best,
         "more": {
-            name: {"budget": found[0], "chosen": problem.labels(found[1].options), "divergence": found[1].loss}
+            name: {"budget": found[0], "chosen": problem.labels(found[1]), "divergence": found[1].loss}
             for name in problem.limits
             if (found := problem.with_more(name)) is not None
         },
@@ -113,17 +111,17 @@ def found_record(
             for swap, score in zip(pool.swaps, scores, strict=True)
         ],
         "candidates": {
-            str(pool.swaps[number].block): {
-                **pool.swaps[number].candidate.facts,
-                "trains": pool.swaps[number].candidate.trains,
-                "label": pool.swaps[number].candidate.label,
+            str(swap.block): {
+                **swap.candidate.facts,
+                "trains": swap.candidate.trains,
+                "label": swap.candidate.label,
             }
-            for number in swaps
+            for swap in chosen.values()
         },
     }
 
 
-def words(pool: Pool, result: Mapping[str, Any]) -> Iterator[str]:
+def words(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is said of a choice: what it is, which block loses most, and what a little more would buy."""
     predicted, one = result["predicted"], result["judged"][result["delivered"]]
     sizes = ", ".join(f"{name} {shown(name, predicted[name])}" for name in result["budget"])

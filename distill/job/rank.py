@@ -38,6 +38,7 @@ from distill.job.energy import metering
 from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
 from distill.job.failure import MOURNING_S, leave_word, let_peers_know, tell
 from distill.job.finetune import finetune_student, refuse_ranks_without_rows
+from distill.job.latency import runtime_of_job
 from distill.job.logs import HeldBack, log_to
 from distill.job.memory import refuse_too_little
 from distill.job.outside import refuse_unusable_block_loss, refuse_unusable_objective
@@ -149,6 +150,8 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
     if config.stage is Stage.deliver:
         refuse_unfinished(config, facts, run)
     refuse_ranks_without_rows(config, world_size=control.world_size)
+    if control.rank == 0 and config.stage in (Stage.all, Stage.deliver):
+        runtime_of_job(config)  # refuses what cannot be measured here before anything is trained
     with open_data(config, device, ranks_here=control.local_world_size) as dataset:
         if control.rank == 0 and config.stage is Stage.all:
             refuse_unjudged(config, dataset)

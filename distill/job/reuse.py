@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was trained here
 
 # What a stage does not depend on; a setting that is not named here is taken to matter.
-_AFTER_BLOCKS = ("assemble.", "finetune.", TEST, TEST_ITEMS, "data.test_split")
+_AFTER_BLOCKS = ("assemble.", "finetune.", "deploy.", TEST, TEST_ITEMS, "data.test_split")
 _NOT_THE_TEACHERS = (*_AFTER_BLOCKS, "blocks.", "student.", "search.", "distill.", "plan.", "cache.", "teacher.amp")
 # What is in a block's identity by what it comes to: the teacher's tensors, the operations, what is replaced, the steps.
 _BY_EFFECT = (

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -18,17 +18,20 @@ from torch import Tensor, nn
 
 from distill.config.schema import JobConfig
 from distill.data import Batch, Dataset
+from distill.deployment.chains import LatencyTable
 from distill.errors import DistillError
 from distill.job.blocks import Blocks, at_work, cut_chain, refuse_strangers, sample_images
 from distill.job.candidates import Candidate
 from distill.job.context import Context
 from distill.job.first_weights import take_first_weights
-from distill.job.pool import Pool
+from distill.job.latency import runtime_of_job, timings_of_job
+from distill.job.pool import Pool, refuse_unreachable
 from distill.job.problem import Judged, Problem, found_record, words
 from distill.job.recipes import rebuilt
 from distill.job.reconcile import JUDGED_BATCH, JUDGED_BATCHES, reconciled
 from distill.job.reuse import TEACHER
 from distill.job.scores import find_scores, weights_file, weights_of
+from distill.search.budgets import shown
 from distill.student.divergence import log_probabilities, mean_divergence
 
 STAGE = "search"
@@ -60,33 +63,54 @@ def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool
     scores = find_scores(context, dataset, teacher, pool)
     with context.during(STAGE):
         start = time.monotonic()
-        problem = Problem.of(context.config, pool, scores)
-        if context.leads:  # all ranks take its word for what the solver says
-            context.control.set(
-                "choices", [choice.options for choice in problem.best_few(context.config.search.judged)]
-            )
-        taken = context.control.wait("choices", peer=0, purpose="choices of candidates")
-        judged = _judged(context, dataset, teacher, pool, [problem.swaps(options) for options in taken])
-        best = min(range(len(taken)), key=lambda number: (judged[number].rank, number))
+        if context.leads:  # clocks and solvers are asked once: all ranks take its word for what there is to judge
+            problem = Problem.of(context.config, timed(context, teacher, pool), scores)
+            few = problem.best_few(context.config.search.judged)
+            context.control.set("choices", [problem.swaps(choice) for choice in few])
+        students = context.control.wait("choices", peer=0, purpose="choices of candidates")
+        judged = _judged(context, dataset, teacher, pool, students)
+        best = min(range(len(students)), key=lambda number: (judged[number].rank, number))
         if judged[best].divergence is None:
             raise DistillError(
                 "search: the answers of all students that were put together hold nan or infinity on validation images; "
                 "raise the budget, or name other search.candidates"
             )
-        swaps = problem.swaps(taken[best])
-        blocks = pool.with_swaps(swaps)
+        blocks = pool.with_swaps(students[best])
         refuse_strangers(teacher, pool.chain, sample_images(dataset.image_shape, context.device), blocks.candidates)
         if context.leads:
-            weights = {pool.swaps[number].block: weights_of(context, number) for number in swaps}
+            weights = {pool.swaps[number].block: weights_of(context, number) for number in students[best]}
             trained = {block: state for block, state in weights.items() if blocks.candidates[block].trains}
             take_first_weights(context, dataset, blocks, trained)
-            few = list(zip(taken, judged, strict=True))
-            result = found_record(context.config, pool, scores=scores, problem=problem, judged=few, best=best)
+            judgements = list(zip(few, judged, strict=True))
+            result = found_record(context.config, problem, scores=scores, judgements=judgements, best=best)
             result |= {"seconds": time.monotonic() - start}
-            context.run.complete(STAGE, result, used=[TEACHER, *map(weights_file, swaps)])
-            for line in words(pool, result):
+            context.run.complete(STAGE, result, used=[TEACHER, *map(weights_file, students[best])])
+            for line in words(result):
                 context.say(line)
     return blocks
+
+
+def timed(context: Context, teacher: nn.Module, pool: Pool) -> Pool:
+    """Return the pool with latencies, where these have a budget. Raises ConfigError where none is as fast as that."""
+    config = context.config
+    if config.search.budget.latency is None:
+        return pool
+    start = time.monotonic()
+    table = LatencyTable(
+        pool.chain, teacher, runtime_of_job(config), batch=config.deploy.batch, timings=timings_of_job(config)
+    )
+    more: list[float] = []
+    for block, numbers in groupby(range(len(pool.swaps)), key=lambda number: pool.swaps[number].block):
+        modules = {str(n): pool.alone(n).student(block, weights_of(context, n)) for n in numbers}
+        found = table.differences(block, modules)
+        more += [found[name].median_ms for name in modules]
+    pool = pool.with_amounts("latency", table.teacher.median_ms, more)
+    context.say(
+        f"latency: {len(more)} candidates timed in {table.runtime.name}, batch {table.batch}, in "
+        f"{time.monotonic() - start:.1f} s; the teacher takes {shown('latency', pool.teacher['latency'])}"
+    )
+    refuse_unreachable(config, pool)
+    return pool
 
 
 def _judged(

@@ -15,6 +15,7 @@ from rich.table import Table
 from distill.observability.energy.joules import job_joules
 from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
 from distill.reporting.energy import show_joules
+from distill.reporting.latency import Speed, in_eager, in_runtime, runtime_words
 from distill.reporting.markup import Markup, join, section, table, tag
 from distill.reporting.page import document
 from distill.reporting.plot import Axis, chart, point
@@ -42,6 +43,7 @@ class Line:
     run: Run | None = None
     differs: str = ""
     speed_up: float | None = None
+    eager: bool = True  # whether latencies are those of eager PyTorch
 
     def student(self, key: str) -> float | None:
         return self._figure("student", key)
@@ -53,6 +55,12 @@ class Line:
         return (
             finite((self.run.metrics.get(side) or {}).get(key)) if self.run is not None and self.run.finished else None
         )
+
+    def speed(self, batch: int) -> Speed:
+        """Both networks' milliseconds of a batch, in the runtime where all runs have them."""
+        metrics = self.run.metrics if self.run is not None and self.run.finished else {}
+        known = in_eager(metrics) if self.eager else in_runtime(metrics)
+        return next((one for one in known if one.batch == batch), Speed(batch, None, None))
 
     @property
     def seconds(self) -> float | None:
@@ -79,8 +87,8 @@ class Line:
             "to\nteacher": "-" if a is None or b is None else f"{b - a:+.2f}",
             "params": show_short(self.student("params")),
             "FLOP": show_short(self.student("flops")),
-            "ms of\n1 image": show(self.student("latency_ms_batch1"), "{:.2f}"),
-            "ms of\n64 images": show(self.student("latency_ms_batch64"), "{:.1f}"),
+            "ms of\n1 image": show(self.speed(1).student, "{:.2f}"),
+            "ms of\n64 images": show(self.speed(64).student, "{:.1f}"),
             "distill": show_seconds(self.seconds),
             "all\nstages": show_seconds(sum(stages.values()) if stages else None),
             "images/s": show_short(distill.get("images_per_second")),
@@ -99,7 +107,7 @@ def comparison_table(run_dirs: Sequence[Path]) -> Group:
     what = Table(title=show_count(len(found), "run"), title_justify="left", box=None)
     for heading in ("run", "what differs", "state"):
         what.add_column(heading, overflow="fold")
-    figures = Table(caption=_caption(base), caption_justify="left", box=None)
+    figures = Table(caption=_caption(found, base), caption_justify="left", box=None)
     for heading in ("run", *SHOWN):
         figures.add_column(heading, justify="right", overflow="fold")
     for line in found:
@@ -108,10 +116,20 @@ def comparison_table(run_dirs: Sequence[Path]) -> Group:
     return Group(what, "", figures)
 
 
-def _caption(base: str) -> str:
+def _caption(lines: Sequence[Line], base: str) -> str:
     """Say what the figures are."""
-    words = "params, FLOP (of an image, 2 per multiply-add) and ms are the student's; distill: seconds of that stage"
+    words = (
+        f"params, FLOP (of an image, 2 per multiply-add) and ms are the student's, {_latencies(lines)}; distill: "
+        "seconds of that stage"
+    )
     return f"{words}; speed-up {' '.join(base.split())}" if base else words
+
+
+def _latencies(lines: Sequence[Line]) -> str:
+    """Say in what latencies were measured."""
+    finished = [line for line in lines if line.run is not None and line.run.finished]
+    how = sorted({runtime_words(line.run.metrics) for line in finished if line.run is not None})
+    return "ms in eager PyTorch" if not how or finished[0].eager else f"ms in {'; '.join(how)}"
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
@@ -121,7 +139,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     title = f"{show_count(len(found), 'run')} compared"
     heading = join(tag("h1", title), tag("p", _best(found) or "No run has a student yet.", class_="lead"))
     rows = [_linked(line, path) for line in found]
-    note = f"{finished} of {show_count(len(found), 'run')} finished."
+    note = f"{finished} of {show_count(len(found), 'run')} finished; {_latencies(found)}."
     write_text(
         path,
         document(
@@ -161,6 +179,9 @@ def _lines(run_dirs: Sequence[Path]) -> tuple[list[Line], str]:
         done = f"finished, {delivered}" if delivered else "finished"
         state = done if run.finished else f"{'failed' if run.errors else 'unfinished'} in {run.current_stage}"
         found.append(Line(number, name, state, run))
+    finished = [line for line in found if line.run is not None and line.run.finished]
+    for line in found:
+        line.eager = not all(in_runtime(one.run.metrics) for one in finished if one.run is not None)
     _tell_differences([line for line in found if line.run is not None])
     return found, _set_speed_ups(found)
 
@@ -224,8 +245,8 @@ def _scatters(lines: Sequence[Line]) -> list[Markup]:
     prices: tuple[tuple[str, str, Callable[[Line], float | None], Callable[[Line], float | None]], ...] = (
         ("parameters", "parameters, logarithmic", lambda run: run.student("params"), lambda run: run.teacher("params")),
         ("FLOPs", "FLOP per image, logarithmic", lambda run: run.student("flops"), lambda run: run.teacher("flops")),
-        ("latency", "ms of one image, logarithmic", lambda run: run.student("latency_ms_batch1"),
-         lambda run: run.teacher("latency_ms_batch1")),
+        ("latency", "ms of one image, logarithmic", lambda run: run.speed(1).student,
+         lambda run: run.speed(1).teacher),
         ("seconds", "seconds of the distill stage, logarithmic", lambda run: run.seconds, lambda run: None),
     )  # fmt: skip
     return [plot for name, x_title, price, full in prices if (plot := _scatter(lines, name, x_title, price, full))]

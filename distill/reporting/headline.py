@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distill.observability.energy.joules import job_joules
 from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
 from distill.reporting.energy import show_joules
+from distill.reporting.latency import Speed, device_of, in_runtime, runtime_words, speeds
 from distill.reporting.markup import Markup, folded, join, section, table, tag
 from distill.reporting.plot import bar
 from distill.reporting.run import Run
@@ -57,20 +56,13 @@ def _accuracy_and_speed(run: Run) -> str:
     accuracy = (
         f"The student reaches {show(student.get('top1'))} % top-1 where its teacher has {show(teacher.get('top1'))} %"
     )
-    told = []
-    for batch, images in ((1, "one image"), (64, "64 images")):
-        a, b = (side.get(f"latency_ms_batch{batch}") for side in (teacher, student))
-        if finite(a) is not None and finite(b) is not None:
-            told.append(f"{images} in {show(b)} ms instead of {show(a)} ms ({_smaller(b, a, 'faster', 'slower')})")
-    where = _device(run)
-    return accuracy + (f", and answers {' and '.join(told)}{f' on {where}' if where else ''}." if told else ".")
-
-
-def _device(run: Run) -> str:
-    """The model of what latencies were measured on."""
-    environment = run.metrics.get("environment") or {}
-    device = environment.get("device")
-    return str((environment.get("cpu") if device == "cpu" else None) or device or "")
+    told = [
+        f"{one.images} in {show(one.student)} ms instead of {show(one.teacher)} ms "
+        f"({_smaller(one.student, one.teacher, 'faster', 'slower')})"
+        for one in speeds(run.metrics)
+        if one.student is not None and one.teacher is not None
+    ]
+    return accuracy + (f", and answers {' and '.join(told)}, in {runtime_words(run.metrics)}." if told else ".")
 
 
 def _size(run: Run) -> str:
@@ -98,7 +90,7 @@ def _origin(run: Run) -> Markup:
         made.get("finished_at"),
         made.get("duration_s") and f"{attempt} {show_seconds(made['duration_s'])}",
         place.get("host") and f"host {place['host']}",
-        _device(run),
+        device_of(run.metrics),
         version,
     ]
     told = join(*(tag("span", str(fact)) for fact in known if fact))
@@ -117,7 +109,7 @@ def _tiles(run: Run) -> list[Markup]:
     loss = "-" if a is None or b is None else f"{b - a:+.2f} points"
     tiles = [
         _tile("top-1 accuracy", show(b, "{:.2f} %"), f"teacher {show(a, '{:.2f} %')}", loss),
-        *(_latency(teacher, student, batch) for batch in (1, 64)),
+        *(_latency(one, eager=not in_runtime(run.metrics)) for one in speeds(run.metrics)),
         _tile("parameters", show_short(student.get("params")), f"teacher {show_short(teacher.get('params'))}",
               _smaller(student.get("params"), teacher.get("params"), "smaller", "larger")),
         _tile("FLOP per image", show_short(student.get("flops")), f"teacher {show_short(teacher.get('flops'))}",
@@ -132,10 +124,10 @@ def _tiles(run: Run) -> list[Markup]:
     return tiles
 
 
-def _latency(teacher: Mapping[str, Any], student: Mapping[str, Any], batch: int) -> Markup:
-    a, b = (side.get(f"latency_ms_batch{batch}") for side in (teacher, student))
-    change = _smaller(b, a, "faster", "slower")
-    return _tile(f"latency, batch {batch}", show(b, "{:.2f} ms"), f"teacher {show(a, '{:.2f} ms')}", change)
+def _latency(speed: Speed, *, eager: bool) -> Markup:
+    change = _smaller(speed.student, speed.teacher, "faster", "slower")
+    name = f"{'eager ' if eager else ''}latency, batch {speed.batch}"
+    return _tile(name, show(speed.student, "{:.2f} ms"), f"teacher {show(speed.teacher, '{:.2f} ms')}", change)
 
 
 def _progress_tiles(run: Run) -> list[Markup]:

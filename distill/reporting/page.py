@@ -10,6 +10,7 @@ from typing import Any
 from distill.observability.numbers import show, show_seconds
 from distill.reporting.energy import energy_section
 from distill.reporting.headline import headline, what_stopped
+from distill.reporting.latency import latency_section, runtime_words
 from distill.reporting.loss_curves import block_curves, fit_curves
 from distill.reporting.markup import Markup, facts, folded, join, section, table, tag
 from distill.reporting.predictions import predictions
@@ -55,8 +56,10 @@ def run_page(run: Run) -> Markup:
     top = join(headline(run), what_stopped(run))
     rest = join(
         section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
+        section("Latency", latency_section(metrics),
+                note=f"In {runtime_words(metrics)}, both networks in turn, round after round."),
         section("Exports", _exports(metrics.get("exports")),
-                note="Each file was loaded afresh and compared with the student."),
+                note="Each file was loaded afresh and compared with the network that it is made from."),
         section("Errors of the blocks", block_curves(run),
                 note="Every block learns alone to give the teacher's output; all plots share one scale."),
         section("What the ranks did", time_line(run), note="The distill stage, by each host's own clock."),

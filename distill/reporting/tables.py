@@ -10,6 +10,7 @@ from rich.table import Table
 from distill.observability.numbers import finite, show, show_count, show_short
 from distill.planning.plan import Plan
 from distill.planning.unit import Unit
+from distill.reporting.latency import Speed, latency_rows
 
 
 class Size(Protocol):
@@ -123,7 +124,6 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         a, b = (None if finite(side.get(key)) is None else side[key] * scale for side in (teacher, student))
         return label, show(a, form), show(b, form), f"{b / a:.3f}" if a and b is not None else "-"
 
-    measured = measured_how(metrics)
     return [
         *_accuracies(teacher, student),
         *([row("top-5", "top5", "{:.2f} %")] if teacher.get("top5") is not None else []),
@@ -131,9 +131,13 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         row("parameters of replaced convolutions", "replaced_params", "{:,.0f}"),
         row("bytes", "bytes", "{:,.0f}"),
         row("MFLOP per image (2 per multiply-add)", "flops", "{:,.2f}", 1e-6),
-        row(f"latency, batch 1, {measured}", "latency_ms_batch1", "{:.2f} ms"),
-        row(f"latency, batch 64, {measured}", "latency_ms_batch64", "{:.2f} ms"),
+        *(_latency(label, speed) for label, speed in latency_rows(metrics)),
     ]
+
+
+def _latency(label: str, speed: Speed) -> tuple[str, str, str, str]:
+    a, b = speed.teacher, speed.student
+    return label, show(a, "{:.2f} ms"), show(b, "{:.2f} ms"), f"{b / a:.3f}" if a and b is not None else "-"
 
 
 def _accuracies(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -160,11 +164,3 @@ def _accuracies(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[
         (f"validation top-1, {STUDENTS[name]}", "-", show(b, "{:.2f} %"), error)
         for name, b in validation.get("top1", {}).items()
     ]
-
-
-def measured_how(metrics: Mapping[str, Any]) -> str:
-    """Return how latencies were measured: by what, in which precision, on what."""
-    environment = metrics.get("environment") or {}
-    device, threads = environment.get("device"), environment.get("threads")
-    where = f" on {device}" if device not in (None, "cpu") else f", {show_count(threads, 'thread')}" if threads else ""
-    return f"eager fp32{where}"

@@ -1,4 +1,5 @@
-"""The student as programs that run without this package: student.pt2 (torch.export) and student.onnx.
+"""The student as programs that run without this package: student.pt2 (torch.export) and student.onnx; beside them
+teacher.onnx, to compare with.
 
 A program is written only after it has been loaded afresh and has given the eager student's answers. Knows nothing of
 the job; a failure here is a record for metrics.json, never an exception: the weights are delivered already.
@@ -7,7 +8,6 @@ the job; a failure here is a record for metrics.json, never an exception: the we
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -15,13 +15,14 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.blocks.chain import copied
 from distill.errors import DistillError, install
 from distill.storage.files import write_bytes
 from distill.student.files import StudentCard
@@ -72,36 +73,65 @@ class _Named(nn.Module):
 
 
 def deliver_programs(
-    folder: Path, student: nn.Module, card: StudentCard, batches: Sequence[Tensor]
+    folder: Path,
+    student: nn.Module,
+    card: StudentCard,
+    batches: Sequence[Tensor],
+    *,
+    onnx_form: nn.Module | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write student.pt2 and student.onnx into `folder`; return what became of each, for metrics.json.
 
     `batches` are normalised images (B, 3, H, W), float32, on any device: both programs are compared on all of them
     with a CPU copy of the student. An entry has file, status (ok, failed, not installed), and what was measured as
     max_abs_difference, top1_agreement (percent) and images; reason where the status is not ok. A file of that name
-    from an earlier delivery is removed first, so that what lies there is what the record speaks of.
+    from an earlier delivery is removed first, so that what lies there is what the record speaks of. `onnx_form` is a
+    network of the same function from which student.onnx is made.
     """
-    plain = copy.deepcopy(student).cpu().to(memory_format=torch.contiguous_format)
-    module = _Named(plain).eval().requires_grad_(False)
-    images = [batch.detach().cpu().contiguous() for batch in batches]
-    text = json.dumps(asdict(card))
-    return {name: _deliver(folder, form, module, text, images) for name, form in FORMS.items()}
+    module, images, text = _on_cpu(student), _plain(batches), json.dumps(asdict(card))
+    made_from = {"onnx": module if onnx_form is None else _on_cpu(onnx_form)}
+    return {
+        name: _deliver(folder, form, module, text, images, made_from=made_from.get(name, module))
+        for name, form in FORMS.items()
+    }
 
 
-def _deliver(folder: Path, form: Form, module: nn.Module, card: str, images: Sequence[Tensor]) -> dict[str, Any]:
+def deliver_teacher(folder: Path, teacher: nn.Module, card: StudentCard, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """deliver_programs() of the teacher as teacher.onnx, which `card` describes; return what became of it."""
+    form, module = replace(FORMS["onnx"], file="teacher.onnx"), _on_cpu(teacher)
+    return _deliver(folder, form, module, json.dumps(asdict(card)), _plain(batches), made_from=module)
+
+
+def _on_cpu(network: nn.Module) -> nn.Module:
+    return _Named(contiguous_copy(network)).eval().requires_grad_(False)
+
+
+def contiguous_copy(network: nn.Module) -> nn.Module:
+    """Return a copy of a network as it is exported: on the CPU, its weights in the usual order of dimensions."""
+    return copied(network).cpu().to(memory_format=torch.contiguous_format)
+
+
+def _plain(batches: Sequence[Tensor]) -> list[Tensor]:
+    return [batch.detach().cpu().contiguous() for batch in batches]
+
+
+def _deliver(
+    folder: Path, form: Form, module: nn.Module, card: str, images: Sequence[Tensor], *, made_from: nn.Module
+) -> dict[str, Any]:
+    """Write a program that is made from a network of the same function as `module`."""
     path = folder / form.file
     record: dict[str, Any] = {"file": form.file, "max_abs_difference": None, "top1_agreement": None, "images": 0}
     try:
         path.unlink(missing_ok=True)
-        with _quiet():
+        with quietly():
             _require(form.packages)
-            content = form.make(module, images[0], card)
+            content = form.make(made_from, images[0], card)
             agreement = compare(form.load(content), module, images)
         record |= asdict(agreement)
         allowed = max(TOLERANCE, RELATIVE * max(float(module(batch).abs().max()) for batch in images))
         if not agreement.max_abs_difference <= allowed:  # also refuses nan
             raise DistillError(
-                f"its logits differ from the eager student's by up to {agreement.max_abs_difference:.3g}; "
+                f"its logits differ from the eager {path.stem}'s by up to {agreement.max_abs_difference:.3g}; "
                 f"at most {allowed:.3g} is allowed"
             )
         write_bytes(path, content)
@@ -157,26 +187,40 @@ def _load_pt2(content: bytes) -> Program:
 
 
 def _make_onnx(module: nn.Module, images: Tensor, card: str) -> bytes:
+    proto = _onnx(module, _sample(images))
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = CARD, card
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def onnx_program(module: nn.Module, sample: Tensor) -> bytes:
+    """Return a network in eval mode as an ONNX program from images, any number of them, to logits.
+
+    `sample` are two images or more: a batch of one would be taken for a constant. Needs the extra onnx.
+    """
+    content: bytes = _onnx(module, sample).SerializeToString()
+    return content
+
+
+def _onnx(module: nn.Module, sample: Tensor) -> Any:
     weights = sum(tensor.nbytes for tensor in module.state_dict().values())
     if weights > ONNX_BYTES:
         raise DistillError(f"{weights / 2**30:.1f} GiB of weights: an ONNX file without external data ends at 2 GiB")
     program = torch.onnx.export(
         module,
-        (_sample(images),),
+        (sample,),
         dynamo=True,
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes={"images": {0: "batch"}},
+        dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]  # paths of the machine that exported it
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = CARD, card
-    content: bytes = proto.SerializeToString()
-    return content
+    return proto
 
 
 def _load_onnx(content: bytes) -> Program:
@@ -215,7 +259,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep the exporters' progress, warnings and log lines away from the user: what matters is in the record."""
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]

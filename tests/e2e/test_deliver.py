@@ -38,7 +38,8 @@ PREPARE, *WAYS, PT2_CARD, ONNX_CARD = fenced(PAGE, "python")
 WAY_NAMES = ("load_student", "pt2", "onnx")
 NO_PACKAGE = 'import sys; sys.modules["distill"] = None\n'  # any import of it fails
 GUESS = '\nprint(card["classes"][int(logits.argmax())], logits.tolist())\n'
-FILES = ("student.safetensors", "student.json", "student.pt2", "student.onnx", "metrics.json", "report.html")
+FILES = ("student.safetensors", "student.json", "student.pt2", "student.onnx", "teacher.onnx", "metrics.json",
+         "report.html")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -184,17 +185,33 @@ def test_students_of_every_family_export(tmp_path: Path, source: str, name: str,
 
 class TestAgain:
     def test_the_user_is_told_what_was_compared_and_not_how(self, finished: tuple[Path, str]) -> None:
-        for form in FORMS.values():
-            assert f"{form.file}: logits within" in finished[1]
+        for file in (*(form.file for form in FORMS.values()), "teacher.onnx"):
+            assert f"{file}: logits within" in finished[1]
         assert "torch.onnx" not in finished[1]
 
     def test_the_records_are_in_the_metrics(self, run: Path) -> None:
         found = metrics(run)["exports"]
-        assert set(found) == set(FORMS)
+        assert set(found) == {*FORMS, "teacher_onnx"}
         for record in found.values():
             assert record["status"] == "ok"
             assert record["images"] == 256
             assert record["max_abs_difference"] <= 1e-3
+
+    def test_latency_is_that_of_the_files_in_their_runtime(self, run: Path) -> None:
+        found = metrics(run)["latency"]
+        assert (found["runtime"], found["threads"], found["batch"], found["precision"]) == (
+            "onnxruntime",
+            1,
+            64,
+            "fp32",
+        )
+        assert set(found["batches"]) == {"1", "64"}
+        for one in found["batches"].values():
+            assert one["ratio"] == pytest.approx(one["student"]["median_ms"] / one["teacher"]["median_ms"])
+            for side in ("teacher", "student"):
+                timing = one[side]
+                assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
+                assert timing["rounds"] >= 1
 
     def test_the_same_student_is_delivered_and_nothing_else_changes(self, run: Path) -> None:
         before, student = metrics(run), digest(run / "student.safetensors")

@@ -20,14 +20,16 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"blocks", "config", "data", "errors", "job", "reporting", "storage", "student"},
     "__main__": {"config", "errors", "job", "launch", "planning", "reporting", "simulation"},
     "job": {
-        "blocks", "cache", "config", "cuda", "data", "distributed", "engine", "errors", "extensions", "launch",
-        "machine", "observability", "planning", "profiling", "recipes", "reporting", "search", "simulation", "storage",
+"blocks", "cache", "config", "cuda", "data", "deployment", "distributed", "engine", "errors", "extensions",
+        "launch", "machine", "observability", "planning", "profiling", "recipes", "reporting", "search", "simulation",
+        "storage",
         "student", "teachers", "training",
     },
     "engine": {
         "blocks", "cache", "data", "distributed", "errors", "observability", "planning", "profiling", "storage",
         "training",
     },
+    "deployment": {"blocks", "errors", "recipes", "storage", "student"},
     "student": {"blocks", "data", "errors", "extensions", "profiling", "recipes", "storage", "teachers"},
     "recipes": {"blocks", "errors", "profiling"},
     "simulation": {"errors", "planning", "profiling", "reporting", "storage"},
@@ -54,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
 
 SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides the job and the entry
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
-    "config", "errors", "extensions", "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
+    "config", "deployment/measure", "errors", "extensions",
+    "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
     "observability/trace", "planning", "reporting", "search", "simulation/command", "simulation/hardware",
     "simulation/simulator",

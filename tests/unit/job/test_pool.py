@@ -91,10 +91,10 @@ def test_a_candidate_without_a_score_is_no_option_and_blocks_may_stay() -> None:
     scores = [Score(0.1, None if swap.candidate.label == "skip" else 0.01) for swap in pool.swaps]
     problem = Problem.of(config, pool, scores)
     (best,) = problem.best_few(1)
-    labels = problem.labels(best.options)
+    labels = problem.labels(best)
     assert "skip" not in labels.values()
     assert set(labels.values()) > {KEEP}
-    assert problem.predicted(best.options)["params"] <= 0.5 * pool.teacher["params"]
+    assert problem.predicted(best)["params"] <= 0.5 * pool.teacher["params"]
     found = problem.with_more("params")
     assert found is not None
     assert found[1].loss < best.loss

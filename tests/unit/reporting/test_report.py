@@ -124,7 +124,7 @@ class TestFinishedRun:
         words = drawn(run_directory(tmp_path, metrics())).words
         sentence = (
             "The student reaches 88.50 % top-1 where its teacher has 90.00 %, and answers one image in 2.00 ms "
-            "instead of 2.00 ms (the same) and 64 images in 30.00 ms instead of 30.00 ms (the same) on"
+            "instead of 2.00 ms (the same) and 64 images in 30.00 ms instead of 30.00 ms (the same), in eager PyTorch "
         )
         assert words.index(sentence) < words.index("Teacher against student")
         assert words.index(sentence) < words.index("It has 25.0 % of the parameters and 25.0 % of the FLOPs.")
@@ -151,7 +151,7 @@ class TestFinishedRun:
         ):
             assert fact in words[: words.index("Teacher against student")]
         assert "python -m distill &#x27;data.root=/a b&#x27;" in words
-        assert "(the same) on Some CPU." in words
+        assert "(the same), in eager PyTorch on Some CPU." in words
 
     def test_every_block_has_its_line_its_curve_and_its_ledger_entry(self, tmp_path: Path) -> None:
         page = drawn(run_directory(tmp_path, metrics()))

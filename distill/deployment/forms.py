@@ -1,0 +1,59 @@
+"""The form in which a network is exported: what computes the same in two ways is exported in the faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.blocks.chain import copied
+from distill.deployment.graphs import NotExportableError
+from distill.deployment.stopwatch import Stopwatch
+from distill.recipes.separable import SeparableConv2d
+
+REPEATED, BRANCHES = "repeated input", "sum of branches"  # of separable convolutions with several filters a channel
+
+
+def forms_of(network: nn.Module) -> list[nn.Module]:
+    """Return a network, and the same function in another form where there is one."""
+    other = with_branches(network)
+    return [network] if other is None else [network, other]
+
+
+def with_branches(network: nn.Module) -> nn.Module | None:
+    """Return a copy of a network with separable convolutions as sums of branches; None where no form is another."""
+    if not any(_several(network)):
+        return None
+    other = copied(network)
+    for path, layer in list(_several(other)):
+        parent, _, name = path.rpartition(".")
+        setattr(other.get_submodule(parent), name, layer.as_branches())
+    return other
+
+
+def _several(network: nn.Module) -> Iterator[tuple[str, SeparableConv2d]]:
+    for path, layer in network.named_modules():
+        if isinstance(layer, SeparableConv2d) and layer.rank > 1:
+            yield path, layer
+
+
+def faster_form(
+    network: nn.Module, stopwatch: Stopwatch, *, image_shape: tuple[int, ...], batch: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network, or the same function in another form where that is faster, on batches of that size; and what
+    was found, for metrics.json: nothing where there is one form alone, or none can be exported."""
+    forms, sample = forms_of(network), torch.zeros(batch, *image_shape)
+    if len(forms) == 1:
+        return network, {}
+    try:
+        repeated, branches = (stopwatch.runtime.source(form, sample) for form in forms)
+    except NotExportableError:
+        return network, {}
+    before = stopwatch.alone(repeated, sample, REPEATED).median_ms
+    (longer,) = stopwatch.differences(repeated, {BRANCHES: [branches]}, sample)[BRANCHES]
+    faster = longer.median_ms < 0
+    found = {REPEATED: before, BRANCHES: before + longer.median_ms}
+    runtime = stopwatch.runtime.name
+    return forms[faster], {"form": BRANCHES if faster else REPEATED, "ms": found, "batch": batch, "runtime": runtime}

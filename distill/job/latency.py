@@ -1,0 +1,110 @@
+"""Wiring of the deployment's measurements: the runtime that the settings name, and how fast what is delivered is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.config.schema import JobConfig
+from distill.deployment.forms import faster_form
+from distill.deployment.measure import Timing, in_turn, piece_key, summary
+from distill.deployment.runtimes import ReadsOnnx, Runtime, Source, runtime_of
+from distill.deployment.stopwatch import Stopwatch
+from distill.deployment.tables import KeptHere, MeasuredElsewhere, Timings
+from distill.job.context import Context
+from distill.storage.files import read_bytes
+from distill.storage.paths import expanded
+
+log = logging.getLogger(__name__)
+
+BATCHES = (1, 64)  # that everybody asks about, besides deploy.batch
+
+
+def runtime_of_job(config: JobConfig) -> Runtime:
+    """Return the runtime that the section deploy asks for. Raises ConfigError where it cannot be had here."""
+    deploy = config.deploy
+    elsewhere = table_of_job(config)
+    name = deploy.runtime.name if deploy.runtime is not None else None
+    if elsewhere is not None:
+        elsewhere.check({"runtime": name, "threads": deploy.threads, "precision": deploy.precision.name})
+        name = str(elsewhere.environment["runtime"])
+    return runtime_of(name, threads=deploy.threads, precision=deploy.precision.name, device=deploy.device.name)
+
+
+def table_of_job(config: JobConfig) -> MeasuredElsewhere | None:
+    """Return the table of another device that deploy.table names."""
+    return MeasuredElsewhere(expanded(config.deploy.table)) if config.deploy.table else None
+
+
+def timings_of_job(config: JobConfig) -> Timings:
+    """Return where timings of chains come from: another device's table, or those of this machine."""
+    return table_of_job(config) or KeptHere(runtime_of_job(config).environment)
+
+
+def form_to_export(
+    config: JobConfig, student: nn.Module, *, image_shape: tuple[int, ...]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the student, or the same function in a form that is faster in the runtime that will run it, and what was
+    found (forms.py); nothing where it is not ONNX that runs."""
+    runtime = runtime_of_job(config)
+    if not isinstance(runtime, ReadsOnnx):
+        return student, {}
+    stopwatch = Stopwatch(runtime=runtime, timings=KeptHere(runtime.environment))
+    return faster_form(student, stopwatch, image_shape=image_shape, batch=config.deploy.batch)
+
+
+def delivered_latency(
+    context: Context,
+    teacher: nn.Module,
+    student: nn.Module,
+    exports: Mapping[str, Mapping[str, Any]],
+    *,
+    image_shape: tuple[int, ...],
+) -> dict[str, Any]:
+    """Return the section `latency` of metrics.json: how fast teacher and student are, measured in turn, in the runtime
+    that is asked for. ONNX runtimes run the delivered files. Where these are missing `batches` is empty and `reason`
+    says why."""
+    config = context.config
+    runtime, elsewhere = runtime_of_job(config), table_of_job(config)
+    found = {**runtime.environment, "device": config.deploy.device.name, "batch": config.deploy.batch}
+    batches = sorted({*BATCHES, config.deploy.batch})
+    if not isinstance(runtime, ReadsOnnx):
+        sample = torch.zeros(2, *image_shape)
+        sources = [runtime.source(network, sample) for network in (teacher, student)]
+        return found | {"batches": {str(size): _measured(runtime, sources, size, image_shape) for size in batches}}
+    lacking = [one for one in (exports["teacher_onnx"], exports["onnx"]) if one["status"] != "ok"]
+    if lacking:
+        return found | {"batches": {}, "reason": f"{lacking[0]['file']}: {lacking[0]['reason']}"}
+    files = {"teacher": "teacher.onnx", "student": "student.onnx"}
+    sources = [runtime.source_of(read_bytes(context.run.path / file)) for file in files.values()]
+    found["files"] = files
+    if elsewhere is not None:
+        told = {str(size): one for size in batches if (one := _looked_up(elsewhere, sources, size)) is not None}
+        if told:
+            return found | elsewhere.environment | {"batches": told, "table": str(Path(elsewhere.path).name)}
+        log.warning("latency: %s has not these files: they are measured here", elsewhere.path)
+    return found | {"batches": {str(size): _measured(runtime, sources, size, image_shape) for size in batches}}
+
+
+def _measured(runtime: Runtime, sources: list[Source], size: int, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    sample = torch.zeros(size, *image_shape)
+    rounds = in_turn([runtime.start(source, sample) for source in sources])
+    return _facts(*(summary(seconds) for seconds in rounds))
+
+
+def _looked_up(elsewhere: MeasuredElsewhere, sources: list[Source], size: int) -> dict[str, Any] | None:
+    """Return what another device's table has on both networks, where it has them."""
+    teacher, student = (piece_key(source.key, size) for source in sources)
+    known = elsewhere.known(teacher), elsewhere.known(student)
+    return None if None in known else _facts(*known)  # type: ignore[arg-type]
+
+
+def _facts(teacher: Timing, student: Timing) -> dict[str, Any]:
+    ratio = student.median_ms / teacher.median_ms
+    return {"teacher": asdict(teacher), "student": asdict(student), "ratio": ratio}
