@@ -81,3 +81,14 @@ def test_several_budgets_are_no_job_of_torchrun_or_of_one_rank(tmp_path: Path) -
     result = distill("--multirun", "search.sweep=params", "search.budgets=[0.4]", cwd=tmp_path)
     assert result.returncode == 1
     assert "search.budgets: got [0.4]; expected none in one job" in result.stderr
+
+
+def test_latency_is_one_more_amount(finished: tuple[Path, str], tmp_path: Path) -> None:
+    timed = ("search.budget.latency=1s", "deploy.runtime=onnxruntime", "deploy.batch=1", "stage=plan", "run.dir=run")
+    few = ("search.candidates=[{recipe: separable, rank: 1}]", "blocks.include=[layer3.*]", "search.budget.params=0.9")
+    result = distill(*teacher_of(finished[0]), *SEARCH, *few, *timed, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "latency: 3 candidates timed in onnxruntime, batch 1" in result.stdout
+    found = RunDirectory(tmp_path / "run").result("search")
+    assert 0 < found["predicted"]["latency"] <= found["budget"]["latency"]["limit"] == 1000
+    assert all("latency" in one for one in found["pool"])
