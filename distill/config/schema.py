@@ -230,7 +230,7 @@ class SearchConfig:
         [], "what blocks may become: {recipe: NAME, OPTION: VALUE, blocks: PATTERN}; empty: the default pool"
     )
     images: int = setting(256, "validation images on which every candidate is scored in its block's place")
-    judged: int = setting(3, "choices that are put together, and judged by validation images as whole students")
+    judged: int = setting(4, "choices that are put together, and judged by validation images as whole students")
 
     def __post_init__(self) -> None:
         at_least("search", self, images=1, judged=1)

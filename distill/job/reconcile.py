@@ -76,13 +76,12 @@ def reconciled(
     blocks: Blocks,
     weights: Mapping[int, State],
     *,
-    images: int,
     batches: int,
 ) -> nn.Module:
-    """Return the student with its layers fitted, as far as they can be, to at most so many images, and its batch norms
-    re-estimated over at most so many batches: one of the forms that reconcile() chooses from."""
+    """Return the student with its layers fitted as far as they can be, and its batch norms re-estimated over at most so
+    many batches: one of the forms that reconcile() chooses from."""
     config = context.config.assemble
-    fitted = _fitted(context, dataset, blocks, weights, min(images, config.refit_images))
+    fitted = _fitted(context, dataset, blocks, weights, config.refit_images)
     student = _network(context, teacher, blocks, fitted or weights.values())
     _re_estimated(student, dataset, min(batches, config.batchnorm_batches))
     return student

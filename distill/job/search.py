@@ -35,7 +35,7 @@ from distill.search.budgets import shown
 from distill.student.divergence import log_probabilities, mean_divergence
 
 STAGE = "search"
-FITTED, BATCHES = 256, 8  # images and batches by which students that are only judged are put right
+BATCHES = 16  # over which batch norms are re-estimated of students that are only judged
 
 
 def found_students(
@@ -66,6 +66,8 @@ def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool
         if context.leads:  # clocks and solvers are asked once: all ranks take its word for what there is to judge
             problem = Problem.of(context.config, timed(context, teacher, pool), scores)
             few = problem.best_few(context.config.search.judged)
+            if not few:  # where all that is left after those whose answers are not finite is too large
+                raise DistillError("search: no choice of the candidates that could be scored keeps to the budgets")
             context.control.set("choices", [problem.swaps(choice) for choice in few])
         students = context.control.wait("choices", peer=0, purpose="choices of candidates")
         judged = _judged(context, dataset, teacher, pool, students)
@@ -138,7 +140,7 @@ def _put_together(
     blocks = pool.with_swaps(swaps)
     weights = {pool.swaps[number].block: weights_of(context, number) for number in swaps}
     trained = {number: weights[number] for number in blocks.units}
-    return reconciled(context, dataset, teacher, blocks, trained, images=FITTED, batches=BATCHES)
+    return reconciled(context, dataset, teacher, blocks, trained, batches=BATCHES)
 
 
 @torch.no_grad()
