@@ -90,7 +90,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
         if config.search.on:
-            metrics["search"] = _search(run.result("search"), metrics)
+            metrics["search"] = _search(run.result("search"), run.result("candidates"), metrics)
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
@@ -208,7 +208,7 @@ def _block(context: Context, blocks: Blocks, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _search(result: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _search(result: Mapping[str, Any], scoring: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of the choice under budgets: what was asked for, what was chosen and predicted, what has come of it,
     and all candidates with their scores."""
     measured = {name: metrics["student"][name] for name in ("params", "flops", "bytes", "top1")}
@@ -222,6 +222,7 @@ def _search(result: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
         "teacher": result["teacher"],
         "candidates": result["pool"],
         "seconds": result["seconds"],
+        "scoring": {name: scoring.get(name) for name in ("images", "seconds", "cpu_seconds", "taken_from")},
     }
 
 

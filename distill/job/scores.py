@@ -76,10 +76,11 @@ def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
 
 
 def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> dict[str, Any]:
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     runs = shared_out(pool, context.world_size)
     for number, score in _score_all(context, dataset, teacher, pool, runs[context.rank]):
         context.control.set(f"{STAGE}/{number}", score)
+    context.control.set(f"{STAGE}/cpu/{context.rank}", time.process_time() - cpu)
     if not context.leads:
         result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="scores of candidates")
         return result
@@ -88,12 +89,15 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool)
         for rank, run in enumerate(runs)
         for number in run
     ]
-    seconds = time.monotonic() - start
-    result = {"scores": scores, "images": len(_images(context, dataset)), "seconds": seconds}
+    spent = [
+        context.control.wait(f"{STAGE}/cpu/{rank}", peer=rank, purpose="end of scoring") for rank in range(len(runs))
+    ]
+    seconds, images = time.monotonic() - start, len(_images(context, dataset))
+    result = {"scores": scores, "images": images, "seconds": seconds, "cpu_seconds": sum(spent)}
     context.run.complete(STAGE, result, made=[weights_file(number) for number in range(len(scores))], used=[TEACHER])
     context.say(
         f"candidates: {len(scores)} of {show_count(len(pool.blocks), 'block')} scored on "
-        f"{show_count(result['images'], 'validation image')} in {seconds:.1f} s"
+        f"{show_count(images, 'validation image')} in {seconds:.1f} s ({sum(spent):.1f} CPU s)"
     )
     context.control.set(f"result/{STAGE}", result)
     return result
