@@ -1,6 +1,6 @@
-"""`report` draws pages, `simulate` imagines clusters, `jobs` lists a sweep's jobs, `slurm` names the folder of batch
-scripts. Else this process is one rank under torchrun; without it, it composes the job, or with --multirun the jobs of a
-sweep, and launches."""
+"""`report` draws pages, `simulate` imagines clusters, `bench` and `latency` time networks, `jobs` lists a sweep's jobs,
+`slurm` names the folder of batch scripts. Else this process is one rank under torchrun; without it, it composes the
+job, or with --multirun the jobs of a sweep, and launches."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ def _run(arguments: Sequence[str], *, is_rank: bool) -> int:
 def _verb(word: str) -> Callable[[Sequence[str]], int] | None:
     """What a first word that is no override asks for; its imports cost nobody else anything."""
     if word == "report":
-        from distill.reporting.command import main as report
-
-        return report
-    if word == "simulate":
+        from distill.reporting.command import main as verb
+    elif word == "simulate":
         from distill.simulation.command import main as simulate
 
         return partial(simulate, imagine=imagine)
-    if word == "jobs":
-        from distill.launch.sweep import list_jobs
-
-        return list_jobs
-    if word == "slurm":
-        from distill.config.shipped import main as slurm
-
-        return slurm
-    return None
+    elif word == "bench":
+        from distill.deployment.bench import main as verb
+    elif word == "latency":
+        from distill.job.bundle import main as verb
+    elif word == "jobs":
+        from distill.launch.sweep import list_jobs as verb
+    elif word == "slurm":
+        from distill.config.shipped import main as verb
+    else:
+        return None
+    return verb
 
 
 def _answer(arguments: Sequence[str]) -> int | None:

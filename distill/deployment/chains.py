@@ -111,7 +111,7 @@ class LatencyTable:
 
     def whole(self, network: nn.Module) -> list[Source]:
         """Return the programs of a whole network, one for every form."""
-        return [self.runtime.source(form, self._sample(0)) for form in forms_of(network)]
+        return [self.runtime.whole(form, self._sample(0)) for form in forms_of(network)]
 
     def _outer(self, place: Place) -> tuple[int, int]:
         """Return where a chain begins and ends: a block further at both sides, where blocks follow one another."""

@@ -48,7 +48,7 @@ def faster_form(
     if len(forms) == 1:
         return network, {}
     try:
-        repeated, branches = (stopwatch.runtime.source(form, sample) for form in forms)
+        repeated, branches = (stopwatch.runtime.whole(form, sample) for form in forms)
     except NotExportableError:
         return network, {}
     before = stopwatch.alone(repeated, sample, REPEATED).median_ms

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -33,8 +33,17 @@ def to_onnx(module: nn.Module, sample: Tensor) -> bytes:
 
     Raises NotExportableError.
     """
+    return _exported(module, sample, (_traced, onnx_program))
+
+
+def to_delivered_onnx(network: nn.Module, sample: Tensor) -> bytes:
+    """to_onnx() of a whole network, by the exporter of what is delivered."""
+    return _exported(network, sample, (onnx_program,))
+
+
+def _exported(module: nn.Module, sample: Tensor, exporters: Sequence[Callable[[nn.Module, Tensor], bytes]]) -> bytes:
     errors = []
-    for export in (_traced, onnx_program):
+    for export in exporters:
         try:
             with quietly():
                 return export(module, sample)

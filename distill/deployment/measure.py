@@ -141,7 +141,13 @@ def opened(content: bytes, *, batch: int, runtime: str, threads: int, precision:
     except ImportError as error:
         raise MeasureError(f"{runtime} cannot be imported here ({error}): pip install {runtime}") from error
     start = _onnxruntime if runtime == "onnxruntime" else _openvino
-    return timed(start(module, content, batch, threads, precision), threads)
+    try:
+        return timed(start(module, content, batch, threads, precision), threads)
+    except MeasureError:
+        raise
+    except Exception as error:  # each runtime has its own
+        first = str(error).strip().partition("\n")[0]
+        raise MeasureError(f"it cannot be read as an ONNX program, or not run: {first}") from error
 
 
 def timed(run: Callable[[], object], threads: int) -> Call:
@@ -249,7 +255,7 @@ def lines(names: Sequence[str], timings: Sequence[Timing]) -> str:
     return text
 
 
-def arguments(prog: str) -> argparse.ArgumentParser:
+def parser_of(prog: str) -> argparse.ArgumentParser:
     """Return the options, which `distill bench` has too."""
     parser = argparse.ArgumentParser(prog=prog, description="Time ONNX programs side by side on this machine's CPU.")
     parser.add_argument(
@@ -266,9 +272,9 @@ def arguments(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; return the exit status: 0, or 2 after an error that has been told in one line."""
-    options = arguments("measure.py").parse_args(given)
+    options = parser_of("measure.py").parse_args(arguments)
     here = Path(__file__).resolve().parent
     try:
         if options.files:

@@ -34,11 +34,12 @@ def quantised(content: bytes, images: Sequence[np.ndarray[Any, Any]] = ()) -> by
 
     root, level = logging.getLogger(), logging.getLogger().level
     with tempfile.TemporaryDirectory(prefix="distill-int8-") as folder, quietly():
-        prepared, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        given_file, prepared, made = (Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "int8"))
+        given_file.write_bytes(content)
         try:
             root.setLevel(logging.ERROR)  # the quantiser advises on the root logger
             # batch norms are folded first: behind a quantised convolution they would stay in fp32
-            prepare(onnx.load_from_string(content), prepared, skip_symbolic_shape=True)
+            prepare(given_file, prepared, skip_symbolic_shape=True)
             tools.quantize_static(prepared, made, Reader(), per_channel=True, activation_type=tools.QuantType.QUInt8)
         finally:
             root.setLevel(level)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.deployment import measure
 from distill.deployment.graphs import onnx_key as key_of
-from distill.deployment.graphs import to_onnx, torch_key
+from distill.deployment.graphs import to_delivered_onnx, to_onnx, torch_key
 from distill.deployment.measure import Call
 from distill.deployment.quantised import quantised
 from distill.errors import ConfigError, install, one_of
@@ -65,6 +65,10 @@ class Runtime(ABC):
     def source(self, module: nn.Module, sample: Tensor) -> Source:
         """Return a network that takes a batch like `sample` (B, C, H, W), as this runtime takes it."""
 
+    def whole(self, network: nn.Module, sample: Tensor) -> Source:
+        """Return the source of a whole network, as it is delivered."""
+        return self.source(network, sample)
+
     @abstractmethod
     def start(self, source: Source, sample: Tensor) -> Call:
         """Return what runs it on a batch of that shape."""
@@ -81,8 +85,13 @@ class ReadsOnnx(Runtime):
     """A runtime of ONNX programs, on the CPU: it folds batch norms itself."""
 
     def source(self, module: nn.Module, sample: Tensor) -> Source:
-        content = to_onnx(contiguous_copy(module).eval().requires_grad_(False), sample[:2].contiguous())
+        plain = contiguous_copy(module).eval().requires_grad_(False)
+        content = to_onnx(plain, sample[:2].contiguous())
         return self.source_of(content)
+
+    def whole(self, network: nn.Module, sample: Tensor) -> Source:
+        plain = contiguous_copy(network).eval().requires_grad_(False)
+        return self.source_of(to_delivered_onnx(plain, sample[:1].repeat(2, 1, 1, 1)))
 
     def source_of(self, content: bytes) -> Source:
         """Return the source of an ONNX program in fp32, which is quantised where the precision is int8."""

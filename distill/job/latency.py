@@ -24,6 +24,7 @@ from distill.storage.paths import expanded
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 64)  # that everybody asks about, besides deploy.batch
+FILES = {"teacher": "teacher.onnx", "student": "student.onnx"}
 
 
 def runtime_of_job(config: JobConfig) -> Runtime:
@@ -81,9 +82,8 @@ def delivered_latency(
     lacking = [one for one in (exports["teacher_onnx"], exports["onnx"]) if one["status"] != "ok"]
     if lacking:
         return found | {"batches": {}, "reason": f"{lacking[0]['file']}: {lacking[0]['reason']}"}
-    files = {"teacher": "teacher.onnx", "student": "student.onnx"}
-    sources = [runtime.source_of(read_bytes(context.run.path / file)) for file in files.values()]
-    found["files"] = files
+    sources = [runtime.source_of(read_bytes(context.run.path / file)) for file in FILES.values()]
+    found["files"] = FILES
     if elsewhere is not None:
         told = {str(size): one for size in batches if (one := _looked_up(elsewhere, sources, size)) is not None}
         if told:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "distill"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"api", "student", "version"},
     "api": {"blocks", "config", "data", "errors", "job", "reporting", "storage", "student"},
-    "__main__": {"config", "errors", "job", "launch", "planning", "reporting", "simulation"},
+    "__main__": {"config", "deployment", "errors", "job", "launch", "planning", "reporting", "simulation"},
     "job": {
 "blocks", "cache", "config", "cuda", "data", "deployment", "distributed", "engine", "errors", "extensions",
         "launch", "machine", "observability", "planning", "profiling", "recipes", "reporting", "search", "simulation",
@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
 
 SETTINGS = {"config", "launch"}  # where configuration objects are seen, besides the job and the entry
 WITHOUT_TORCH = (  # what is to run where torch is not, or has not been imported yet
-    "config", "deployment/measure", "errors", "extensions",
+    "config", "deployment/bench", "deployment/measure", "errors", "extensions",
     "launch/answers", "launch/multirun", "launch/provenance", "launch/signals",
     "launch/submitit_jobs", "launch/sweep", "machine", "observability/display", "observability/energy",
     "observability/trace", "planning", "reporting", "search", "simulation/command", "simulation/hardware",

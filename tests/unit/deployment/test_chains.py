@@ -20,29 +20,7 @@ from distill.deployment.measure import Call, Timing
 from distill.deployment.runtimes import Runtime, Source, runtime_of
 from distill.deployment.tables import KeptHere, MeasuredElsewhere
 from distill.errors import ConfigError
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(16, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.last = nn.Conv2d(width, 16, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.last(torch.relu(self.norm(self.first(x))))  # type: ignore[no-any-return]
-
-
-class Network(nn.Module):
-    def __init__(self, *widths: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.body = nn.Sequential(*(Block(width) for width in widths))
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(self.stem(images)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
-
+from tests.unit.deployment.networks import Block, Network
 
 NAMES = ["stem", "body.0", "body.1", "body.2", "head"]
 
