@@ -18,11 +18,10 @@ from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.observability.numbers import show, show_count
 from distill.reporting.tables import STUDENTS
-from distill.student.evaluate import Hits, best_of, count_hits
+from distill.student.evaluate import Hits, best_of, count_hits, images_at_a_time
 
 log = logging.getLogger(__name__)
 
-EVALUATION_BATCH = 250
 FEW_IMAGES = 50  # half of them right: a standard error of 7 points
 FIRST_GUESSES = 5  # top-5 says nothing where there are no more classes
 
@@ -50,7 +49,9 @@ def warn_of_few_images(config: JobConfig, dataset: Dataset) -> None:
 
 def held_out_hits(context: Context, name: str, network: nn.Module, dataset: Dataset) -> Hits:
     """Return a network's hits on the validation images, each rank counting on its share; every rank must call it."""
-    share = dataset.validation_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
+    share = dataset.validation_batches(
+        images_at_a_time(dataset.image_shape), part=context.rank, num_parts=context.world_size
+    )
     return _hits_of_all(context, f"{name}, validation", network, share)
 
 
@@ -82,7 +83,9 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     results: dict[str, Any] = {"delivered": delivered, "validation": _facts(delivered, held_out)}
     for name in ("teacher", *students):
         network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
-        share = dataset.test_batches(EVALUATION_BATCH, part=context.rank, num_parts=context.world_size)
+        share = dataset.test_batches(
+            images_at_a_time(dataset.image_shape), part=context.rank, num_parts=context.world_size
+        )
         hits = _hits_of_all(context, name, network, share)
         results[name] = hits.percent() | {"images": hits.images}
         if len(dataset.classes) <= FIRST_GUESSES:

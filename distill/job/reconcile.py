@@ -17,13 +17,13 @@ from distill.data import Dataset
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.student.assemble import assemble, recalibrate, remembering_norms
-from distill.student.evaluate import best_of, count_hits
+from distill.student.evaluate import best_of, count_hits, images_at_a_time
 from distill.student.refit import refit_in_a_row
 from distill.training.channels import narrowed
 
 TRAINED, UNTRAINED = "", "with first weights, "  # what a form's name begins with
 AS_IT_IS = "as they are"
-JUDGED_BATCH, JUDGED_BATCHES = 250, 8  # validation images by which forms of the same student are compared
+JUDGED = 2000  # validation images by which forms of the same student are compared, about
 FIT_FROM = 1000  # the first training batch whose images layers are fitted to: first weights have not seen it
 FIT_PART = 64  # images that run at a time
 FIT_BYTES = 2**30  # of activations that are kept meanwhile
@@ -38,10 +38,11 @@ def reconcile(
     is best on validation images, the later of equals; and what was found. `starts` are the units' weights that it may
     have, by what is said of them."""
     hits, chosen, best = {}, "", None
+    size = images_at_a_time(dataset.image_shape)
     for start, weights in starts.items():
         for form, network in _forms(context, dataset, teacher, blocks, weights):
             name = start + form
-            hits[name] = count_hits(network, islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES))
+            hits[name] = count_hits(network, islice(dataset.validation_batches(size), JUDGED // size))
             if best is None or best_of({"before": hits[chosen], "now": hits[name]}) == "now":
                 chosen, best = name, network
     assert best is not None

@@ -14,6 +14,8 @@ from distill.data import Batch
 from distill.profiling.block_costs import count_flops, measure_seconds
 from distill.storage.aliases import each_once
 
+AT_A_TIME, PIXELS_AT_A_TIME = 250, 2**21  # images that are evaluated at a time, fewer where they are large
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -46,6 +48,12 @@ def best_of(hits: Mapping[str, Hits]) -> str | None:
     """Return the name with the most hits, the last of equals; None where none gives finite logits for all images."""
     sound = [name for name, one in hits.items() if not one.not_finite]
     return max(reversed(sound), key=lambda name: hits[name].top1, default=None)
+
+
+def images_at_a_time(image_shape: tuple[int, ...]) -> int:
+    """Return how many images (channels, height, width) to evaluate at a time: activations of many large ones would fill
+    the memory."""
+    return max(1, min(AT_A_TIME, PIXELS_AT_A_TIME // math.prod(image_shape[1:])))
 
 
 @torch.no_grad()
