@@ -28,11 +28,12 @@ from distill.job.latency import runtime_of_job, timings_of_job
 from distill.job.pool import Pool, refuse_unreachable
 from distill.job.problem import Judged, Problem, found_record, words
 from distill.job.recipes import rebuilt
-from distill.job.reconcile import JUDGED_BATCH, JUDGED_BATCHES, reconciled
+from distill.job.reconcile import JUDGED, reconciled
 from distill.job.reuse import TEACHER
 from distill.job.scores import find_scores, weights_file, weights_of
 from distill.search.budgets import shown
 from distill.student.divergence import log_probabilities, mean_divergence
+from distill.student.evaluate import images_at_a_time
 
 STAGE = "search"
 BATCHES = 16  # over which batch norms are re-estimated of students that are only judged
@@ -120,7 +121,8 @@ def _judged(
 ) -> list[Judged]:
     """Return how students of these swaps answer on validation images; the ranks take turns."""
     own = [number for number in range(len(students)) if number % context.world_size == context.rank]
-    batches = list(islice(dataset.validation_batches(JUDGED_BATCH), JUDGED_BATCHES)) if own else []
+    size = images_at_a_time(dataset.image_shape)
+    batches = list(islice(dataset.validation_batches(size), JUDGED // size)) if own else []
     with torch.no_grad():
         answers = [log_probabilities(teacher(batch.images)) for batch in batches]
     for number in own:
