@@ -8,6 +8,7 @@ from torch import nn
 
 from distill.config.compose import compose
 from distill.errors import ConfigError
+from distill.job import bundle
 from distill.job.pool import KEEP, Pool, amounts_of, find_pool
 from distill.job.problem import Problem
 from distill.job.scores import Score, shared_out
@@ -74,6 +75,14 @@ def test_the_default_pool_has_something_of_every_kind() -> None:
 def test_what_cannot_be_is_refused_by_the_setting(settings: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         pool_of(*settings)
+
+
+def test_a_bundle_for_another_device_has_all_of_them() -> None:
+    teacher, pool = pool_of("search.budget.params=0.5")
+    config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", FEW, "search.budget.params=0.5"])
+    _, found = bundle._candidates(config, SHAPE, teacher)
+    assert [*found] == pool.blocks
+    assert [*found[7]] == ["skip in layer3.0", "separable rank=1 in layer3.0", "one_conv in layer3.0"]
 
 
 def test_ranks_have_runs_of_candidates_of_about_the_same_cost() -> None:
