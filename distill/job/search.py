@@ -44,18 +44,11 @@ def found_students(
 ) -> Blocks:
     """Return the student that a complete search has chosen, without trying any candidate again."""
     chain = cut_chain(config, image_shape, teacher, device)
-    candidates = {
-        int(block): Candidate(
-            one["recipe"],
-            rebuilt(one["recipe"], one["options"]),
-            one["changes"],
-            int(block),
-            int(block) + 1,
-            one["trains"],
-            one["label"],
-        )
-        for block, one in result["candidates"].items()
-    }
+    candidates = {}
+    for block, one in result["candidates"].items():
+        name, changes, place = one["recipe"], one["changes"], int(block)
+        recipe = rebuilt(name, one["options"])
+        candidates[place] = Candidate(name, recipe, changes, place, place + 1, one["trains"], one["label"])
     return Blocks(at_work(config, chain, device), candidates)
 
 

@@ -16,6 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 TINY = 1e-30
+ROUNDING = 1e-12  # of sums of amounts, as a share
 LARGEST_LOSS = 1e3  # what losses are scaled to: the solver stops when it is 1e-6 from the best
 SOLVED, OUT_OF_TIME = 0, 1  # what milp() says
 LIMIT_S = 60.0  # for one choice, which takes milliseconds where there are dozens of blocks with dozens of options
@@ -57,22 +58,30 @@ def choose(
         amounts = np.array([option.amounts[name] for option in options])
         scale = max(np.abs(amounts).max(), abs(limit), TINY)
         rules.append(LinearConstraint(amounts[None] / scale, -np.inf, limit / scale))
-    for other in excluded:
-        row = np.zeros(len(options))
-        row[list(other.options)] = 1
-        rules.append(LinearConstraint(row[None], 0, len(other.options) - apart))
+    rules += [_another(options, other.options, apart) for other in excluded]
     losses = np.array([option.loss for option in options])
-    found = milp(
-        losses * (LARGEST_LOSS / max(np.abs(losses).max(), TINY)),
-        constraints=rules,
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": LIMIT_S},
-    )
-    if found.status not in (SOLVED, OUT_OF_TIME) or found.x is None:
-        return None
-    taken = tuple(int(number) for number in np.flatnonzero(found.x > 0.5))
-    return Choice(taken, *totals(options, taken), proven=found.status == SOLVED)
+    while True:
+        found = milp(
+            losses * (LARGEST_LOSS / max(np.abs(losses).max(), TINY)),
+            constraints=rules,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "time_limit": LIMIT_S},
+        )
+        if found.status not in (SOLVED, OUT_OF_TIME) or found.x is None:
+            return None
+        taken = tuple(int(number) for number in np.flatnonzero(found.x > 0.5))
+        choice = Choice(taken, *totals(options, taken), proven=found.status == SOLVED)
+        if all(choice.amounts[name] <= limit + ROUNDING * abs(limit) for name, limit in limits.items()):
+            return choice
+        rules.append(_another(options, taken, 1))  # over a limit by less than the solver's tolerance
+
+
+def _another(options: Sequence[Option], taken: Sequence[int], apart: int) -> LinearConstraint:
+    """Return the rule that some of the options taken, so many at least, are not taken again."""
+    row = np.zeros(len(options))
+    row[list(taken)] = 1
+    return LinearConstraint(row[None], 0, len(taken) - apart)
 
 
 def _covering(options: Sequence[Option], blocks: Sequence[int]) -> csr_array:

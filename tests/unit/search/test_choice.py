@@ -77,3 +77,11 @@ def test_what_differs_in_few_places_is_left_out() -> None:
 def test_the_least_there_can_be_of_an_amount() -> None:
     options = [of(0, "small", 5.0, -10.0), of(0, "keep", 0.0, 0.0), of(1, "keep", 0.0, 0.0), of(1, "half", 1.0, -3.0)]
     assert least(options, "params") == Choice((0, 3), 6.0, {"params": -13.0}, proven=True)
+
+
+def test_a_limit_is_kept_to_the_last_parameter() -> None:
+    """The solver itself lets sums be a millionth larger."""
+    options = [of(0, "over", 0.0, -9_999_999.0), of(0, "within", 1.0, -10_000_000.0), of(1, "keep", 0.0, 0.0)]
+    found = choose(options, {"params": -10_000_000.0})
+    assert found is not None
+    assert found.amounts == {"params": -10_000_000.0}
