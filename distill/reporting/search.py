@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.observability.numbers import finite, show, show_count
 from distill.reporting.markup import Markup, folded, join, table, tag
-from distill.reporting.plot import Axis, chart, legend, point
+from distill.reporting.plot import Axis, chart, point
 
 UNITS = {"params": "parameters", "flops": "FLOPs of an image", "bytes": "bytes", "latency": "ms of a call"}
 
@@ -68,7 +68,8 @@ def _cloud(budget: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], t
     label = f"what is lost against what is saved by {show_count(len(places), 'candidate')}"
     saved = f"{UNITS.get(name, name)} saved, % of the teacher's"
     drawing = chart(join(*dots), x, y, label=label, x_title=saved, y_title="divergence of answers, alone")
-    return tag("figure", legend([("k run", "chosen"), ("k reference", "not chosen")]), drawing)
+    caption = "What every candidate saves, against what is lost by it alone; the filled ones were chosen"
+    return tag("figure", tag("figcaption", tag("b", caption)), drawing)
 
 
 def _is_chosen(candidate: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
