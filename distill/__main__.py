@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str], *, is_rank: bool) -> int:
         from distill.launch.multirun import multirun
 
         return multirun(arguments)
-    from distill.launch.launcher import main as launch
+    from distill.launch.command import main as launch
 
     return launch(arguments)
 

@@ -41,12 +41,16 @@ _COMPUTES_OTHERWISE: dict[str, set[Any]] = {
     "plan.strategy": {name for name, strategy in STRATEGIES.items() if strategy.shares_batches},
     "plan.groups": {True},
 }
+# What the choice of candidates takes the place of.
+_NOT_SEARCHED = {"student.recipe", "student.rank"}
 # Settings that came after others had run: left out at the value that computes what was computed without them.
 _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
     ("student.options", {}), ("student.per_block", []), ("student.align", None),
+    ("search.budget.params", None), ("search.budget.flops", None), ("search.budget.bytes", None),
+    ("search.budget.latency", None), ("search.sweep", None), ("search.budgets", []),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
@@ -69,6 +73,15 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
         del found["cache.dtype"]
     if config.data.name not in (DataName.imagefolder, DataName.hf):
         del found["data.exif_orientation"]  # what is no file of a picture has none
+    if config.search.budget.latency is not None:  # which decides what is chosen
+        found |= dict(
+            _by_path("deploy", {name: value for name, value in asdict(config.deploy).items() if name != "table"})
+        )
+        found |= _table(config.deploy.table)
+    if config.search.on:
+        found = {path: value for path, value in found.items() if path not in _NOT_SEARCHED}
+    else:
+        found = {path: value for path, value in found.items() if not path.startswith("search.")}
     seen = {} if seen is None else seen
     data, teacher = config.data, config.teacher
     for read, arguments in (
@@ -136,6 +149,13 @@ def _weights(source: TeacherSource, weights: str | None) -> Found:
     if source in (TeacherSource.torchvision, TeacherSource.timm) and "/" not in weights:
         return {"teacher.weights": weights}
     raise ConfigError("teacher.weights", weights, "a file that exists (.safetensors, or one written by torch.save)")
+
+
+def _table(table: str | None) -> Found:
+    """What another device's latencies are."""
+    return (
+        {} if table is None else {"deploy.table": _read("deploy.table", table, lambda: describe_file(expanded(table)))}
+    )
 
 
 def _network(source: TeacherSource, factory: str | None, folder: str | None) -> Found:

@@ -34,7 +34,7 @@ def load(cfg: DictConfig) -> JobConfig:
             _refuse_nameless(cfg)
         raise explain(error, setting_kinds()) from error
     _take_over(config.teacher, config.data)
-    if config.student.align is None and _has_widths(config.student):
+    if config.student.align is None and (config.search.on or _has_widths(config.student)):
         config.student.align = channels_at_a_time()
     return config
 

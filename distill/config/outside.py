@@ -4,7 +4,7 @@ points, the folder that the user's code is imported from, and what decides what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,10 @@ class Door:
     def setting(self) -> str:
         return f"{self.section}.{self.name}"
 
-    def check(self, value: str) -> None:
-        """Raise ConfigError unless the value is a name that there is, or has the form of one from outside."""
-        refuse_unknown(self.setting, value, self.own, self.group)
+    def check(self, value: str, setting: str | None = None) -> None:
+        """Raise ConfigError unless the value is a name that there is, or has the form of one from outside; on another
+        `setting` where it is not the door's own that has it."""
+        refuse_unknown(setting or self.setting, value, self.own, self.group)
 
     def module(self, value: object) -> str | None:
         """Return the module that the value is imported from; None for the package's own, and for none."""
@@ -40,6 +41,8 @@ class Door:
         values = {self.setting: section.get(self.name)} if isinstance(section, dict) else {}
         for pattern, entry in _per_block(section).items():
             values[f"{self.section}.per_block.{pattern}.{self.name}"] = entry.get(self.name)
+        if self.group == "distill.recipes":
+            values |= {f"search.candidates[{number}].recipe": name for number, name in _searched(plain)}
         return {setting: module for setting, value in values.items() if (module := self.module(value))}
 
 
@@ -69,6 +72,14 @@ def sources(plain: Mapping[str, Any], folder: str | None) -> dict[str, str | Non
 
 def _modules(plain: Mapping[str, Any]) -> dict[str, str]:
     return {setting: module for door in DOORS for setting, module in door.modules_in(plain).items()}
+
+
+def _searched(plain: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+    """Yield the recipes that are candidates, by their numbers."""
+    section = plain.get("search")
+    for number, entry in enumerate((section.get("candidates") if isinstance(section, Mapping) else None) or ()):
+        if isinstance(entry, Mapping):
+            yield number, entry.get("recipe")
 
 
 def _per_block(section: object) -> dict[str, Mapping[str, Any]]:

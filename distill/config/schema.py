@@ -41,9 +41,10 @@ from distill.config.choices import (
 )  # fmt: skip
 from distill.config.outside import DATA, LOSS, OBJECTIVE, RECIPE
 from distill.config.settings import at_least, between, setting
-from distill.errors import ConfigError
+from distill.errors import ConfigError, one_of
 from distill.planning import plan as planning
 from distill.planning.plan import STRATEGIES
+from distill.search.budgets import UNITS, Budget, parse
 
 
 @dataclass(kw_only=True)
@@ -200,6 +201,64 @@ class StudentConfig:
         if self.recipe == "separable_x2" and self.init is not Init.random:
             allowed = "random: separable_x2 has no initialisation from the teacher"
             raise ConfigError("student.init", self.init.name, allowed)
+
+
+@dataclass(kw_only=True)
+class BudgetConfig:
+    params: Any = setting(None, "most parameters of the student: a share of the teacher's (0.3) or a number (100k)")
+    flops: Any = setting(None, "most FLOPs of an image, two a multiply-add: a share (0.3) or an amount (20MFLOPs)")
+    bytes: Any = setting(None, "most bytes of weights and batch norms: a share (0.3) or an amount (500kB)")
+    latency: Any = setting(
+        None, "longest call on deploy.batch images, in deploy.runtime: a share (0.3) or an amount (3ms)"
+    )
+
+    def __post_init__(self) -> None:
+        self.given()
+
+    def given(self) -> dict[str, Budget]:
+        """Return the budgets that are given, by name."""
+        values = {name: getattr(self, name) for name in UNITS}
+        return {name: parse(name, value) for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class SearchConfig:
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    sweep: str | None = setting(None, "the budget that search.budgets are values of")
+    budgets: list[Any] = setting([], "several budgets, each a job of its own that takes the candidates from the first")
+    candidates: list[Any] = setting(
+        [], "what blocks may become: {recipe: NAME, OPTION: VALUE, blocks: PATTERN}; empty: the default pool"
+    )
+    images: int = setting(256, "validation images on which every candidate is scored in its block's place")
+    judged: int = setting(4, "choices that are put together, and judged by validation images as whole students")
+
+    def __post_init__(self) -> None:
+        at_least("search", self, images=1, judged=1)
+        for number, entry in enumerate(self.candidates):
+            self._check(f"search.candidates[{number}]", entry)
+        if self.sweep is not None and self.sweep not in UNITS:
+            raise ConfigError("search.sweep", self.sweep, one_of(UNITS, self.sweep))
+        if (self.sweep is None) != (not self.budgets):
+            if self.sweep is None:
+                raise ConfigError("search.sweep", None, f"{one_of(UNITS)} beside search.budgets={self.budgets}")
+            raise ConfigError("search.budgets", [], f"a list such as [0.3,0.5] beside search.sweep={self.sweep}")
+        if self.sweep is not None and getattr(self.budget, self.sweep) is not None:
+            allowed = f"null beside search.sweep={self.sweep}: its values are search.budgets"
+            raise ConfigError(f"search.budget.{self.sweep}", getattr(self.budget, self.sweep), allowed)
+        for value in self.budgets:
+            parse(str(self.sweep), value)
+
+    def _check(self, name: str, entry: Any) -> None:
+        if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str):
+            raise ConfigError(name, entry, "a mapping of a recipe and its options: {recipe: thin, ratio: 0.5}")
+        RECIPE.check(entry["recipe"], f"{name}.recipe")
+        if not isinstance(entry.get("blocks", "*"), str):
+            raise ConfigError(f"{name}.blocks", entry["blocks"], "a pattern (as in a shell) of block names")
+
+    @property
+    def on(self) -> bool:
+        """Whether recipes are chosen under budgets."""
+        return bool(self.budget.given())
 
 
 @dataclass(kw_only=True)
@@ -437,6 +496,7 @@ class JobConfig:
     teacher: TeacherConfig = MISSING
     data: DataConfig = MISSING
     student: StudentConfig = MISSING
+    search: SearchConfig = field(default_factory=SearchConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -463,6 +523,8 @@ class JobConfig:
         return std
 
     def __post_init__(self) -> None:
+        if self.search.on or self.search.budgets:
+            self._check_searched()
         if self.distill.stop is Stop.plateau and self.plan.shares_batches:
             setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", self.plan.strategy.name)
             raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
@@ -471,6 +533,14 @@ class JobConfig:
         elif self.cache.dtype is not WireDtype.fp32:
             allowed = "fp32 with teacher.cache=off: nothing is recorded; plan.wire_dtype=bf16 rounds activations"
             raise ConfigError("cache.dtype", self.cache.dtype.name, allowed)
+
+    def _check_searched(self) -> None:
+        for name in ("options", "per_block"):
+            if value := getattr(self.student, name):
+                raise ConfigError(f"student.{name}", value, "none with a search.budget: say it in search.candidates")
+        if self.data.validation_fraction == 0:
+            allowed = "a share above 0 with a search.budget: candidates are scored on validation images"
+            raise ConfigError("data.validation_fraction", 0.0, allowed)
 
     def _check_cached(self) -> None:
         cache = self.teacher.cache.name

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,39 +14,21 @@ from torch import Tensor, nn
 from distill.blocks.bf16 import Bf16Chain
 from distill.blocks.chain import Chain
 from distill.blocks.cut import Granularity, cut
-from distill.blocks.whole import whole_modules
 from distill.config.choices import Amp
 from distill.config.schema import JobConfig
 from distill.cuda.graphs import cuda_capture
 from distill.cuda.lanes import Lane
 from distill.errors import ConfigError, one_of
-from distill.job.recipes import Named, recipe_of, recipes_of
+from distill.job.candidates import Candidate, propose, propose_streams
+from distill.job.recipes import recipe_of, recipes_of
 from distill.planning.unit import Proposal, Unit, number_units
 from distill.profiling.statistics import InputStatistics
-from distill.recipes import Changes, Kept, Recipe, Stream, View
-from distill.recipes.stream import find_streams
+from distill.recipes import Changes, Kept, Recipe, Stream
 from distill.storage.aliases import load_state
 from distill.student.assemble import assemble, in_a_row
 from distill.training.graphed_teacher import GraphedChain
 
 SHOWN = 4  # paths in a line about many
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A student of a block: its recipe by name, and what that changes. It stands between two boundaries."""
-
-    name: str
-    recipe: Recipe
-    changes: Changes
-    input: int
-    target: int
-    trains: bool = True  # a student without weights, such as a shortcut, is put in its place and never planned
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Everything that rebuilds it in a network of the architecture, as JSON values."""
-        return {"recipe": self.name, "options": self.recipe.options(), "changes": self.changes}
 
 
 @dataclass(frozen=True)
@@ -119,29 +100,42 @@ def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modu
     Raises ConfigError where patterns name no block, where the recipe finds nothing to replace, or where the student
     would not be its blocks.
     """
+    chain = cut_chain(config, image_shape, teacher, device)
+    names = [block.name for block in chain.blocks]
+    recipes, chosen = recipes_of(config, names), chosen_names(config, names)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        images = sample_images(image_shape, device)
+        asked = {block.index: recipes[block.name] for block in chain.blocks if block.name in chosen}
+        found, kept = propose_streams(chain, images, asked)
+        alone = {block: [one] for block, one in asked.items() if not isinstance(one.recipe, Stream)}
+        others, left = propose(chain, teacher, images, alone, first_layer=config.student.first_layer)
+        candidates = {one.input: one for one in sorted([*found, *others], key=lambda one: one.input)}
+        kept |= left | other_convolutions(teacher)
+        if not any(one.trains for one in candidates.values()):
+            raise _nothing_to_replace(config, chain, kept)
+        if device.type != "meta":
+            refuse_strangers(teacher, chain, images, candidates)
+    remarks = [*([chain.remark] if chain.remark else []), *remarks_on(kept)]
+    return Blocks(at_work(config, chain, device), candidates, tuple(remarks))
+
+
+def cut_chain(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module, device: torch.device) -> Chain:
+    """Cut the teacher for images of that shape (channels, height, width)."""
     sample = torch.zeros(config.data.batch_size, *image_shape, device=device)
-    chain = cut(
+    return cut(
         teacher,
         sample.to(memory_format=torch.channels_last),
         granularity=Granularity[config.blocks.granularity.name],
         modules=config.blocks.modules,
     )
-    names = [block.name for block in chain.blocks]
-    recipes, chosen = recipes_of(config, names), _chosen(config, names)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
-        asked = {block.index: recipes[block.name] for block in chain.blocks if block.name in chosen}
-        candidates, kept = _propose(config, chain, teacher, images, asked)
-        kept |= _other_convolutions(teacher)
-        if not any(one.trains for one in candidates.values()):
-            raise _nothing_to_replace(config, chain, kept)
-        if device.type != "meta":
-            _refuse_strangers(teacher, chain, images, candidates)
-    remarks = [*([chain.remark] if chain.remark else []), *_remarks(kept)]
-    return Blocks(_at_work(config, chain, device), candidates, tuple(remarks))
 
 
-def _at_work(config: JobConfig, chain: Chain, device: torch.device) -> Chain:
+def sample_images(image_shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the two images that students are tried on."""
+    return torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def at_work(config: JobConfig, chain: Chain, device: torch.device) -> Chain:
     """Return the chain in the precision, and with the graphs, in which the teacher will run."""
     if config.teacher.amp is Amp.bf16:
         chain = Bf16Chain(chain)
@@ -152,69 +146,13 @@ def _at_work(config: JobConfig, chain: Chain, device: torch.device) -> Chain:
     )
 
 
-def _chosen(config: JobConfig, names: Sequence[str]) -> set[str]:
-    chosen = _matching("blocks.include", config.blocks.include, names)
-    return chosen - _matching("blocks.exclude", config.blocks.exclude, names)
+def chosen_names(config: JobConfig, names: Sequence[str]) -> set[str]:
+    """Return the names of the blocks that get a student. Raises ConfigError where a pattern names no block."""
+    chosen = matching("blocks.include", config.blocks.include, names)
+    return chosen - matching("blocks.exclude", config.blocks.exclude, names)
 
 
-@torch.no_grad()
-def _propose(
-    config: JobConfig, chain: Chain, teacher: nn.Module, images: Tensor, asked: Mapping[int, Named]
-) -> tuple[dict[int, Candidate], Kept]:
-    """Return what every recipe would change in its block, and why other things stay."""
-    candidates, kept = _propose_streams(chain, images, asked)
-    asked = {block: one for block, one in asked.items() if not isinstance(one.recipe, Stream)}
-    first = None if config.student.first_layer else chain.first_convolution
-    whole = whole_modules(teacher, chain, images)
-    for block, inputs in _inputs(chain, images, [block for block, one in asked.items() if chain.blocks[block].modules]):
-        facts, one = chain.blocks[block], asked[block]
-        view = View(
-            name=facts.name,
-            module=chain.block_module(block),
-            sample=inputs,
-            convolutions=facts.convolutions,
-            changeable=frozenset(facts.modules) - {first},
-            path=whole.get(block),
-        )
-        with torch.enable_grad():
-            changes, left = one.recipe.propose(view)
-        kept |= left
-        if changes is not None:
-            student = one.recipe.student(chain.block_module(block), changes)
-            trains = any(True for _ in student.parameters())
-            candidates[block] = Candidate(one.name, one.recipe, changes, block, block + 1, trains)
-    return dict(sorted(candidates.items())), kept
-
-
-def _propose_streams(chain: Chain, images: Tensor, asked: Mapping[int, Named]) -> tuple[dict[int, Candidate], Kept]:
-    """Return what changes in the blocks that are asked for narrower streams, which is found for all of them at once."""
-    recipes = {block: one.recipe for block, one in asked.items() if isinstance(one.recipe, Stream)}
-    if not recipes:
-        return {}, {}
-    if not chain.divisible:
-        return {}, {"streams": "the network is run through hooks, not block by block"}
-    modules = [chain.block_module(block).eval() for block in range(len(chain.blocks))]
-    with torch.enable_grad():
-        changed, kept = find_streams(modules, images.float(), recipes)
-    return {
-        block: Candidate(asked[block].name, recipes[block], changes, block, block + 1)
-        for block, changes in changed.items()
-    }, kept
-
-
-def _inputs(chain: Chain, images: Tensor, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield blocks and their inputs, few of which are in memory at a time where the chain can be divided."""
-    if not chain.divisible:
-        found = chain.run(images, last=max(blocks, default=0), keep=blocks)
-        yield from found.items()
-        return
-    x, at = images, 0
-    for block in blocks:
-        x, at = chain.run(x, first=at, last=block, keep=[block])[block], block
-        yield block, x
-
-
-def _refuse_strangers(teacher: nn.Module, chain: Chain, images: Tensor, candidates: Mapping[int, Candidate]) -> None:
+def refuse_strangers(teacher: nn.Module, chain: Chain, images: Tensor, candidates: Mapping[int, Candidate]) -> None:
     """Raise unless the student network, put together, gives what its blocks give in a row."""
 
     def fits(blocks: Sequence[int]) -> bool:
@@ -237,7 +175,7 @@ def _refuse_strangers(teacher: nn.Module, chain: Chain, images: Tensor, candidat
     raise ConfigError("blocks.exclude", [], allowed)
 
 
-def _other_convolutions(teacher: nn.Module) -> Kept:
+def other_convolutions(teacher: nn.Module) -> Kept:
     """Return the layers that convolve, with kernels larger than one pixel, but are no nn.Conv2d."""
     kinds = nn.modules.conv._ConvNd
     return {
@@ -247,7 +185,7 @@ def _other_convolutions(teacher: nn.Module) -> Kept:
     }
 
 
-def _remarks(kept: Kept) -> Iterator[str]:
+def remarks_on(kept: Kept) -> Iterator[str]:
     """Yield a line for every reason why things stay as they are."""
     for reason, paths in groupby(sorted(kept, key=lambda path: kept[path]), key=lambda path: kept[path]):
         yield f"not replaced: {_listed(list(paths))} ({reason})"
@@ -265,10 +203,11 @@ def _nothing_to_replace(config: JobConfig, chain: Chain, kept: Kept) -> ConfigEr
         f"a network with {what} in the chosen blocks that it makes cheaper; "
         f"{config.teacher.name} has none (its blocks: {', '.join(names)})"
     )
-    return ConfigError("student.recipe", config.student.recipe, "; ".join([allowed, *_remarks(kept)]))
+    return ConfigError("student.recipe", config.student.recipe, "; ".join([allowed, *remarks_on(kept)]))
 
 
-def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+def matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Return the names of blocks that some pattern matches. Raises ConfigError on `setting` where one matches none."""
     found: set[str] = set()
     for pattern in patterns:
         matches = {name for name in names if fnmatchcase(name, pattern)}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distill.blocks.chain import Chain
 from distill.config.compose import compose
 from distill.config.outside import make_importable
 from distill.config.schema import JobConfig
@@ -20,6 +21,7 @@ from distill.errors import ConfigError, DistillError, one_of
 from distill.job.blocks import Blocks, cut_blocks
 from distill.job.data import open_data
 from distill.job.latency import BATCHES, FILES, runtime_of_job
+from distill.job.pool import find_pool
 from distill.job.teacher import build_teacher
 from distill.observability.numbers import show_count
 from distill.storage.files import read_bytes
@@ -74,19 +76,35 @@ def _groups(config: JobConfig, run: Path) -> Iterator[Group]:
     make_importable(config.run.code)
     with open_data(config, CPU, ranks_here=1) as dataset:
         teacher = build_teacher(config, dataset, CPU)
-        blocks = cut_blocks(config, dataset.image_shape, teacher, CPU)
-    table = LatencyTable(blocks.chain, teacher, runtime, batch=deploy.batch)
+        chain, candidates = _candidates(config, dataset.image_shape, teacher)
+    table = LatencyTable(chain, teacher, runtime, batch=deploy.batch)
     files = [(name, run / name) for name in FILES.values() if (run / name).exists()]
     pieces = [(name, runtime.source_of(read_bytes(path))) for name, path in files]
     if len(pieces) < len(FILES):
         pieces = [("teacher", source) for source in table.whole(teacher)]
     for batch in sorted({*BATCHES, deploy.batch}):
         yield Group(batch, pieces)
-    for place, (name, candidate) in candidates_of(blocks).items():
-        base, chains = table.chains(place, {name: candidate})
-        names = (name, f"{name}, as a {BRANCHES}")  # as forms_of() has them
-        pieces = [("the teacher's", base), *zip(names, chains[name], strict=False)]
+    for place, modules in candidates.items():
+        base, chains = table.chains(place, modules)
+        pieces = [("the teacher's", base)]
+        for name, forms in chains.items():
+            pieces += zip((name, f"{name}, as a {BRANCHES}"), forms, strict=False)  # as forms_of() has them
         yield Group(deploy.batch, pieces)
+
+
+def _candidates(
+    config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Module
+) -> tuple[Chain, Mapping[Place, Mapping[str, nn.Module]]]:
+    """Return the cut teacher and, by place and named, what its blocks become: all that they may, under budgets."""
+    if not config.search.on:
+        blocks = cut_blocks(config, image_shape, teacher, CPU)
+        return blocks.chain, {place: {name: one} for place, (name, one) in candidates_of(blocks).items()}
+    pool = find_pool(config, image_shape, teacher, CPU)
+    found: dict[Place, dict[str, nn.Module]] = {block: {} for block in pool.blocks}
+    for number, swap in enumerate(pool.swaps):
+        name = f"{swap.candidate.label} in {pool.chain.blocks[swap.block].name}"
+        found[swap.block][name] = pool.alone(number).build(swap.block)
+    return pool.chain, found
 
 
 def candidates_of(blocks: Blocks) -> Mapping[Place, tuple[str, nn.Module]]:

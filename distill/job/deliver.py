@@ -89,6 +89,8 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         exports = _export(context, dataset, teacher, student, card)
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
+        if config.search.on:
+            metrics["search"] = _search(run.result("search"), run.result("candidates"), metrics)
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
@@ -203,6 +205,24 @@ def _block(context: Context, blocks: Blocks, entry: Entry) -> dict[str, Any]:
         "recipe": blocks.candidates[entry.unit].name,
         "params": _count(blocks.build(entry.unit)),
         "rel_error_start": relative_errors(context).get(entry.unit),
+    }
+
+
+def _search(result: Mapping[str, Any], scoring: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of the choice under budgets: what was asked for, what was chosen and predicted, what has come of it,
+    and all candidates with their scores."""
+    measured = {name: metrics["student"][name] for name in ("params", "flops", "bytes", "top1")}
+    latency = metrics["latency"]
+    called = latency["batches"].get(str(latency["batch"]))
+    if called is not None:
+        measured |= {"latency": called["student"]["median_ms"], "latency_of_teacher": called["teacher"]["median_ms"]}
+    chosen = {name: result[name] for name in ("budget", "chosen", "predicted", "judged", "delivered", "more")}
+    return {
+        "budgets": [{**chosen, "measured": measured}],
+        "teacher": result["teacher"],
+        "candidates": result["pool"],
+        "seconds": result["seconds"],
+        "scoring": {name: scoring.get(name) for name in ("images", "seconds", "cpu_seconds", "taken_from")},
     }
 
 

@@ -104,12 +104,12 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     if not context.leads:
         result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="first weights")
         return result
-    made = {
+    told = {
         number: context.control.wait(f"{STAGE}/{number}", peer=rank, purpose="first weights")
         for number, rank in makers.items()
     }
-    errors = {number: one["relative_error"] for number, one in made.items()}
-    sketched = {path: share for one in made.values() for path, share in one["sketched"].items()}
+    errors = {number: one["relative_error"] for number, one in told.items()}
+    sketched = {path: share for one in told.values() for path, share in one["sketched"].items()}
     watched = sorted({path for number in makers for path in _wanted(blocks, number)})
     batches = context.config.student.statistics_batches
     seconds = time.monotonic() - start
@@ -137,6 +137,28 @@ def _of_wide(sketched: Mapping[str, float]) -> str:
         return ""
     shares = ", ".join(f"{path} ({100 * share:.1f} % of its variance)" for path, share in sorted(sketched.items()))
     return f"; where more than {WIDEST:,}, by their largest directions: {shares}"
+
+
+def take_first_weights(
+    context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Complete the stage with first weights that were made before, by a unit's number. Rank 0 calls this."""
+    start = time.monotonic()
+    held_out = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
+    errors = {}
+    for number, state in sorted(weights.items()):
+        write_bytes(context.run.path / first_file(number), save(contiguous(dict(state))))
+        module = blocks.student(number, state)
+        to_channels_last(module, context.device)
+        errors[number] = error_of(blocks, number, module.eval(), held_out)
+    watched = sorted({path for number in weights for path in _wanted(blocks, number)})
+    result = {
+        "relative_errors": errors,
+        "layers": watched,
+        "batches": context.config.student.statistics_batches,
+        "seconds": time.monotonic() - start,
+    }
+    context.run.complete(STAGE, result, made=[first_file(number) for number in errors], used=[TEACHER])
 
 
 def _makers(blocks: Blocks, world_size: int) -> dict[int, int]:
@@ -169,7 +191,7 @@ def _make_all(
     for numbers in _in_groups(blocks, own):
         statistics = gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
         for number in numbers:
-            module = _made(context, blocks, number, statistics, fitted)
+            module = made(context, blocks, number, statistics, fitted)
             write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
             sketches = {path: seen for path in _wanted(blocks, number) if (seen := _sketch(statistics, path))}
             shares = {path: seen.share for path, seen in sketches.items()}
@@ -208,7 +230,7 @@ def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequ
     return {path: one for path, one in found.items() if one.rows > 0}
 
 
-def _made(context: Context, blocks: Blocks, number: int, statistics: Statistics, fitted: OnTheWay) -> nn.Module:
+def made(context: Context, blocks: Blocks, number: int, statistics: Statistics, fitted: OnTheWay) -> nn.Module:
     """Return a unit's module with its first weights, in eval mode; `fitted` are the images that regressions are for."""
     unit, recipe = blocks.units[number], blocks.candidates[number].recipe
     seed = derive_seed(context.config.seed, "student", unit.key)

@@ -43,6 +43,9 @@ from distill.job.logs import HeldBack, log_to
 from distill.job.memory import refuse_too_little
 from distill.job.outside import refuse_unusable_block_loss, refuse_unusable_objective
 from distill.job.plan import refuse_impossible
+from distill.job.pool import Pool, find_pool
+from distill.job.search import STAGE as SEARCH
+from distill.job.search import choose_students, found_students
 from distill.job.streams import with_chosen_streams
 from distill.job.teacher import build_teacher, train_teacher
 from distill.launch.launcher import CONFIG_VARIABLE
@@ -136,6 +139,9 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> Path:
     """Run the stages that the configuration asks for; return the run directory."""
     make_importable(config.run.code)
+    if config.search.budgets:
+        allowed = "none in one job: python -m distill, without --multirun, makes a job of each"
+        raise ConfigError("search.budgets", config.search.budgets, allowed)
     device = _device(config, control.local_rank)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))
     facts, run = _agree_on_identity(config, control)
@@ -150,7 +156,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
         if control.rank == 0 and config.stage is Stage.all:
             refuse_unjudged(config, dataset)
         teacher = build_teacher(config, dataset, device)
-        blocks = cut_blocks(config, dataset.image_shape, teacher, device) if config.stage is not Stage.teacher else None
+        pool, blocks = _students(config, dataset, teacher, device, run)
         if blocks is not None and run.result("distill") is None:
             refuse_impossible(config, blocks, world_size=control.world_size)
             refuse_unusable_block_loss(config, blocks, device)
@@ -173,8 +179,38 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
             if blocks is None:
                 context.say(f"teacher: {context.run.path / 'teacher.safetensors'}")
             else:
+                if config.search.on:
+                    blocks = _searched(context, dataset, teacher, pool, blocks)
                 _distill(context, dataset, teacher, blocks)
     return run.path
+
+
+def _students(
+    config: JobConfig, dataset: Dataset, teacher: nn.Module, device: torch.device, run: RunDirectory
+) -> tuple[Pool | None, Blocks | None]:
+    """Return the students of blocks as far as the configuration asks for them; where they are yet to be chosen, what
+    they are chosen from and an example of them."""
+    if config.stage is Stage.teacher:
+        return None, None
+    if not config.search.on:
+        return None, cut_blocks(config, dataset.image_shape, teacher, device)
+    result = run.result(SEARCH)
+    if result is not None:
+        return None, found_students(config, dataset.image_shape, teacher, device, result)
+    pool = find_pool(config, dataset.image_shape, teacher, device)
+    return pool, pool.example
+
+
+def _searched(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool | None, blocks: Blocks) -> Blocks:
+    """Return the students that are chosen under budgets: `blocks`, where an earlier attempt has chosen them."""
+    result = context.completed(SEARCH)
+    if result is not None:
+        found = ", ".join(f"{block} {label}" for block, label in result["chosen"].items())
+        context.say(f"search: complete since an earlier attempt ({found})")
+        return blocks
+    if pool is None:  # the record was damaged
+        pool = find_pool(context.config, dataset.image_shape, teacher, context.device)
+    return choose_students(context, dataset, teacher, pool)
 
 
 def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, get_type_hints
 
@@ -11,15 +11,17 @@ from distill.config.outside import RECIPE
 from distill.config.schema import JobConfig, StudentConfig
 from distill.errors import ConfigError, one_of
 from distill.extensions import named
-from distill.recipes import RECIPES, Recipe
+from distill.recipes import RECIPES, Keep, Recipe, Stream
+from distill.search.pool import DEFAULT
 
 
 @dataclass(frozen=True)
 class Named:
-    """A recipe, and the name by which student.json finds its class again."""
+    """A recipe, the name by which student.json finds its class again, and what it is called beside others."""
 
     name: str
     recipe: Recipe
+    label: str = ""
 
 
 def recipe_of(config: JobConfig) -> Named:
@@ -48,11 +50,46 @@ def recipes_of(config: JobConfig, blocks: Sequence[str]) -> dict[str, Named]:
     return found
 
 
+def candidates_of(config: JobConfig, blocks: Sequence[str]) -> dict[str, list[Named]]:
+    """Return for every block, by its name, the recipes that are tried on it, in the order of search.candidates. Raises
+    ConfigError naming the setting."""
+    found: dict[str, list[Named]] = {block: [] for block in blocks}
+    for number, entry in enumerate(config.search.candidates or DEFAULT):
+        setting = f"search.candidates[{number}]"
+        options = {key: value for key, value in entry.items() if key not in ("recipe", "blocks")}
+        name, pattern = entry["recipe"], entry.get("blocks", "*")
+        matching = [block for block in blocks if fnmatchcase(block, pattern)]
+        if not matching:
+            allowed = f"a pattern that matches a block: {one_of(blocks, pattern)}"
+            raise ConfigError(f"{setting}.blocks", pattern, allowed)
+        one = _make(setting, name, {**_usual(config.student, _class(f"{setting}.recipe", name)), **options})
+        if isinstance(one.recipe, Stream):
+            allowed = "a recipe of single blocks: a stream runs through several, and is no candidate of one"
+            raise ConfigError(f"{setting}.recipe", name, allowed)
+        if not isinstance(one.recipe, Keep):  # which every block may be, asked for or not
+            label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+            for block in matching:
+                found[block].append(replace(one, label=label))
+    return found
+
+
+def rebuilt(name: str, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of that name with all of its options."""
+    return _class("search.candidates", name)(**options)
+
+
+def _usual(student: StudentConfig, kind: type[Recipe]) -> dict[str, Any]:
+    """Return the settings that hold for all recipes that have such an option."""
+    usual = {"init": student.init.name, "align": student.align}
+    known = {field.name for field in fields(kind)}
+    return {name: value for name, value in usual.items() if name in known and value is not None}
+
+
 def _given(student: StudentConfig) -> dict[str, Any]:
     """Return the options that the section gives: student.rank, init and align to recipes that have them."""
-    known = {field.name for field in fields(_class("student.recipe", student.recipe))}
-    usual = {"rank": student.rank, "init": student.init.name, "align": student.align}
-    return {name: value for name, value in usual.items() if name in known and value is not None} | dict(student.options)
+    kind = _class("student.recipe", student.recipe)
+    rank = {"rank": student.rank} if student.rank is not None and "rank" in {one.name for one in fields(kind)} else {}
+    return rank | _usual(student, kind) | dict(student.options)
 
 
 def _make(section: str, name: str, options: Mapping[str, Any]) -> Named:

@@ -56,36 +56,64 @@ def _forms(
     context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the forms of the student that can be had, by what was done to it."""
-    config = context.config.assemble
-
-    def network(states: Iterable[State]) -> nn.Module:
-        student = assemble(teacher, changed=blocks.changed, blocks=states).eval()
-        to_channels_last(student, context.device)
-        return student
-
-    def re_estimated(states: Iterable[State]) -> Iterator[nn.Module]:
-        student = network(states)
-        if config.batchnorm_batches > 0 and remembering_norms(student):
-            recalibrate(student, (batch.images for batch in dataset.train_batches(0, config.batchnorm_batches)))
-            yield student
-
+    network = partial(_network, context, teacher, blocks)
+    batches = context.config.assemble.batchnorm_batches
     yield AS_IT_IS, network(weights.values())
-    yield from (("batch norms re-estimated", student) for student in re_estimated(weights.values()))
-    fitted = _fitted(context, dataset, blocks, weights) if config.refit_images > 0 else []
+    student = network(weights.values())
+    if _re_estimated(student, dataset, batches):
+        yield "batch norms re-estimated", student
+    fitted = _fitted(context, dataset, blocks, weights, context.config.assemble.refit_images)
     if fitted:
         yield "layers fitted", network(fitted)
-        yield from (("layers fitted, batch norms re-estimated", student) for student in re_estimated(fitted))
+        student = network(fitted)
+        if _re_estimated(student, dataset, batches):
+            yield "layers fitted, batch norms re-estimated", student
 
 
-def _fitted(context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, State]) -> list[State]:
-    """Return the units' weights after their layers were fitted to what they get in a row; none where none could be."""
-    if not blocks.chain.divisible:
+def reconciled(
+    context: Context,
+    dataset: Dataset,
+    teacher: nn.Module,
+    blocks: Blocks,
+    weights: Mapping[int, State],
+    *,
+    batches: int,
+) -> nn.Module:
+    """Return the student with its layers fitted as far as they can be, and its batch norms re-estimated over at most so
+    many batches: one of the forms that reconcile() chooses from."""
+    config = context.config.assemble
+    fitted = _fitted(context, dataset, blocks, weights, config.refit_images)
+    student = _network(context, teacher, blocks, fitted or weights.values())
+    _re_estimated(student, dataset, min(batches, config.batchnorm_batches))
+    return student
+
+
+def _network(context: Context, teacher: nn.Module, blocks: Blocks, states: Iterable[State]) -> nn.Module:
+    student = assemble(teacher, changed=blocks.changed, blocks=states).eval()
+    to_channels_last(student, context.device)
+    return student
+
+
+def _re_estimated(student: nn.Module, dataset: Dataset, batches: int) -> bool:
+    """Re-estimate the student's batch norms over so many batches; return whether there was anything to do."""
+    if batches == 0 or not remembering_norms(student):
+        return False
+    recalibrate(student, (batch.images for batch in dataset.train_batches(0, batches)))
+    return True
+
+
+def _fitted(
+    context: Context, dataset: Dataset, blocks: Blocks, weights: Mapping[int, State], wanted: int
+) -> list[State]:
+    """Return the units' weights after their layers were fitted, by so many images, to what they get in a row; none
+    where none could be."""
+    if wanted == 0 or not blocks.chain.divisible:
         return []
     modules = blocks.students(weights)
     for module in modules.values():
         to_channels_last(module, context.device)
     paths = {one.input: one.recipe.paths(one.changes) for one in blocks.candidates.values()}
-    images = list(_images(dataset, blocks, context.config.assemble.refit_images))
+    images = list(_images(dataset, blocks, wanted))
     gives = {unit.input: partial(narrowed, unit.gives) for unit in blocks.units.values()}
     if refit_in_a_row(blocks.chain, modules, paths, images, gives) == 0:
         return []

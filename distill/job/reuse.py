@@ -33,10 +33,12 @@ log = logging.getLogger(__name__)
 TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was trained here
 
 # What a stage does not depend on; a setting that is not named here is taken to matter.
-_AFTER_BLOCKS = ("assemble.", "finetune.", TEST, TEST_ITEMS, "data.test_split")
-_NOT_THE_TEACHERS = (*_AFTER_BLOCKS, "blocks.", "student.", "distill.", "plan.", "cache.", "teacher.amp")
+_AFTER_BLOCKS = ("assemble.", "finetune.", "deploy.", TEST, TEST_ITEMS, "data.test_split")
+_NOT_THE_TEACHERS = (*_AFTER_BLOCKS, "blocks.", "student.", "search.", "distill.", "plan.", "cache.", "teacher.amp")
 # What is in a block's identity by what it comes to: the teacher's tensors, the operations, what is replaced, the steps.
-_BY_EFFECT = ("blocks.", "teacher.fit.", "teacher.weights", "student.first_layer", "distill.steps", "distill.epochs")
+_BY_EFFECT = (
+    "blocks.", "search.", "teacher.fit.", "teacher.weights", "student.first_layer", "distill.steps", "distill.epochs",
+)  # fmt: skip
 
 
 def _without(facts: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
@@ -65,14 +67,29 @@ def unit_identities(facts: Mapping[str, Any], *, blocks: Blocks, teacher: nn.Mod
     How the user asked for these blocks does not count.
     """
     shared = _without(facts, _AFTER_BLOCKS + _BY_EFFECT) | {"budget": budget, "tensors": tensors_digest(teacher)}
-    chain, operations = blocks.chain, []
-    for index in range(len(chain.blocks)):
-        form = chain.boundaries[index + 1]
-        operations.append(f"{form.shape} {form.stride} {form.dtype}\n{_described(chain, index)}")
-    found = {}
+    operations, found = _operations(blocks.chain), {}
     for number, unit in blocks.units.items():
         own = {"shared": shared, "operations": operations[: unit.target], **blocks.candidates[number].facts}
         found[number] = fingerprint(own)
+    return found
+
+
+def candidates_identity(
+    facts: Mapping[str, Any], chain: Chain, candidates: Sequence[Mapping[str, Any]], *, teacher: nn.Module, images: int
+) -> str:
+    """Return what decides the scores of candidates (their blocks, recipes, options and changes), as a digest: not the
+    budgets, nor how the chosen ones are trained."""
+    shared = _without(facts, (*_AFTER_BLOCKS, *_BY_EFFECT, "distill.", "plan.", "cache."))
+    own = {"candidates": list(candidates), "operations": _operations(chain), "images": images}
+    return fingerprint({"shared": shared, "tensors": tensors_digest(teacher), **own})
+
+
+def _operations(chain: Chain) -> list[str]:
+    """Return what every block computes, and the form of what it gives."""
+    found = []
+    for index in range(len(chain.blocks)):
+        form = chain.boundaries[index + 1]
+        found.append(f"{form.shape} {form.stride} {form.dtype}\n{_described(chain, index)}")
     return found
 
 
@@ -109,6 +126,30 @@ def take_teacher(context: Context) -> dict[str, Any] | None:
             continue
         source = str(result.get("taken_from") or siblings.name_of(run))
         context.say(f"teacher: taken from run {source}, which trained the same")
+        return dict(result) | {"taken_from": source}
+    return None
+
+
+def take_candidates(context: Context, identity: str, files: Sequence[str]) -> dict[str, Any] | None:
+    """Copy the first weights of candidates (`files`) from a sibling that has scored the same ones; return its stage's
+    result, or None. Rank 0 calls this."""
+    siblings = siblings_of(context)
+    if siblings is None:
+        return None
+    siblings.note(candidates=identity)
+    for run in siblings.with_candidates(identity):
+        there = RunDirectory(run)
+        result = there.result("candidates")
+        if result is None:
+            continue
+        try:
+            for name in files:
+                write_bytes(context.run.path / name, there.read(name))
+        except DamagedFileError as damage:
+            log.warning("candidates: those of run %s are not taken: %s", siblings.name_of(run), damage.why)
+            continue
+        source = str(result.get("taken_from") or siblings.name_of(run))
+        context.say(f"candidates: taken from run {source}, which scored the same")
         return dict(result) | {"taken_from": source}
     return None
 

@@ -41,6 +41,12 @@ def imagined_costs(overrides: Sequence[str], device: Device, *, steps: int | Non
     budget = steps or config.distill.steps
     if budget is None or (config.distill.epochs is not None and not steps):
         raise ConfigError("distill.epochs", config.distill.epochs, "--steps N: without data, epochs have no length")
+    if config.search.on:
+        given = next(iter(config.search.budget.given()))
+        allowed = (
+            "null: which recipe a block has would be chosen by its scores, for which weights and images are needed"
+        )
+        raise ConfigError(f"search.budget.{given}", getattr(config.search.budget, given), allowed)
     if config.teacher.amp is not Amp.off:
         raise ConfigError("teacher.amp", config.teacher.amp.name, "off: kernels of an imagined teacher are in float32")
     if is_cached(config):

@@ -13,9 +13,10 @@ from distill.job.recipes import recipe_of
 def refuse_unshrinkable(config: JobConfig, network: nn.Module) -> None:
     """Raise ConfigError on what names the network where the recipe finds no layer in it to replace.
 
-    Which of them a student may have is seen when the network is cut; this sees that there is none.
+    Which of them a student may have is seen when the network is cut; this sees that there is none. Where recipes are
+    chosen under budgets, all of that is seen when candidates are tried.
     """
-    if config.stage is Stage.teacher:
+    if config.stage is Stage.teacher or config.search.on:
         return
     student, teacher = config.student, config.teacher
     recipe = recipe_of(config).recipe

@@ -1,22 +1,18 @@
-"""`python -m distill`: compose once, then start the ranks through torch's elastic launcher."""
+"""Starts the ranks of a composed job through torch's elastic launcher."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.config.compose import compose
 from distill.config.load import to_yaml
 from distill.config.schema import JobConfig
-from distill.errors import DistillError
 from distill.launch.provenance import COMMAND_VARIABLE
 from distill.launch.signals import Stop, Stopper, stoppable
 from distill.machine.host import share_of_cores
@@ -34,19 +30,6 @@ class Outcome:
     status: int = 0
     reason: str = ""
     stopped: bool = False
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the job that the command line describes; return the exit status."""
-    try:
-        config = compose(arguments)
-    except DistillError as error:
-        sys.stderr.write(f"distill: {error}\n")
-        return 2
-    outcome = launch(config, command=shlex.join(["python", "-m", "distill", *arguments]))
-    if outcome.stopped:
-        sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
-    return outcome.status
 
 
 def launch(config: JobConfig, *, command: str) -> Outcome:

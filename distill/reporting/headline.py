@@ -12,7 +12,7 @@ from distill.reporting.energy import show_joules
 from distill.reporting.latency import Speed, device_of, in_runtime, runtime_words, speeds
 from distill.reporting.markup import Markup, folded, join, section, table, tag
 from distill.reporting.plot import bar
-from distill.reporting.run import STAGES, Run
+from distill.reporting.run import Run
 
 
 def headline(run: Run) -> Markup:
@@ -41,7 +41,7 @@ def _sentence(run: Run) -> str:
     if not run.finished:
         done = sum(block.entry is not None for block in run.units)
         blocks = f"{done} of {show_count(len(run.units), 'block')} finished. " if run.units else ""
-        stages = ", ".join(stage for stage in STAGES if run.done(stage)) or "none"
+        stages = ", ".join(stage for stage in run.order if run.done(stage)) or "none"
         sign = run.last_sign_s
         last = (
             f" Its files were last written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(sign))}." if sign else ""
@@ -187,7 +187,7 @@ def _strip(run: Run) -> Markup:
     longest = max(seconds.values(), default=0.0)
     skipped = {"finetune"} if run.settings.get("finetune.epochs") == 0 else set()
     items = []
-    for stage in STAGES:
+    for stage in run.order:
         if stage in skipped:
             kind, words = "skipped", "not asked for"
         elif run.done(stage):

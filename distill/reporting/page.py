@@ -15,6 +15,7 @@ from distill.reporting.loss_curves import block_curves, fit_curves
 from distill.reporting.markup import Markup, facts, folded, join, section, table, tag
 from distill.reporting.predictions import predictions
 from distill.reporting.run import Run
+from distill.reporting.search import search_section
 from distill.reporting.style import STYLE
 from distill.reporting.tables import result_rows
 from distill.reporting.timeline import time_line
@@ -58,6 +59,8 @@ def run_page(run: Run) -> Markup:
         section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
         section("Latency", latency_section(metrics),
                 note=f"In {runtime_words(metrics)}, both networks in turn, round after round."),
+        section("Chosen under budgets", search_section(metrics),
+                note="Candidates were scored without training, one at a time in the teacher, on validation images."),
         section("Exports", _exports(metrics.get("exports")),
                 note="Each file was loaded afresh and compared with the network that it is made from."),
         section("Errors of the blocks", block_curves(run),

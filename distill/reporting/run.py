@@ -19,7 +19,8 @@ from distill.observability.trace import RankTrace
 from distill.observability.trace import read as read_traces
 from distill.storage.files import DamagedFileError, read_bytes, read_json, read_lines
 
-STAGES = ("teacher", "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
+CHOOSING = ("candidates", "search")  # stages of runs that choose recipes under budgets
+STAGES = ("teacher", *CHOOSING, "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
 MARKS = ("resolved.yaml", "identity.json", "ledger.jsonl", "metrics.json")  # any of them makes a run directory
 EXPECTED = "a run directory (the one that the run printed, with resolved.yaml in it) or a folder with some below it"
 LAST_LINES = 12  # of a log
@@ -93,9 +94,15 @@ class Run:
             return {}
 
     @cached_property
+    def order(self) -> tuple[str, ...]:
+        """The stages that the run has, in their order."""
+        searched = any(value is not None for name, value in self.settings.items() if name.startswith("search.budget."))
+        return tuple(stage for stage in STAGES if searched or stage not in CHOOSING)
+
+    @cached_property
     def stages(self) -> dict[str, dict[str, Any]]:
         """What the complete stages recorded."""
-        found = {stage: self._json(f"stages/{stage}.json") for stage in STAGES}
+        found = {stage: self._json(f"stages/{stage}.json") for stage in self.order}
         return {stage: _mapping(record.get("result")) for stage, record in found.items() if record}
 
     @cached_property
@@ -131,14 +138,14 @@ class Run:
         """Whether a stage is complete; the page is drawn by the last one, just before that is recorded."""
         if self.finished or stage in self.stages:
             return True
-        following = STAGES[STAGES.index(stage) + 1 :]
+        following = self.order[self.order.index(stage) + 1 :]
         planned = bool(self.plan) and "distill" in following
         return planned or any(later in self.stages for later in following)
 
     @property
     def current_stage(self) -> str | None:
         """The first stage that is not complete; None at the end."""
-        return next((stage for stage in STAGES if not self.done(stage)), None)
+        return next((stage for stage in self.order if not self.done(stage)), None)
 
     @cached_property
     def units(self) -> list[UnitState]:
@@ -250,7 +257,7 @@ class Run:
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of every stage: of all attempts where there are traces, else as energy or the stage tell them."""
         found: dict[str, float] = {}
-        for stage in STAGES:
+        for stage in self.order:
             # metrics.json calls the teacher's network "teacher", not its training
             record = self.stages.get(stage) or ({} if stage == "teacher" else self.part(stage))
             seconds = finite(record.get("seconds"))

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 FOLDERS = ("logs", "metrics", "stages")  # that a claim makes
 STAGES = (
     "teacher",
+    "candidates",
+    "search",
     "first_weights",
     "distill",
     "assemble",

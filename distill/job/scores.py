@@ -1,0 +1,205 @@
+"""Every candidate with its first weights, scored without training: how far its block is from the teacher's, and how far
+the teacher's answers move when it alone stands in its block's place. On validation images.
+
+All ranks work side by side, each on a run of candidates in the order of blocks, so that a block's inputs and statistics
+are had once, or twice where a block is shared. A candidate's weights and scores are a function of (seed, block, recipe,
+teacher, images) alone, whoever computes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from distill.data import Dataset
+from distill.job.context import Context
+from distill.job.first_weights import IMAGES, OnTheWay, gathered, made
+from distill.job.pool import Pool
+from distill.job.reuse import TEACHER, candidates_identity, take_candidates
+from distill.observability.numbers import show_count
+from distill.profiling.statistics import bytes_for
+from distill.storage.checkpoint import contiguous
+from distill.storage.files import write_bytes
+from distill.student.assemble import assemble
+from distill.student.divergence import log_probabilities, mean_divergence
+from distill.training.losses import relative_error
+
+STAGE = "candidates"
+AT_A_TIME = 2**30  # bytes of covariances that are gathered in one pass of the teacher
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a swap: the relative error of its block, and the divergence of the network's answers from the teacher's
+    (nats an image, Kullback-Leibler); None where they are not finite."""
+
+    error: float | None
+    divergence: float | None
+
+
+def weights_file(number: int) -> str:
+    """Return the name of the file of a swap's first weights within the run directory."""
+    return f"candidates/{number:03d}.safetensors"
+
+
+def weights_of(context: Context, number: int) -> dict[str, Tensor]:
+    """Return a swap's first weights, on the CPU."""
+    return load(context.run.read(weights_file(number)))
+
+
+def find_scores(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> list[Score]:
+    """Return the scores of all swaps, the same on every rank. Every rank must call."""
+    with context.during(STAGE):
+        if context.leads and context.run.result(STAGE) is None:
+            _take(context, teacher, pool)
+        result = context.completed(STAGE)
+        if result is None:
+            result = _compute(context, dataset, teacher, pool)
+    return [Score(**one) for one in result["scores"]]
+
+
+def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
+    """Complete the stage with what a sibling has of it, if one has scored the same candidates."""
+    facts = [{"block": swap.block, **swap.candidate.facts} for swap in pool.swaps]
+    images = context.config.search.images
+    identity = candidates_identity(context.identity, pool.chain, facts, teacher=teacher, images=images)
+    files = [weights_file(number) for number in range(len(facts))]
+    result = take_candidates(context, identity, files)
+    if result is not None:
+        context.run.complete(STAGE, result, made=files, used=[TEACHER])
+
+
+def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> dict[str, Any]:
+    start, cpu = time.monotonic(), time.process_time()
+    runs = shared_out(pool, context.world_size)
+    for number, score in _score_all(context, dataset, teacher, pool, runs[context.rank]):
+        context.control.set(f"{STAGE}/{number}", score)
+    context.control.set(f"{STAGE}/cpu/{context.rank}", time.process_time() - cpu)
+    if not context.leads:
+        result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="scores of candidates")
+        return result
+    scores = [
+        context.control.wait(f"{STAGE}/{number}", peer=rank, purpose="scores of candidates")
+        for rank, run in enumerate(runs)
+        for number in run
+    ]
+    spent = [
+        context.control.wait(f"{STAGE}/cpu/{rank}", peer=rank, purpose="end of scoring") for rank in range(len(runs))
+    ]
+    seconds, images = time.monotonic() - start, len(_images(context, dataset))
+    result = {"scores": scores, "images": images, "seconds": seconds, "cpu_seconds": sum(spent)}
+    context.run.complete(STAGE, result, made=[weights_file(number) for number in range(len(scores))], used=[TEACHER])
+    context.say(
+        f"candidates: {len(scores)} of {show_count(len(pool.blocks), 'block')} scored on "
+        f"{show_count(images, 'validation image')} in {seconds:.1f} s ({sum(spent):.1f} CPU s)"
+    )
+    context.control.set(f"result/{STAGE}", result)
+    return result
+
+
+def shared_out(pool: Pool, world_size: int) -> list[range]:
+    """Return for every rank the run of swaps that it scores, of about the same cost."""
+    last = len(pool.chain.blocks)
+    # What is behind a block runs for each of its candidates; what is before it, and its statistics, once.
+    costs = [1.0 + last - swap.block for swap in pool.swaps]
+    total, done, ends = sum(costs), 0.0, [0]
+    for number, cost in enumerate(costs):
+        done += cost
+        while len(ends) < world_size and done >= total * len(ends) / world_size:
+            ends.append(number + 1)
+    return [range(start, end) for start, end in zip(ends, [*ends[1:], len(costs)], strict=True)]
+
+
+def _score_all(
+    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, own: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Write the first weights of these swaps; yield their numbers and scores."""
+    judge = _Judge(context, dataset, teacher, pool)
+    fitted = OnTheWay(pool.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
+    for numbers in _in_groups(pool, own):
+        wanted = dict.fromkeys(path for number in numbers for path in _wanted(pool, number))
+        statistics = gathered(context, dataset, teacher, list(wanted))
+        for number in numbers:
+            alone, block = pool.alone(number), pool.swaps[number].block
+            trains = pool.swaps[number].candidate.trains
+            module = made(context, alone, block, statistics, fitted) if trains else alone.build(block).eval()
+            write_bytes(context.run.path / weights_file(number), save(contiguous(module.state_dict())))
+            yield number, judge.score(number, module)
+
+
+def _in_groups(pool: Pool, own: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the swaps of whole blocks in groups whose covariances have room together."""
+    used, group = 0, 0
+    groups: dict[int, int] = {}
+    for block, numbers in groupby(own, key=lambda number: pool.swaps[number].block):
+        found = list(numbers)
+        module = pool.chain.block_module(block)
+        paths = {path for number in found for path in _wanted(pool, number)}
+        widths = [module.get_submodule(path).weight[0].numel() for path in paths]  # type: ignore[index]
+        needed = sum(bytes_for(int(width)) for width in widths)
+        if used and used + needed > AT_A_TIME:
+            used, group = 0, group + 1
+        used += needed
+        groups |= dict.fromkeys(found, group)
+    for _, together in groupby(own, key=groups.__getitem__):
+        yield list(together)
+
+
+def _wanted(pool: Pool, number: int) -> list[str]:
+    one = pool.swaps[number].candidate
+    return one.recipe.wants(one.changes)
+
+
+def _images(context: Context, dataset: Dataset) -> Tensor:
+    """Return the validation images on which candidates are scored."""
+    wanted = context.config.search.images
+    batches = islice(dataset.validation_batches(IMAGES), -(-wanted // IMAGES))
+    return torch.cat([batch.images for batch in batches])[:wanted]
+
+
+class _Judge:
+    """Scores swaps, in the order of their blocks."""
+
+    def __init__(self, context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> None:
+        self._teacher, self._pool, self._chain = teacher, pool, pool.chain
+        self._images = _images(context, dataset)
+        self._way = OnTheWay(pool.chain, lambda: self._images)
+        self._last = len(pool.chain.blocks)
+        self._answers = log_probabilities(self._run(self._images, 0))
+        self._block, self._ends = -1, [self._images]
+
+    def _run(self, x: Tensor, first: int) -> Tensor:
+        """Return the teacher's answers for what passes boundary `first`, a part of the images at a time."""
+        parts = torch.split(x, IMAGES)
+        return torch.cat(
+            [self._chain.run(part, first=first, last=self._last, keep=[self._last])[self._last] for part in parts]
+        )
+
+    @torch.no_grad()
+    def score(self, number: int, module: nn.Module) -> dict[str, float | None]:
+        """Return the Score of a swap whose module has its first weights, as JSON values."""
+        swap = self._pool.swaps[number]
+        if swap.block != self._block:
+            self._block, self._ends = swap.block, self._way.at(swap.block, swap.block + 1)
+        inputs, targets = self._ends
+        outputs = torch.cat([module(part.float()) for part in torch.split(inputs, IMAGES)])
+        error = float(relative_error(outputs, targets))
+        if self._chain.divisible:
+            logits = self._run(outputs, swap.block + 1)
+        else:
+            changed = self._pool.alone(number).changed
+            student = assemble(self._teacher, changed=changed, blocks=[module.state_dict()]).eval()
+            logits = torch.cat([student(part) for part in torch.split(self._images, IMAGES)])
+        divergence = mean_divergence(self._answers, logits)
+        return {"error": _finite(error), "divergence": _finite(divergence)}
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None

@@ -1,0 +1,109 @@
+"""What the blocks of a student may become under budgets, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distill.config.compose import compose
+from distill.errors import ConfigError
+from distill.job import bundle
+from distill.job.pool import KEEP, Pool, amounts_of, find_pool
+from distill.job.problem import Problem
+from distill.job.scores import Score, shared_out
+from distill.student.assemble import assemble
+from distill.teachers import build_architecture
+
+SHAPE, CPU = (3, 16, 16), torch.device("cpu")
+FEW = "search.candidates=[{recipe: skip},{recipe: separable,rank: 1},{recipe: one_conv,blocks: layer3.*}]"
+
+
+def pool_of(*settings: str, candidates: str = FEW) -> tuple[nn.Module, Pool]:
+    teacher = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10).eval()
+    small = ["data=digits", "data.image_size=16", "data.batch_size=4", candidates]
+    return teacher, find_pool(compose([*small, *settings]), SHAPE, teacher, CPU)
+
+
+def test_candidates_are_in_the_order_of_blocks_and_only_where_they_are_asked_for() -> None:
+    _, pool = pool_of("search.budget.params=0.5")
+    names = [(pool.chain.blocks[swap.block].name, swap.candidate.label) for swap in pool.swaps]
+    assert names[:3] == [("layer1.0", "skip"), ("layer1.0", "separable rank=1"), ("layer1.1", "skip")]
+    assert [name for name, label in names if label == "one_conv"] == ["layer3.0", "layer3.1", "layer3.2"]
+    assert pool.remarks == ("without candidates, they stay: conv1, linear",)
+
+
+def test_amounts_of_a_choice_are_those_of_the_student_that_it_makes() -> None:
+    teacher, pool = pool_of("search.budget.params=0.5")
+    numbers = [number for number, swap in enumerate(pool.swaps) if swap.candidate.label in ("skip", "one_conv")]
+    numbers = list({pool.swaps[number].block: number for number in numbers}.values())
+    blocks = pool.with_swaps(numbers)
+    student = assemble(teacher, changed=blocks.changed, blocks=())
+    found = amounts_of(student, torch.empty(1, *SHAPE))
+    assert found == {
+        name: pool.teacher[name] + sum(pool.swaps[number].amounts[name] for number in numbers) for name in found
+    }
+    assert found["params"] < pool.teacher["params"] == sum(one.numel() for one in teacher.parameters())
+
+
+def test_of_candidates_that_come_to_the_same_the_first_is_taken() -> None:
+    both = "search.candidates=[{recipe: thin, ratio: 0.5},{recipe: thin, ratio: 0.51},{recipe: thin, ratio: 0.25}]"
+    _, pool = pool_of("search.budget.params=0.9", "student.align=16", candidates=both)
+    labels = {swap.candidate.label for swap in pool.swaps if swap.block == 9}
+    assert labels == {"thin ratio=0.5", "thin ratio=0.25"}
+
+
+def test_the_default_pool_has_something_of_every_kind() -> None:
+    _, pool = pool_of("search.budget.params=0.5", "student.align=8", candidates="search.candidates=[]")
+    kinds = {swap.candidate.name for swap in pool.swaps}
+    assert kinds == {"skip", "separable", "lowrank", "thin", "halved", "one_conv"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["search.budget.params=0.01"], r"search\.budget\.params: got 0\.01; expected at least [0-9.]+ k: the least"),
+        (["search.budget.bytes=10kB"], r"search\.budget\.bytes: got '10kB'; expected at least [0-9.]+ kB"),
+        (["search.budget.params=1", "search.budget.flops=1"], r"search\.budget\.params: got 1; expected less than"),
+        (["search.budget.params=0.5", "blocks.include=[conv1]"], r"search\.candidates: .* makes a block cheaper"),
+        (["search.budget.params=0.5", "search.candidates=[{recipe: skip, blocks: la9}]"], r"\[0\]\.blocks: .*layer3"),
+        (["search.budget.params=0.5", "search.candidates=[{recipe: thin, rato: 0.5}]"], r"\[0\]\.rato: .*'ratio'"),
+        (["search.budget.params=0.5", "search.candidates=[{recipe: stream}]"], r"\[0\]\.recipe: got 'stream'"),
+        (["search.budget.params=0.5", "search.candidates=[{recipe: keep}]"], r"search\.candidates: .*cheaper"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_the_setting(settings: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        pool_of(*settings)
+
+
+def test_a_bundle_for_another_device_has_all_of_them() -> None:
+    teacher, pool = pool_of("search.budget.params=0.5")
+    config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", FEW, "search.budget.params=0.5"])
+    _, found = bundle._candidates(config, SHAPE, teacher)
+    assert [*found] == pool.blocks
+    assert [*found[7]] == ["skip in layer3.0", "separable rank=1 in layer3.0", "one_conv in layer3.0"]
+
+
+def test_ranks_have_runs_of_candidates_of_about_the_same_cost() -> None:
+    _, pool = pool_of("search.budget.params=0.5")
+    for ranks in (1, 2, 3, 40):
+        runs = shared_out(pool, ranks)
+        assert len(runs) == ranks
+        assert [number for run in runs for number in run] == list(range(len(pool.swaps)))
+    assert 0.3 < len(shared_out(pool, 2)[0]) / len(pool.swaps) < 0.5  # the first ones have more behind them
+
+
+def test_a_candidate_without_a_score_is_no_option_and_blocks_may_stay() -> None:
+    _, pool = pool_of("search.budget.params=0.5")
+    config = compose(["search.budget.params=0.5"])
+    scores = [Score(0.1, None if swap.candidate.label == "skip" else 0.01) for swap in pool.swaps]
+    problem = Problem.of(config, pool, scores)
+    (best,) = problem.best_few(1)
+    labels = problem.labels(best)
+    assert "skip" not in labels.values()
+    assert set(labels.values()) > {KEEP}
+    assert problem.predicted(best)["params"] <= 0.5 * pool.teacher["params"]
+    found = problem.with_more("params")
+    assert found is not None
+    assert found[1].loss < best.loss
