@@ -159,3 +159,7 @@ class Cache(Choice):
     off = "off"
     ram = "ram"
     disk = "disk"
+
+
+# What is written beside the student's weights.
+PROGRAMS = ("pt2", "onnx", "int8")

@@ -75,7 +75,10 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
         del found["data.exif_orientation"]  # what is no file of a picture has none
     if config.search.budget.latency is not None:  # which decides what is chosen
         found |= dict(
-            _by_path("deploy", {name: value for name, value in asdict(config.deploy).items() if name != "table"})
+            _by_path(
+                "deploy",
+                {name: value for name, value in asdict(config.deploy).items() if name not in ("table", "programs")},
+            )
         )
         found |= _table(config.deploy.table)
     if config.search.on:
@@ -193,7 +196,7 @@ def _by_path(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _tells_apart(path: str, value: Any) -> bool:
     if (path, value) in _NOT_IN_FINGERPRINT_AT:
         return False
-    return _is_decisive(path) or value in _COMPUTES_OTHERWISE.get(path, set[Any]())
+    return _is_decisive(path) or value in list(_COMPUTES_OTHERWISE.get(path, ()))
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from distill.config.choices import (
     BLOCK_LOSSES,
     OBJECTIVES,
+    PROGRAMS,
     RECIPES,
     Amp,
     AugmentName,
@@ -433,12 +434,20 @@ class DeployConfig:
     threads: int = setting(1, "CPU threads of a call; one is measured best, and several calls at once use the others")
     batch: int = setting(64, "images of a call by which candidates are compared; 1 is measured too, and 64")
     precision: Precision = setting(Precision.fp32, "precision in which it will run (docs/latency.md)")
+    programs: list[str] = setting(
+        list(PROGRAMS), f"programs to write beside the weights, of {', '.join(PROGRAMS)} (docs/deploy.md)"
+    )
     table: str | None = setting(
         None, "the table that measure.py of a bundle wrote on another device, in the place of measuring here"
     )
 
     def __post_init__(self) -> None:
         at_least("deploy", self, threads=1, batch=1)
+        for name in self.programs:
+            if name not in PROGRAMS:
+                raise ConfigError("deploy.programs", name, one_of(PROGRAMS, name))
+        if "int8" in self.programs and "onnx" not in self.programs:
+            raise ConfigError("deploy.programs", self.programs, "onnx too where int8 is asked for, which is made of it")
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.first_weights import relative_errors
+from distill.job.int8 import deliver_int8, tell_int8
 from distill.job.latency import delivered_latency, form_to_export
 from distill.job.reuse import TEACHER
 from distill.job.teacher import architecture_of
@@ -32,7 +33,7 @@ from distill.storage.ledger import Entry, Ledger
 from distill.storage.run_directory import RunDirectory
 from distill.student.evaluate import measure_network
 from distill.student.files import StudentCard, save_student
-from distill.student.programs import deliver_programs, deliver_teacher
+from distill.student.programs import NOT_WANTED, deliver_programs, deliver_teacher, not_wanted
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,15 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         save_student(run.path, student, card)
         exports = _export(context, dataset, teacher, student, card)
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
+        metrics["int8"] = deliver_int8(context, dataset, exports)
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
         if config.search.on:
             metrics["search"] = _search(run.result("search"), run.result("candidates"), metrics)
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
-        made += [export["file"] for export in exports.values() if export["status"] == "ok"]
+        written = [*exports.values(), *(metrics["int8"].get(side, {}) for side in ("teacher", "student"))]
+        made += [one["file"] for one in written if one.get("status") == "ok"]
         states = [name for name in STUDENTS if name in run.result("evaluate")]  # all: the choice may be another one now
         used = [TEACHER, *(f"{name}.safetensors" for name in states)]
         run.complete("deliver", {"student": "student.safetensors"}, made=made, used=used)
@@ -106,6 +109,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
                 "block %s %s: the student has its weights of step %d", block["name"], block["status"], block["steps"]
             )
     _tell_exports(context, metrics.get("exports", {}))
+    tell_int8(context, metrics)
     context.say(f"student: {run.path / 'student.safetensors'}")
     context.say(f"report:  {run.path / 'report.html'}")
 
@@ -114,9 +118,12 @@ def _export(
     context: Context, dataset: Dataset, teacher: nn.Module, student: nn.Module, card: StudentCard
 ) -> dict[str, dict[str, Any]]:
     """Write the programs of student and teacher; return what became of them."""
-    folder, images = context.run.path, _some_test_images(dataset)
+    folder, images, wanted = context.run.path, _some_test_images(dataset), context.config.deploy.programs
+    if "onnx" not in wanted:
+        exports = deliver_programs(folder, student, card, images, wanted=wanted)
+        return exports | {"teacher_onnx": not_wanted(folder, "teacher.onnx")}
     form, found = form_to_export(context.config, student, image_shape=dataset.image_shape)
-    exports = deliver_programs(folder, student, card, images, onnx_form=form)
+    exports = deliver_programs(folder, student, card, images, wanted=wanted, onnx_form=form)
     if exports["onnx"]["status"] == "ok":
         exports["onnx"] |= found
     return exports | {"teacher_onnx": deliver_teacher(folder, teacher, replace(card, blocks=[]), images)}
@@ -148,7 +155,7 @@ def _tell_exports(context: Context, exports: Mapping[str, Mapping[str, Any]]) ->
                 )
         elif record["status"] == "not installed":
             context.say(f"{record['file']}: not written; {record['reason']}")
-        else:
+        elif record["status"] != NOT_WANTED:
             log.warning("%s: not written; %s", record["file"], record["reason"])
 
 

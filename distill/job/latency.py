@@ -95,16 +95,17 @@ def delivered_latency(
 def _measured(runtime: Runtime, sources: list[Source], size: int, image_shape: tuple[int, ...]) -> dict[str, Any]:
     sample = torch.zeros(size, *image_shape)
     rounds = in_turn([runtime.start(source, sample) for source in sources])
-    return _facts(*(summary(seconds) for seconds in rounds))
+    return facts(*(summary(seconds) for seconds in rounds))
 
 
 def _looked_up(elsewhere: MeasuredElsewhere, sources: list[Source], size: int) -> dict[str, Any] | None:
     """Return what another device's table has on both networks, where it has them."""
     teacher, student = (piece_key(source.key, size) for source in sources)
     known = elsewhere.known(teacher), elsewhere.known(student)
-    return None if None in known else _facts(*known)  # type: ignore[arg-type]
+    return None if None in known else facts(*known)  # type: ignore[arg-type]
 
 
-def _facts(teacher: Timing, student: Timing) -> dict[str, Any]:
+def facts(teacher: Timing, student: Timing) -> dict[str, Any]:
+    """Return both timings and their ratio as JSON values."""
     ratio = student.median_ms / teacher.median_ms
     return {"teacher": asdict(teacher), "student": asdict(student), "ratio": ratio}

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ TOLERANCE = 1e-3  # largest difference of a logit in fp32 that rounding may expl
 RELATIVE = 1e-4  # or this share of the largest logit, where those are large
 BATCHES = (1, 7)  # tried besides the images as they come, because an exporter may fix the size it has seen
 ONNX_BYTES = 2**31 - 2**24  # of weights: protobuf ends at 2 GiB, and the graph needs room too
+NOT_WANTED = "not asked for"  # status of a program
 NOISY = ("torch", "onnxscript", "onnx_ir")  # loggers of the exporters
 
 Program = Callable[[Tensor], Tensor]
@@ -78,6 +79,7 @@ def deliver_programs(
     card: StudentCard,
     batches: Sequence[Tensor],
     *,
+    wanted: Collection[str] = ("pt2", "onnx"),
     onnx_form: nn.Module | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write student.pt2 and student.onnx into `folder`; return what became of each, for metrics.json.
@@ -85,15 +87,23 @@ def deliver_programs(
     `batches` are normalised images (B, 3, H, W), float32, on any device: both programs are compared on all of them
     with a CPU copy of the student. An entry has file, status (ok, failed, not installed), and what was measured as
     max_abs_difference, top1_agreement (percent) and images; reason where the status is not ok. A file of that name
-    from an earlier delivery is removed first, so that what lies there is what the record speaks of. `onnx_form` is a
-    network of the same function from which student.onnx is made.
+    from an earlier delivery is removed first, so that what lies there is what the record speaks of, also where it is
+    not `wanted` any more. `onnx_form` is a network of the same function from which student.onnx is made.
     """
     module, images, text = _on_cpu(student), _plain(batches), json.dumps(asdict(card))
     made_from = {"onnx": module if onnx_form is None else _on_cpu(onnx_form)}
     return {
         name: _deliver(folder, form, module, text, images, made_from=made_from.get(name, module))
+        if name in wanted
+        else not_wanted(folder, form.file)
         for name, form in FORMS.items()
     }
+
+
+def not_wanted(folder: Path, file: str) -> dict[str, Any]:
+    """Return the record of a program that is not asked for; one of an earlier delivery goes."""
+    (folder / file).unlink(missing_ok=True)
+    return {"file": file, "status": NOT_WANTED, "reason": "not in deploy.programs"}
 
 
 def deliver_teacher(folder: Path, teacher: nn.Module, card: StudentCard, batches: Sequence[Tensor]) -> dict[str, Any]:
@@ -138,7 +148,7 @@ def _deliver(
     except NotInstalledError as absent:
         return record | {"status": "not installed", "reason": str(absent)}
     except Exception as error:  # whatever an exporter raises must not cost the run
-        return record | {"status": "failed", "reason": _in_one_line(error)}
+        return record | {"status": "failed", "reason": in_one_line(error)}
     return record | {"status": "ok"}
 
 
@@ -223,7 +233,8 @@ def _onnx(module: nn.Module, sample: Tensor) -> Any:
     return proto
 
 
-def _load_onnx(content: bytes) -> Program:
+def load_onnx(content: bytes) -> Program:
+    """Return an ONNX program in ONNX Runtime, with as many threads as PyTorch has here."""
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # fatal: its errors come as exceptions as well
@@ -234,7 +245,7 @@ def _load_onnx(content: bytes) -> Program:
 
 FORMS = {
     "pt2": Form("student.pt2", (), _make_pt2, _load_pt2),
-    "onnx": Form("student.onnx", ("onnx", "onnxscript", "onnxruntime"), _make_onnx, _load_onnx),
+    "onnx": Form("student.onnx", ("onnx", "onnxscript", "onnxruntime"), _make_onnx, load_onnx),
 }
 
 
@@ -251,7 +262,8 @@ def _require(packages: Sequence[str]) -> None:
             raise NotInstalledError(f"{package} is missing: {install('onnx')}") from error
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Return what went wrong in an exporter or a runtime, for a record."""
     if isinstance(error, DistillError):
         return str(error)
     first = next(iter(str(error).strip().splitlines()), "no reason given")

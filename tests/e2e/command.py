@@ -20,6 +20,7 @@ SMALL = (
     "assemble.batchnorm_batches=2",
     "assemble.refit_images=64",
     "launch.threads_per_rank=1",
+    "deploy.programs=[]",  # to export them takes longer than all else
 )
 ONE_BLOCK = (  # after SMALL: long enough to be stopped in
     "blocks.include=[layer3.2]",
