@@ -77,7 +77,7 @@ def trace(model: nn.Module, sample: Tensor, output: Tensor) -> Trace:
     Raises UntraceableError if torch.fx cannot follow the network or would get another result.
     """
     root = share_tensors(model)
-    graph = _symbolic_graph(root)
+    graph = symbolic_graph(root)
     _remove_in_place(graph, root)
     read_at_hand(graph, root, sample)
     _settle(graph)
@@ -108,7 +108,7 @@ class _Tracer(fx.Tracer):
         return any(kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) for kind in kinds)
 
 
-def _symbolic_graph(root: nn.Module) -> fx.Graph:
+def symbolic_graph(root: nn.Module) -> fx.Graph:
     """Trace `root` as a function of its first argument; the others keep their defaults."""
     arguments = list(inspect.signature(root.forward).parameters.values())
     defaults = {a.name: a.default for a in arguments[1:] if a.default is not a.empty}

@@ -26,7 +26,9 @@ from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show_count
-from distill.profiling.statistics import InputStatistics, gather
+from distill.profiling.sketch import Sketch
+from distill.profiling.statistics import WIDEST, InputStatistics, bytes_for, gather
+from distill.recipes.heads import seen_heads
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.student.assemble import recalibrate
@@ -97,28 +99,44 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     start = time.monotonic()
     makers = _makers(blocks, context.world_size)
     own = [number for number, rank in makers.items() if rank == context.rank]
-    for number, error in _make_all(context, dataset, teacher, blocks, own):
-        context.control.set(f"{STAGE}/{number}", error)
+    for number, known in _make_all(context, dataset, teacher, blocks, own):
+        context.control.set(f"{STAGE}/{number}", known)
     if not context.leads:
         result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="first weights")
         return result
-    errors = {
+    told = {
         number: context.control.wait(f"{STAGE}/{number}", peer=rank, purpose="first weights")
         for number, rank in makers.items()
     }
+    errors = {number: one["relative_error"] for number, one in told.items()}
+    sketched = {path: share for one in told.values() for path, share in one["sketched"].items()}
     watched = sorted({path for number in makers for path in _wanted(blocks, number)})
     batches = context.config.student.statistics_batches
     seconds = time.monotonic() - start
-    result = {"relative_errors": errors, "layers": watched, "batches": batches, "seconds": seconds}
+    result = {
+        "relative_errors": errors,
+        "layers": watched,
+        "sketched": sketched,
+        "batches": batches,
+        "seconds": seconds,
+    }
     context.run.complete(STAGE, result, made=[first_file(number) for number in makers], used=[TEACHER])
     if watched:
         layers, over = show_count(len(watched), "layer"), show_count(batches, "batch")
-        context.say(f"statistics: of the inputs of {layers}, over {over}")
+        context.say(f"statistics: of the inputs of {layers}, over {over}{_of_wide(sketched)}")
     if unseen := [path for one in blocks.candidates.values() for path in one.recipe.unwatched(one.changes)]:
-        context.say(f"no statistics, weights alone: {', '.join(unseen)} (of inputs too wide, or padded in own code)")
+        context.say(f"no statistics, weights alone: {', '.join(unseen)} (of inputs padded in own code)")
     context.say(f"first weights of {show_count(len(makers), 'block')} in {seconds:.1f} s")
     context.control.set(f"result/{STAGE}", result)
     return result
+
+
+def _of_wide(sketched: Mapping[str, float]) -> str:
+    """Return in words how much of the variance is known where there are too many inputs for their covariance."""
+    if not sketched:
+        return ""
+    shares = ", ".join(f"{path} ({100 * share:.1f} % of its variance)" for path, share in sorted(sketched.items()))
+    return f"; where more than {WIDEST:,}, by their largest directions: {shares}"
 
 
 def take_first_weights(
@@ -145,7 +163,7 @@ def take_first_weights(
 
 def _makers(blocks: Blocks, world_size: int) -> dict[int, int]:
     """Return which rank makes which unit's: the costly ones first, each to the rank that has least."""
-    cost = {number: 1.0 + sum(width**2 for width in _widths(blocks, number)) for number in blocks.units}
+    cost = {number: 1.0 + sum(map(bytes_for, _widths(blocks, number))) for number in blocks.units}
     load, makers = [0.0] * world_size, {}
     for number in sorted(cost, key=lambda number: (-cost[number], number)):
         makers[number] = min(range(world_size), key=lambda rank: (load[rank], rank))
@@ -165,8 +183,9 @@ def _widths(blocks: Blocks, number: int) -> list[int]:
 
 def _make_all(
     context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, own: Sequence[int]
-) -> Iterator[tuple[int, float]]:
-    """Write the first weights of these units; yield their numbers and errors."""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Write the first weights of these units; yield their numbers, with their errors and how much of the variance
+    sketches hold."""
     held_out = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
     fitted = OnTheWay(blocks.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
     for numbers in _in_groups(blocks, own):
@@ -174,7 +193,14 @@ def _make_all(
         for number in numbers:
             module = made(context, blocks, number, statistics, fitted)
             write_bytes(context.run.path / first_file(number), save(contiguous(module.state_dict())))
-            yield number, error_of(blocks, number, module, held_out)
+            sketches = {path: seen for path in _wanted(blocks, number) if (seen := _sketch(statistics, path))}
+            shares = {path: seen.share for path, seen in sketches.items()}
+            yield number, {"relative_error": error_of(blocks, number, module, held_out), "sketched": shares}
+
+
+def _sketch(statistics: Statistics, path: str) -> Sketch | None:
+    seen = statistics[path].covariance if path in statistics else None
+    return seen if isinstance(seen, Sketch) else None
 
 
 def _in_groups(blocks: Blocks, own: Sequence[int]) -> Iterator[list[int]]:
@@ -182,7 +208,7 @@ def _in_groups(blocks: Blocks, own: Sequence[int]) -> Iterator[list[int]]:
     used, group = 0, 0
     groups: dict[int, int] = {}
     for number in own:
-        needed = 8 * sum(width**2 for width in _widths(blocks, number))
+        needed = sum(map(bytes_for, _widths(blocks, number)))
         if used and used + needed > AT_A_TIME:
             used, group = 0, group + 1
         used += needed
@@ -198,7 +224,9 @@ def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequ
     batches = context.config.student.statistics_batches
     layers = {path: teacher.get_submodule(path) for path in paths}
     norms = {path: module for path, module in teacher.named_modules() if isinstance(module, _BatchNorm)}
-    found = gather(layers, (dataset.train_batch(step).images for step in range(batches)), teacher.eval(), norms)
+    images = (dataset.train_batch(step).images for step in range(batches))
+    with seen_heads(teacher):
+        found = gather(layers, images, teacher.eval(), norms)
     return {path: one for path, one in found.items() if one.rows > 0}
 
 

@@ -24,6 +24,7 @@ from distill.job.first_weights import IMAGES, OnTheWay, gathered, made
 from distill.job.pool import Pool
 from distill.job.reuse import TEACHER, candidates_identity, take_candidates
 from distill.observability.numbers import show_count
+from distill.profiling.statistics import bytes_for
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.student.assemble import assemble
@@ -142,7 +143,7 @@ def _in_groups(pool: Pool, own: Sequence[int]) -> Iterator[list[int]]:
         module = pool.chain.block_module(block)
         paths = {path for number in found for path in _wanted(pool, number)}
         widths = [module.get_submodule(path).weight[0].numel() for path in paths]  # type: ignore[index]
-        needed = sum(8 * int(width) ** 2 for width in widths)
+        needed = sum(bytes_for(int(width)) for width in widths)
         if used and used + needed > AT_A_TIME:
             used, group = 0, group + 1
         used += needed

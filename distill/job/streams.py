@@ -15,6 +15,7 @@ from distill.job.context import Context
 from distill.job.first_weights import gathered
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show_count
+from distill.profiling.statistics import bytes_for
 from distill.recipes import Stream
 from distill.recipes.stream import choose_units, with_units
 
@@ -49,7 +50,7 @@ def _with_room(teacher: nn.Module, paths: list[str]) -> list[str]:
     """Return the first of these layers, as many as have room for their covariances."""
     used, found = 0, []
     for path in paths:
-        used += 8 * teacher.get_submodule(path).weight[0].numel() ** 2  # type: ignore[index]
+        used += bytes_for(teacher.get_submodule(path).weight[0].numel())  # type: ignore[index]
         if used <= AT_MOST:
             found.append(path)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,24 @@ def convolution_backward_flops(
 MENDED: Mapping[Any, Callable[..., int]] = {torch.ops.aten.convolution_backward: convolution_backward_flops}
 
 
+class _Counter(FlopCounterMode):
+    """Sees the operations of nn.MultiheadAttention and nn.TransformerEncoderLayer, which in eval mode are otherwise one
+    that no formula is for."""
+
+    def __enter__(self) -> Self:
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        torch.backends.mha.set_fastpath_enabled(self._fast)
+        return super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+
 def flop_counter() -> FlopCounterMode:
     """Return a context in which FLOPs are counted."""
-    return FlopCounterMode(display=False, custom_mapping=dict(MENDED))
+    return _Counter(display=False, custom_mapping=dict(MENDED))
 
 
 FORMULAS: Mapping[Any, Callable[..., int]] = flop_counter().flop_registry  # by operation, called with its arguments

@@ -65,13 +65,16 @@ def follow(modules: Sequence[nn.Module], x: Tensor) -> Followed:
     """
     walk = Walk()
     for module in modules:
-        x = walk.through(module if isinstance(module, fx.GraphModule) else _traced(module, x), x)
+        x = walk.through(traced(module, x), x)
     walk.end()
     return _grouped(walk)
 
 
 @torch.no_grad()
-def _traced(module: nn.Module, x: Tensor) -> fx.GraphModule:
+def traced(module: nn.Module, x: Tensor) -> fx.GraphModule:
+    """Return a block as the graph of its operations. Raises UntraceableError where it has none."""
+    if isinstance(module, fx.GraphModule):
+        return module
     output = module(x)
     if not isinstance(output, Tensor):
         raise UntraceableError(f"it gives a {type(output).__name__}")
@@ -101,20 +104,24 @@ def _grouped(walk: Walk) -> Followed:
 
 
 def _group(walk: Walk, root: Space, uses: Mapping[str, Sequence[Use]]) -> Group:
-    producers, passes, readers, zeros = ([use for use in found if use.run.space is root] for found in uses.values())
+    producers, passes, readers, zeros, heads = (
+        [use for use in found if use.run.space is root] for found in uses.values()
+    )
     ends = {use.node for use in producers}
     gates = [use for use in readers if _reads_one_row(walk, use.node) and not ends.isdisjoint(_behind(use.node))]
     consumers = [use for use in readers if use not in gates]
     return Group(
         root.units,
         root.units,
-        *(tuple(use.site for use in found) for found in (producers, passes, consumers, gates, zeros)),
+        *(tuple(use.site for use in found) for found in (producers, passes, consumers, gates, zeros, heads)),
     )
 
 
 def _reads_one_row(walk: Walk, reader: fx.Node) -> bool:
     """Whether a layer gets one value a channel and image."""
     (source,) = inputs_of(reader)
+    if source not in walk.channels:  # it reads what is inside it
+        return False
     shape = walk.shapes[source]
     return math.prod(shape) == shape[0] * shape[walk.channels[source].dim]
 

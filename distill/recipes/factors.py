@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.profiling.flops import module_flops
+from distill.profiling.sketch import Sketch
 from distill.recipes.least_squares import TINY, Flow, balanced, iterations_for, matrix, minimised, regressed
 from distill.recipes.plain import Layer
 from distill.recipes.recipe import Cost
@@ -146,12 +147,12 @@ def low_rank(kernel: Tensor, rank: int, flow: Flow | None = None) -> tuple[Tenso
     of R^T Y^T Y R give S^-1 Y R V and V^T R^-1.
     """
     scaled = kernel if flow is None else flow.scale[:, None] * kernel
-    if len(kernel) <= kernel.shape[1]:
+    if len(kernel) <= kernel.shape[1] or (flow is not None and isinstance(flow.covariance, Sketch)):
         gram = scaled @ scaled.T if flow is None else scaled @ flow.covariance @ scaled.T
         left = _largest(gram, rank)
         right = left.T @ scaled
     else:
-        root, inverse = (None, None) if flow is None else _roots(flow.covariance)
+        root, inverse = (None, None) if flow is None else _roots(flow.covariance)  # type: ignore[arg-type]
         seen = scaled if root is None else scaled @ root
         vectors = _largest(seen.T @ seen, rank)
         left = seen @ vectors
@@ -208,8 +209,12 @@ def _of_channels(flow: Flow, inputs: int, rows: int) -> Flow:
     """Return what is known of the input's channels, whatever the pixel of the kernel, for a kernel of so many rows."""
     taps = len(flow.mean) // inputs
     mean = flow.mean.reshape(inputs, taps).mean(1)
-    covariance = torch.einsum("ctdt->cd", flow.covariance.reshape(inputs, taps, inputs, taps)) / taps
-    return Flow(mean, covariance, torch.ones(rows, dtype=torch.float64))
+    if isinstance(flow.covariance, Sketch):
+        factors, rest = flow.covariance.factors.reshape(inputs, -1), flow.covariance.rest.reshape(inputs, taps).sum(1)
+        summed = factors @ factors.T + torch.diag(rest)
+    else:
+        summed = torch.einsum("ctdt->cd", flow.covariance.reshape(inputs, taps, inputs, taps))
+    return Flow(mean, summed / taps, torch.ones(rows, dtype=torch.float64))
 
 
 def _trivial(kernel: Tensor, form: str) -> list[Tensor]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from distill.blocks.tracing import module_stack
+from distill.recipes.heads import remove_heads
 from distill.recipes.zeros import remove_zeros
 
-ROLES = ("producers", "passes", "consumers", "gates", "zeros")
+ROLES = ("producers", "passes", "consumers", "gates", "zeros", "heads")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Group:
     every channel alone, convolutions in groups among them. `gates` read one value a channel and image, and scale the
     channels by what they make of it; `consumers` are all other layers that read them. `zeros` are modules that add them
     as zeros before others (where a site starts at an even number) or after them (odd): along the dimension half as far
-    from the last one."""
+    from the last one. `heads` are modules whose code has them as heads of attention."""
 
     units: int
     kept: int
@@ -47,6 +48,7 @@ class Group:
     consumers: tuple[Site, ...]
     gates: tuple[Site, ...]
     zeros: tuple[Site, ...] = ()
+    heads: tuple[Site, ...] = ()
 
     @property
     def step(self) -> int:
@@ -128,6 +130,9 @@ def take_away(network: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor
             fewer[site.start % 2] += site.each * (group.units - group.kept)
     for (path, dim), (before, after) in zeros.items():
         remove_zeros(network, path, dim, before, after)
+    for group in groups:
+        for site in group.heads:
+            remove_heads(network, site.path, group.kept, site.each)
 
 
 def others(total: int, chosen: Tensor) -> Tensor:

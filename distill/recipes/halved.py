@@ -51,7 +51,7 @@ class Halved(Recipe):
         inner, kept = self._inner.propose(view)
         inner = inner or {"groups": [], "statistics": []}
         outer, left = self._outer.propose(self._narrowed(view, inner))
-        changes = {"inner": inner, "outer": outer or {"layers": {}, "statistics": []}}
+        changes = {"inner": inner, "outer": outer or {"layers": {}}}
         return (changes if inner["groups"] or outer else None), kept | left
 
     def _narrowed(self, view: View, inner: Changes) -> View:
@@ -72,7 +72,7 @@ class Halved(Recipe):
     ) -> nn.Module:
         inner, outer, known = changes["inner"], changes["outer"], statistics or {}
         kept = self._inner.narrow(block, inner, generator, known)
-        seen = {path: left_of(known[path], block, path, kept) for path in outer["statistics"] if path in known}
+        seen = {path: left_of(known[path], block, path, kept) for path in outer["layers"] if path in known}
         return self._outer.student(block, outer, generator, seen)
 
     def install(self, network: nn.Module, changes: Changes) -> None:
@@ -86,8 +86,7 @@ class Halved(Recipe):
         return list(dict.fromkeys([*self._inner.wants(changes["inner"]), *self._outer.wants(changes["outer"])]))
 
     def unwatched(self, changes: Changes) -> list[str]:
-        parts = [*self._inner.unwatched(changes["inner"]), *self._outer.unwatched(changes["outer"])]
-        return list(dict.fromkeys(parts))
+        return self._inner.unwatched(changes["inner"])
 
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
         return self._outer.suits(network, first_layer=first_layer)

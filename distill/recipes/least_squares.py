@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distill.profiling.sketch import Sketch
 from distill.profiling.statistics import InputStatistics
 
 DAMPING = 1e-4  # of the mean variance: directions that few batches have shown are not taken for empty ones
 MOST_WORK = 4e10  # multiplications of one minimisation: a second or two; wide layers get fewer steps, or none
 TINY = 1e-12  # relative: below it a factor is rounding, and a variance is none
-WIDEST = 8192  # inputs of an output: their covariance is half a GiB; wider layers are seen by their weights alone
 LEAST_SCALE = 1e-3  # of the largest: a channel that the batch norm has switched off still has to have some weight
 
 
@@ -29,14 +29,13 @@ class Flow:
     (D) at which its outputs count."""
 
     mean: Tensor
-    covariance: Tensor
+    covariance: Tensor | Sketch
     scale: Tensor
 
     @classmethod
     def of(cls, statistics: InputStatistics, kernel: Tensor, norm: nn.Module | None) -> Flow:
         """Return what is known of the layer with the weight `kernel` (D, ...), with `norm` or nothing behind it."""
-        covariance = statistics.covariance.clone()
-        covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
+        covariance = raised(statistics.covariance, DAMPING * mean_variance(statistics.covariance))
         ones = torch.ones(len(kernel), dtype=torch.float64)
         return cls(statistics.mean, covariance, ones if norm is None else scale_of(norm))
 
@@ -44,6 +43,20 @@ class Flow:
         """Return the expected squared error of outputs whose kernel is off by `difference` (D, d)."""
         scaled = self.scale[:, None] * difference
         return ((scaled @ self.covariance) * scaled).sum()
+
+
+def mean_variance(covariance: Tensor | Sketch) -> Tensor:
+    """Return the mean of a covariance's diagonal."""
+    return (covariance.variances if isinstance(covariance, Sketch) else covariance.diagonal()).mean()
+
+
+def raised(covariance: Tensor | Sketch, variance: Tensor) -> Tensor | Sketch:
+    """Return a covariance with so much variance more in every direction."""
+    if isinstance(covariance, Sketch):
+        return covariance.raised(variance)
+    covariance = covariance.clone()
+    covariance.diagonal().add_(variance)
+    return covariance
 
 
 def matrix(kernel: Tensor) -> Tensor:

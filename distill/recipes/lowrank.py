@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.errors import ConfigError
 from distill.recipes.factors import (
@@ -20,7 +20,7 @@ from distill.recipes.factors import (
     ranks_of_ratio,
 )
 from distill.recipes.layers import LayerRecipe
-from distill.recipes.least_squares import WIDEST, Flow
+from distill.recipes.least_squares import Flow
 from distill.recipes.plain import Layer
 from distill.recipes.recipe import INIT, Changes, Kept, View, among, count, option, share
 from distill.recipes.replacement import Replacing
@@ -66,8 +66,7 @@ class LowRank(LayerRecipe):
     def changes(self, view: View, paths: tuple[str, ...]) -> Changes:
         ways = ways_of(view.module, paths, self)
         layers = {path: {"form": way.form, "ranks": list(way.ranks)} for path, way in ways.items()}  # type: ignore[attr-defined]
-        narrow = [path for path in paths if _width(view.module.get_submodule(path)) <= WIDEST]
-        return {"layers": layers, "statistics": narrow}
+        return {"layers": layers}
 
     def ways(self, changes: Changes) -> dict[str, Replacing]:
         return {
@@ -76,10 +75,7 @@ class LowRank(LayerRecipe):
         }
 
     def wants(self, changes: Changes) -> list[str]:
-        return list(changes["statistics"]) if self.init == "data" else []
-
-    def unwatched(self, changes: Changes) -> list[str]:
-        return [path for path in changes["layers"] if self.init == "data" and path not in changes["statistics"]]
+        return list(changes["layers"]) if self.init == "data" else []
 
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:
         fitting = [module for module in network.modules() if self.fits(module)]
@@ -121,12 +117,6 @@ class LowRank(LayerRecipe):
         self, replacement: nn.Module, layer: Layer, generator: torch.Generator, flow: Flow | None = None
     ) -> None:
         self.sized(layer).initialize(replacement, layer, generator, flow)
-
-
-def _width(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight[0].numel()
 
 
 def _others(view: View) -> Kept:

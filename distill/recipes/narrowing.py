@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, lost, paths_of, take_away
-from distill.recipes.least_squares import WIDEST
+from distill.recipes.heads import PROJECTIONS, open_attention
 from distill.recipes.recipe import INIT, Changes, Cost, Recipe, View, count, option, share
 from distill.recipes.widths import aligned
 
@@ -32,6 +33,10 @@ class Narrowing(Recipe):
 
     def cost(self, view: View, changes: Changes) -> Cost:
         groups, block, x = groups_of(changes), view.module.eval(), view.sample[:1]
+        if any(group.heads for group in groups):  # whose attention has costs of its own
+            block = copy.deepcopy(block)
+            self.install(block, changes)
+            return replace(view, module=block).cost
         before = view.cost
         params, flops = before.params, before.flops
         positions = _positions(block, x, paths_of(groups))
@@ -64,6 +69,7 @@ class Narrowing(Recipe):
     ) -> list[tuple[Group, Tensor]]:
         """Make a block its student(), in place; return the groups with the units that each has kept."""
         groups = groups_of(changes)
+        open_attention(block, _with_heads(groups))
         if generator is None or self.init == "random":
             kept = [torch.arange(group.kept) for group in groups]
         else:
@@ -75,10 +81,14 @@ class Narrowing(Recipe):
 
     def install(self, network: nn.Module, changes: Changes) -> None:
         groups = groups_of(changes)
+        open_attention(network, _with_heads(groups))
         take_away(network, groups, [torch.arange(group.kept) for group in groups])
 
     def paths(self, changes: Changes) -> list[str]:
-        return paths_of(groups_of(changes))
+        groups = groups_of(changes)
+        # What the teacher's has as one module may be layers in the student's.
+        whole = {f"{path}.{layer}": path for path in _with_heads(groups) for layer in PROJECTIONS}
+        return list(dict.fromkeys(whole.get(path, path) for path in paths_of(groups)))
 
     def wants(self, changes: Changes) -> list[str]:
         return list(changes["statistics"]) if self.init == "data" else []
@@ -106,6 +116,10 @@ def groups_of(changes: Changes) -> list[Group]:
     return [Group.from_json(values) for values in changes["groups"]]
 
 
+def _with_heads(groups: Sequence[Group]) -> list[str]:
+    return [site.path for group in groups for site in group.heads]
+
+
 def watchable(block: nn.Module, groups: Sequence[Group]) -> list[str]:
     """Return the layers whose inputs say which channels matter, as far as they can be looked at and worked with."""
     readers = dict.fromkeys(site.path for group in groups for site in group.inputs)
@@ -114,7 +128,7 @@ def watchable(block: nn.Module, groups: Sequence[Group]) -> list[str]:
         path
         for path, layer in layers.items()
         # Layers that pad in a forward() of their own see other inputs than those that they are given.
-        if type(layer).forward in {nn.Conv2d.forward, nn.Linear.forward} and layer.weight[0].numel() <= WIDEST  # type: ignore[index]
+        if type(layer).forward in {nn.Conv2d.forward, nn.Linear.forward}
     ]
 
 

@@ -150,8 +150,8 @@ class Recipe(ABC):
         return None, None
 
     def unwatched(self, changes: Changes) -> list[str]:
-        """Return the paths of modules of which statistics would be wanted that cannot be had: of inputs too wide, or
-        padded in a forward() of their own. Their first weights come from weights alone."""
+        """Return the paths of modules of which statistics would be wanted that cannot be had, since they pad inputs in
+        a forward() of their own. Their first weights come from weights alone."""
         return []
 
     def suits(self, network: nn.Module, *, first_layer: bool) -> bool:

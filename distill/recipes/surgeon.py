@@ -12,14 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill.recipes.least_squares import DAMPING
+from distill.profiling.sketch import Sketch
+from distill.recipes.least_squares import DAMPING, mean_variance
+from distill.recipes.wide_surgeon import WideReader, repaired_wide
 
 DELAYED = 256  # columns removed before the large matrices are brought up to date: one product for many thin ones
 
 
-def regularized(covariance: Tensor) -> Tensor:
+def regularized(covariance: Tensor | Sketch) -> Tensor | Sketch:
     """Return a covariance (d, d) that has an inverse; more is added to one that rounding has left without."""
-    damping = (DAMPING * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny ** 0.25)
+    damping = (DAMPING * mean_variance(covariance)).clamp_min(torch.finfo(torch.float64).tiny ** 0.25)
+    if isinstance(covariance, Sketch):
+        return covariance.raised(damping)
     identity = torch.eye(len(covariance), dtype=torch.float64)
     while int(torch.linalg.cholesky_ex(covariance + damping * identity).info) > 0:
         damping = 10 * damping
@@ -105,7 +109,13 @@ class Reader:
         self._start()
 
 
-def remaining(readers: Sequence[Reader], units: int, kept: int) -> Tensor:
+def reader(kernel_Dd: Tensor, covariance: Tensor | Sketch, columns_nm: Tensor, rest: Tensor) -> Reader | WideReader:
+    """Return the reader for a covariance of this kind."""
+    kind = WideReader if isinstance(covariance, Sketch) else Reader
+    return kind(kernel_Dd, covariance, columns_nm, rest)  # type: ignore[arg-type]
+
+
+def remaining(readers: Sequence[Reader | WideReader], units: int, kept: int) -> Tensor:
     """Return the numbers, in order, of the units that are left when the cheapest for all readers together has been
     removed until `kept` are; of several that cost the same the first goes."""
     alive = torch.ones(units, dtype=torch.bool)
@@ -118,8 +128,10 @@ def remaining(readers: Sequence[Reader], units: int, kept: int) -> Tensor:
     return alive.nonzero().flatten()
 
 
-def repaired(kernel_Dd: Tensor, covariance: Tensor, columns: Tensor) -> Tensor:
+def repaired(kernel_Dd: Tensor, covariance: Tensor | Sketch, columns: Tensor) -> Tensor:
     """Return the kernel (D, d) that has only these columns, the others zero, and whose outputs differ least."""
+    if isinstance(covariance, Sketch):
+        return repaired_wide(kernel_Dd, covariance, columns)
     left = covariance[columns]
     factor = torch.linalg.cholesky(left[:, columns])
     kernel = torch.zeros_like(kernel_Dd)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from distill.blocks.tracing import UntraceableError
 from distill.profiling.statistics import InputStatistics
-from distill.recipes.channels import inner_groups
+from distill.recipes.channels import inner_groups, traced
 from distill.recipes.group import Group
+from distill.recipes.heads import PROJECTIONS, closed_attention, opened
 from distill.recipes.narrowing import Narrowing, groups_of, watchable
 from distill.recipes.recipe import Changes, Kept, View
 from distill.recipes.soundness import sound
@@ -27,12 +28,17 @@ class Thin(Narrowing):
     def propose(self, view: View) -> tuple[Changes | None, Kept]:
         block, x = view.module.eval(), view.sample.float()
         try:
+            closed = closed_attention(traced(block, x))
+            heads = [path for path, reason in closed.items() if reason is None and path in view.changeable]
+            block = opened(block, heads)
+            changeable = view.changeable.union(f"{path}.{layer}" for path in heads for layer in PROJECTIONS)
             groups, kept = inner_groups(block, x)
         except UntraceableError as error:
             return None, {view.name: f"its channels cannot be followed: {str(error).partition(chr(10))[0]}"}
+        kept |= {path: reason for path, reason in closed.items() if reason is not None and path in view.changeable}
         narrower = []
         for group in map(self.narrowed, groups):
-            reason = _objection(group, view)
+            reason = _objection(group, block, changeable)
             if reason is None:
                 narrower.append(group)
             else:
@@ -49,9 +55,9 @@ class Thin(Narrowing):
         return choose(block, groups_of(changes), statistics)
 
 
-def _objection(group: Group, view: View) -> str | None:
-    layers = [path for path in group.paths if any(True for _ in view.module.get_submodule(path).parameters(False))]
-    if not view.changeable.issuperset(layers):
+def _objection(group: Group, block: nn.Module, changeable: frozenset[str]) -> str | None:
+    layers = [path for path in group.paths if any(True for _ in block.get_submodule(path).parameters(False))]
+    if not changeable.issuperset(layers):
         return "a layer that has its channels is to stay"
     if group.kept == group.units:
         return f"none of its {group.units * group.step} channels would go"

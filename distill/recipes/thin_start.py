@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from distill.profiling.sketch import Sketch
 from distill.profiling.statistics import InputStatistics
 from distill.recipes.group import Group, Site, others
 from distill.recipes.least_squares import Flow, keep_mean, norm_of, rebase
-from distill.recipes.surgeon import Reader, regularized, remaining, repaired
+from distill.recipes.surgeon import reader, regularized, remaining, repaired
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def repair(
     for path, places in lost.items():
         if _knows(statistics, block, path):
             covariance = regularized(statistics[path].covariance)
-            left = others(len(covariance), places)
+            left = others(len(statistics[path].mean), places)
             _put(block, path, repaired(_kernel(block, path), covariance, left), statistics[path])
     for path, places in gates.items():
         _close(block, path, places, statistics.get(path))
@@ -99,18 +100,18 @@ def _by_surgery(block: nn.Module, group: Group, statistics: Mapping[str, InputSt
     for path, covariance in covariances.items():
         sites = [site for site in group.consumers if site.path == path]
         reads[path] = torch.cat([columns(_layer(block, path).weight, site, every) for site in sites], 1)
-        rest = others(len(covariance), torch.cat([reads[path].flatten(), lost.columns[path]]))
+        rest = others(len(statistics[path].mean), torch.cat([reads[path].flatten(), lost.columns[path]]))
         kernel = _kernel(block, path)
         scale = Flow.of(statistics[path], kernel, norm_of(block, statistics[path])).scale.clone()
         scale[lost.outputs[path]] = 0.0
         seen = scale[:, None] * kernel
         # Over the deviation of its outputs: the loudest of several readers is not to decide alone.
         loudness = ((seen @ covariance) * seen).sum().clamp_min(torch.finfo(torch.float64).tiny) ** 0.25
-        readers.append(Reader(seen / loudness, covariance, reads[path], rest))
+        readers.append(reader(seen / loudness, covariance, reads[path], rest))
     kept = remaining(readers, group.units, group.kept)
     away = others(group.units, kept)
     for path, covariance in covariances.items():
-        left = others(len(covariance), torch.cat([reads[path][away].flatten(), lost.columns[path]]))
+        left = others(len(statistics[path].mean), torch.cat([reads[path][away].flatten(), lost.columns[path]]))
         _put(block, path, repaired(_kernel(block, path), covariance, left), statistics[path])
     for site in group.gates:
         lost_places = columns(_layer(block, site.path).weight, site, away).flatten()
@@ -152,7 +153,9 @@ def left_of(
     sites = [(site, others(group.units, units)) for group, units in kept for site in group.inputs if site.path == path]
     gone = [columns(_layer(block, path).weight, site, away).flatten() for site, away in sites]
     left = others(len(seen.mean), torch.cat([_nothing(), *gone]))
-    return replace(seen, mean=seen.mean[left], covariance=seen.covariance[left][:, left])
+    covariance = seen.covariance
+    inner = covariance.within(left) if isinstance(covariance, Sketch) else covariance[left][:, left]
+    return replace(seen, mean=seen.mean[left], covariance=inner)
 
 
 def _layer(block: nn.Module, path: str) -> nn.Conv2d | nn.Linear:

@@ -6,6 +6,7 @@ Knows layers and operations, but no networks. What it does not know keeps the ch
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from distill.recipes.group import Site
+from distill.recipes.heads import PROJECTIONS, Core, SelfAttention, cores, operation
 from distill.recipes.odd_layers import odd_layers
 from distill.recipes.spaces import Channels, MismatchError, Run, Space
 from distill.recipes.zeros import is_padding, padder
@@ -89,8 +91,10 @@ class Walk:
         self._several: set[fx.Node] = set()
         self.channels: dict[fx.Node, Channels] = {}
         self._stays: dict[fx.Node, str] = {}
-        self.uses: dict[str, list[Use]] = {role: [] for role in ("producers", "passes", "readers", "zeros")}
+        self.uses: dict[str, list[Use]] = {role: [] for role in ("producers", "passes", "readers", "zeros", "heads")}
         self._odd: dict[str, str] = {}
+        self._merging: dict[fx.Node, Core] = {}
+        self._inside: set[fx.Node] = set()
         self.between: list[Channels | str] = [EDGE]  # what passes between graphs, or why that is not spoken of
 
     @torch.no_grad()
@@ -98,6 +102,9 @@ class Walk:
         """Go through the next graph; return what it gives for `x`."""
         self._module = module
         self._odd |= odd_layers(module)
+        found = cores(module.graph)
+        self._merging = {core.merge: core for core in found}
+        self._inside = set[fx.Node]().union(*(core.inside for core in found))
         result: Tensor = _Shapes(module, self.shapes, self._several).run(x)
         for node in module.graph.nodes:
             self._visit(node)
@@ -110,8 +117,10 @@ class Walk:
 
     def _visit(self, node: fx.Node) -> None:
         """Write down what an operation makes of channels, or why they stay."""
+        if node in self._inside:
+            return
         try:
-            channels = self._of(node)
+            channels = self._of_heads(self._merging[node]) if node in self._merging else self._of(node)
         except MismatchError as mismatch:
             self._pin(node, str(mismatch))
             self._stays[node] = str(mismatch)
@@ -144,7 +153,7 @@ class Walk:
         if not any(source in self.channels for source in inputs_of(node)):
             return None
         if node in self._several:
-            raise MismatchError(f"its channels meet in {_name(node)}()")
+            raise MismatchError(f"its channels meet in {operation(node)}()")
         # A size is the same number whatever it is read from: what is made of it counts.
         return self._function(node) if node in self.shapes else None
 
@@ -166,6 +175,9 @@ class Walk:
         given = known[0] if known else None
         if known and len(inputs_of(node)) > 1:
             raise MismatchError(f"its channels meet others in a {type(layer).__name__}")
+        if isinstance(layer, SelfAttention):
+            self._opened(node, layer, given)
+            return None
         if isinstance(layer, nn.Conv2d | nn.Linear):
             grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
             return self._grouped(node, layer, given) if grouped else self._dense(node, layer, given)
@@ -180,6 +192,31 @@ class Walk:
         if isinstance(layer, SPATIAL_LAYERS):
             return self._spatial(node, given)
         raise MismatchError(f"its channels meet in a {type(layer).__name__}")
+
+    def _of_heads(self, core: Core) -> Channels:
+        """Every head is a unit: of queries, keys and values, which layers make, and of what it gives."""
+        shapes = {self.shapes[given] for given in core.attend.all_input_nodes}
+        *_, heads, _, size = shapes.pop()
+        given = (Run(Space(heads), size),)
+        for node, parts in Counter(core.sources).items():
+            made = self.channels.get(node) or Channels(0, ())
+            if shapes or sum(run.width for run in made.runs) != parts * heads * size:
+                made.pin("its heads are not of one kind")
+                raise MismatchError("its heads are not of one kind")
+            made.join(Channels(made.dim, given * parts))
+        self.uses["heads"].append(Use(core.merge, 0, given[0], core.path))
+        return Channels(len(self.shapes[core.merge]) - 1, given)
+
+    def _opened(self, node: fx.Node, attention: SelfAttention, given: Channels | None) -> None:
+        """The same where the layers are inside."""
+        if given is not None:
+            given.pin("its channels meet in attention")
+        width = attention.out_proj.in_features
+        run = Run(Space(attention.heads), width // attention.heads)
+        for start in (0, width, 2 * width):
+            self.uses["producers"].append(Use(node, start, run, f"{node.target}.{PROJECTIONS[0]}"))
+        self.uses["readers"].append(Use(node, 0, run, f"{node.target}.{PROJECTIONS[1]}"))
+        self.uses["heads"].append(Use(node, 0, run, str(node.target)))
 
     def _dense(self, node: fx.Node, layer: nn.Module, given: Channels | None) -> Channels:
         dim = 1 if isinstance(layer, nn.Conv2d) else len(self.shapes[node]) - 1
@@ -209,7 +246,7 @@ class Walk:
         return made
 
     def _function(self, node: fx.Node) -> Channels:
-        name = _name(node)
+        name = operation(node)
         if name in POINTWISE:
             return self._pointwise(node)
         if name in CONCATENATING:
@@ -320,10 +357,6 @@ class Walk:
 
 def _is_one_slope(layer: nn.Module) -> bool:
     return isinstance(layer, nn.PReLU) and layer.num_parameters == 1
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:

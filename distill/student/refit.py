@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from distill.blocks.chain import Chain
-from distill.profiling.statistics import rows_of
+from distill.profiling.statistics import WIDEST, rows_of
 from distill.recipes.least_squares import matrix, scale_of
 
 RIDGE = 1e-3  # of the features' mean variance
@@ -105,7 +105,9 @@ def _sites(student: nn.Module, teacher: nn.Module, pair: Pair, paths: Sequence[s
     for path in paths:
         part, twin = student.get_submodule(path), _submodule(teacher, path)
         layer = mine.ending(part)
-        if layer is None or not isinstance(twin, nn.Conv2d | nn.Linear) or twin not in wanted.outputs:
+        if layer is None or _is_wide(layer):
+            continue
+        if not isinstance(twin, nn.Conv2d | nn.Linear) or twin not in wanted.outputs:
             continue
         if mine.outputs[layer].shape == wanted.outputs[twin].shape:
             sites.append(Site(layer, mine.behind.get(layer), wanted.behind.get(twin, twin)))
@@ -131,7 +133,12 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 def _is_fitted(layer: nn.Module, watched: _Watched) -> bool:
     dense = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    return dense and sum(other is layer for other in watched.order) == 1
+    return dense and not _is_wide(layer) and sum(other is layer for other in watched.order) == 1
+
+
+def _is_wide(layer: nn.Module) -> bool:
+    """Whether a layer has more inputs than images could say anything about, in products that have no room."""
+    return layer.weight[0].numel() > WIDEST  # type: ignore[index]
 
 
 @dataclass

@@ -6,17 +6,20 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from distill.blocks.chain import Chain
 from distill.blocks.cut import Granularity, cut
 from distill.errors import ConfigError
 from distill.profiling.flops import module_flops
-from distill.recipes import RECIPES, Changes, Recipe, Stream, View
+from distill.recipes import RECIPES, Changes, Halved, Recipe, Stream, Thin, View
 from distill.recipes.stream import find_streams
 from distill.student.assemble import assemble, in_a_row, recalibrate
 from distill.student.files import StudentCard
@@ -52,22 +55,43 @@ CHANGING = [
 ]
 
 
-def network() -> nn.Module:
-    return build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
+RESNET, *VITS = NETWORKS = {
+    "ResNet-20": lambda: build_architecture(source="cifar", name="cifar_resnet20", num_classes=10),
+    "ViT of timm": lambda: timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10
+    ),
+    "ViT of torchvision": lambda: torchvision.models.VisionTransformer(16, 8, 4, 4, 32, 64, num_classes=10),
+}
+# Every recipe, and heads of attention with those that take these away.
+CASES = [(recipe, RESNET) for recipe in CHANGING] + [(recipe, name) for name in VITS for recipe in (Thin(), Halved())]
 
 
-def teacher() -> nn.Module:
+def teacher(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return network().eval()
+    network = NETWORKS[name]().eval()
+    for parameter in network.parameters():  # a ViT's head of zeros would say nothing
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return network
 
 
-@pytest.fixture(scope="module")
-def chain() -> Chain:
-    return cut(teacher(), IMAGES, granularity=Granularity.residual)
+@pytest.fixture
+def name() -> str:
+    return RESNET
+
+
+@pytest.fixture
+def chain(name: str) -> Chain:
+    return chain_of(name)
+
+
+@cache
+def chain_of(name: str) -> Chain:
+    return cut(teacher(name), IMAGES, granularity=Granularity.residual)
 
 
 def views(chain: Chain, indices: Iterable[int] = (2, 4)) -> Iterator[tuple[int, View]]:
-    """Two blocks: one that keeps shapes, and one with a stride."""
+    """Two blocks: one that keeps shapes, and one with a stride (or, in ViTs, another and the norm behind it)."""
     for block in map(chain.blocks.__getitem__, indices):
         yield (
             block.index,
@@ -109,7 +133,7 @@ def test_keep_changes_nothing(chain: Chain) -> None:
     assert [KEEP.propose(view) for _, view in views(chain)] == [(None, {})] * 2
 
 
-@pytest.mark.parametrize("recipe", CHANGING, ids=str)
+@pytest.mark.parametrize(("recipe", "name"), CASES, ids=str)
 class TestEveryChange:
     def test_something_is_changed_and_nothing_that_must_stay(self, recipe: Recipe, chain: Chain) -> None:
         assert proposed(recipe, chain)
@@ -146,15 +170,15 @@ class TestEveryChange:
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
     def test_the_network_is_its_blocks_in_a_row_and_is_rebuilt_without_the_teacher_s_weights(
-        self, recipe: Recipe, chain: Chain
+        self, recipe: Recipe, name: str, chain: Chain
     ) -> None:
         changed = {index: changes for index, _, changes in proposed(recipe, chain)}
         generator = torch.Generator().manual_seed(0)
         modules = {k: recipe.student(chain.block_module(k), changes, generator) for k, changes in changed.items()}
         weights = [module.state_dict() for module in modules.values()]
-        student = assemble(teacher(), changed=[(recipe, changes) for changes in changed.values()], blocks=weights)
+        student = assemble(teacher(name), changed=[(recipe, changes) for changes in changed.values()], blocks=weights)
         assert in_a_row(student, chain, modules, IMAGES)
-        again = network()
+        again = NETWORKS[name]()
         for changes in changed.values():
             recipe.install(again, changes)
             assert recipe.paths(changes)
@@ -163,9 +187,11 @@ class TestEveryChange:
         assert torch.equal(again.eval()(IMAGES), student.eval()(IMAGES))
 
 
-@pytest.mark.parametrize("recipe", matrix({type(recipe): recipe for recipe in CHANGING}.values()), ids=str)
-def test_its_students_are_delivered_in_every_format(recipe: Recipe, chain: Chain, tmp_path: Path) -> None:
-    student = teacher()
+@pytest.mark.parametrize(
+    ("recipe", "name"), matrix({(type(recipe), name): (recipe, name) for recipe, name in CASES}.values()), ids=str
+)
+def test_its_students_are_delivered_in_every_format(recipe: Recipe, name: str, chain: Chain, tmp_path: Path) -> None:
+    student = teacher(name)
     for _, _, changes in proposed(recipe, chain):
         recipe.install(student, changes)
     recalibrate(student, [torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))])

@@ -282,15 +282,11 @@ class TestPropose:
         assert said.flops == module_flops(student, TOKENS[:1])
         assert said.params == sum(parameter.numel() for parameter in student.parameters())
 
-    def test_statistics_are_asked_for_where_they_can_be_used(self) -> None:
-        torch.manual_seed(SEED)
-        wide = view(nn.Sequential(nn.Linear(8200, 32), nn.ReLU(), nn.Linear(32, 64)), torch.randn(2, 8200))
-        changes, _ = LowRank().propose(wide)
+    def test_statistics_are_asked_for_where_they_are_used(self) -> None:
+        changes, _ = LowRank().propose(view(encoder(), TOKENS))
         assert changes is not None
-        assert list(changes["layers"]) == ["0", "2"]
-        assert LowRank().wants(changes) == ["2"], "a covariance of 8,200 x 8,200 numbers is too much"
-        assert LowRank().unwatched(changes) == ["0"]
-        assert LowRank(init="teacher").wants(changes) == LowRank(init="teacher").unwatched(changes) == []
+        assert LowRank().wants(changes) == list(changes["layers"])
+        assert LowRank(init="teacher").wants(changes) == LowRank(init="random").wants(changes) == []
 
     def test_networks_with_something_besides_the_first_layer_suit_it(self) -> None:
         first = nn.Conv2d(3, 8, 3)
