@@ -76,11 +76,10 @@ def _groups(config: JobConfig, run: Path) -> Iterator[Group]:
         teacher = build_teacher(config, dataset, CPU)
         blocks = cut_blocks(config, dataset.image_shape, teacher, CPU)
     table = LatencyTable(blocks.chain, teacher, runtime, batch=deploy.batch)
+    yield Group(deploy.batch, [(piece.what, piece.source) for piece in table.calibration()])
     files = [(name, run / name) for name in FILES.values() if (run / name).exists()]
     pieces = [(name, runtime.source_of(read_bytes(path))) for name, path in files]
-    if len(pieces) < len(FILES):
-        pieces = [("teacher", source) for source in table.whole(teacher)]
-    for batch in sorted({*BATCHES, deploy.batch}):
+    for batch in sorted({*BATCHES, deploy.batch}) if len(pieces) == len(FILES) else []:
         yield Group(batch, pieces)
     for place, (name, candidate) in candidates_of(blocks).items():
         base, chains = table.chains(place, {name: candidate})
