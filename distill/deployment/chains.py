@@ -19,7 +19,7 @@ from distill.blocks.chain import Chain
 from distill.deployment.forms import forms_of
 from distill.deployment.measure import LIMIT_S, Timing
 from distill.deployment.runtimes import Runtime, Source
-from distill.deployment.stopwatch import Stopwatch
+from distill.deployment.stopwatch import Piece, Stopwatch
 from distill.deployment.tables import KeptHere, Timings
 
 Place = int | tuple[int, int]  # a block by its index; or blocks in a row, from the first to one behind the last
@@ -58,6 +58,7 @@ class LatencyTable:
         self.runtime, self.batch = runtime, batch
         self._chain, self._teacher = chain, teacher
         kept = KeptHere(runtime.environment) if timings is None else timings
+        self._calibrated = False
         self._stopwatch = Stopwatch(runtime=runtime, timings=kept, limit_s=limit_s)
 
     def difference(self, place: Place, candidate: nn.Module) -> Timing:
@@ -68,7 +69,9 @@ class LatencyTable:
     def differences(self, place: Place, candidates: Mapping[str, nn.Module]) -> dict[str, Timing]:
         """difference() of several candidates for one place, by name: those not known yet are timed in turn."""
         base, chains = self.chains(place, candidates)
-        found = self._stopwatch.differences(base, chains, self._sample(self._outer(place)[0]))
+        sample = self._sample(self._outer(place)[0])
+        self._calibrate(Piece(base, sample, f"block {place}"))
+        found = self._stopwatch.differences(base, chains, sample)
         return {name: min(forms, key=lambda one: one.median_ms) for name, forms in found.items()}
 
     def chains(self, place: Place, candidates: Mapping[str, nn.Module]) -> tuple[Source, dict[str, list[Source]]]:
@@ -91,8 +94,11 @@ class LatencyTable:
     @cached_property
     def teacher(self) -> Timing:
         """Milliseconds of the whole teacher."""
-        (source,) = self.whole(self._teacher)
-        return self._stopwatch.alone(source, self._sample(0), "the teacher")
+        return self._stopwatch.alone(self._whole_teacher)
+
+    @cached_property
+    def _whole_teacher(self) -> Piece:
+        return Piece(self.whole(self._teacher)[0], self._sample(0), "the teacher")
 
     def predict(self, choices: Mapping[Place, nn.Module]) -> float:
         """Return the milliseconds that the teacher would take with these candidates in its blocks' places."""
@@ -105,13 +111,37 @@ class LatencyTable:
     def measured(self, student: nn.Module) -> float:
         """Return the milliseconds of a whole network, measured beside the teacher, whose own drift since it was timed
         first is taken out."""
-        (base,) = self.whole(self._teacher)
-        found = self._stopwatch.differences(base, {"the student": self.whole(student)}, self._sample(0))
+        base, sample = self._whole_teacher.source, self._whole_teacher.sample
+        found = self._stopwatch.differences(base, {"the student": self.whole(student)}, sample)
         return self.teacher.median_ms + min(one.median_ms for one in found["the student"])
 
     def whole(self, network: nn.Module) -> list[Source]:
         """Return the programs of a whole network, one for every form."""
         return [self.runtime.whole(form, self._sample(0)) for form in forms_of(network)]
+
+    def calibration(self) -> list[Piece]:
+        """Return what is timed in the same rounds before any candidate, for all to be in the same milliseconds: the
+        teacher, and each of its blocks between its neighbours."""
+        places = [(block.index, f"block {block.name}") for block in self._chain.blocks if self._runs_alone(block.index)]
+        pieces = [Piece(self.chains(at, {})[0], self._sample(self._outer(at)[0]), what) for at, what in places]
+        return [self._whole_teacher, *pieces]
+
+    def _calibrate(self, base: Piece) -> None:
+        """Have the chain of the teacher's own blocks in the teacher's milliseconds."""
+        if not self._calibrated:
+            self._stopwatch.calibrate(*self.calibration())
+            self._calibrated = True
+        self._stopwatch.calibrate(self._whole_teacher, base)
+
+    def _runs_alone(self, block: int) -> bool:
+        """Whether a block can be taken out of the network: not what lies between listed modules."""
+        if self._chain.divisible:
+            return True
+        try:
+            self._chain.block_module(block)
+        except NotImplementedError:
+            return False
+        return True
 
     def _outer(self, place: Place) -> tuple[int, int]:
         """Return where a chain begins and ends: a block further at both sides, where blocks follow one another."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from distill.blocks.chain import copied
 from distill.deployment.graphs import NotExportableError
-from distill.deployment.stopwatch import Stopwatch
+from distill.deployment.stopwatch import Piece, Stopwatch
 from distill.recipes.separable import SeparableConv2d
 
 REPEATED, BRANCHES = "repeated input", "sum of branches"  # of separable convolutions with several filters a channel
@@ -51,7 +51,7 @@ def faster_form(
         repeated, branches = (stopwatch.runtime.whole(form, sample) for form in forms)
     except NotExportableError:
         return network, {}
-    before = stopwatch.alone(repeated, sample, REPEATED).median_ms
+    before = stopwatch.alone(Piece(repeated, sample, REPEATED)).median_ms
     (longer,) = stopwatch.differences(repeated, {BRANCHES: [branches]}, sample)[BRANCHES]
     faster = longer.median_ms < 0
     found = {REPEATED: before, BRANCHES: before + longer.median_ms}

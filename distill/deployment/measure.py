@@ -64,10 +64,11 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(1000 * median, 1000 * low, 1000 * high, 1000 * error, len(seconds))
 
 
-def over(seconds: Sequence[float], base: Sequence[float]) -> Timing:
-    """Return by how much a program takes longer than another that ran in the same rounds: a slow moment of the machine
-    falls on both."""
-    return summary([own - other for own, other in zip(seconds, base, strict=True)])
+def beside(seconds: Sequence[float], base: Sequence[float], base_ms: float) -> tuple[Timing, Timing]:
+    """Return the timing of a program, and of by how much it takes longer than another one that ran in the same rounds
+    and is known to take `base_ms`: what slows the machine down for a while, or for this hour, slows both down."""
+    scaled = [own / other * base_ms / 1000 for own, other in zip(seconds, base, strict=True)]
+    return summary(scaled), summary([own - base_ms / 1000 for own in scaled])
 
 
 def piece_key(key: str, batch: int) -> str:
@@ -218,9 +219,11 @@ def measure_bundle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         calls = [opened((folder / p["file"]).read_bytes(), batch=group["batch"], **how) for p in group["pieces"]]
         rounds = in_turn(calls, limit_s=options.seconds)
         keys = [piece_key(piece["key"], group["batch"]) for piece in group["pieces"]]
-        timings.update({key: asdict(summary(own)) for key, own in zip(keys, rounds, strict=True)})
+        base = timings.setdefault(keys[0], asdict(summary(rounds[0])))
         for key, own in zip(keys[1:], rounds[1:], strict=True):
-            timings[difference_key(key, keys[0])] = asdict(over(own, rounds[0]))
+            alone, difference = map(asdict, beside(own, rounds[0], base["median_ms"]))
+            timings.setdefault(key, alone)
+            timings[difference_key(key, keys[0])] = difference
         sys.stdout.write(f"group {number} of {len(bundle['groups'])}, batch {group['batch']}\n")
         sys.stdout.write(lines(names, [summary(own) for own in rounds]))
         sys.stdout.flush()

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distill.deployment.measure import LIMIT_S, Timing, difference_key, in_turn, over, piece_key, summary
+from distill.deployment.measure import LIMIT_S, Timing, beside, difference_key, in_turn, piece_key, summary
 from distill.deployment.runtimes import Runtime, Source
 from distill.deployment.tables import Timings
 
 SAME = Timing(0.0, 0.0, 0.0, 0.0, 0)  # the difference of what computes the same
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A program, a batch for it, and what it is in words."""
+
+    source: Source
+    sample: Tensor
+    what: str
+
+    @property
+    def key(self) -> str:
+        """What its timing is kept under."""
+        return piece_key(self.source.key, len(self.sample))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +36,21 @@ class Stopwatch:
     timings: Timings
     limit_s: float = LIMIT_S
 
-    def alone(self, source: Source, sample: Tensor, what: str) -> Timing:
-        """Return the milliseconds of a program on a batch like `sample`; `what` it is, in words."""
-        key = piece_key(source.key, len(sample))
-        if self.timings.get(key, what) is None:
-            self._time([source], sample)
-        found = self.timings.get(key, what)
-        assert found is not None, key
+    def alone(self, piece: Piece) -> Timing:
+        """Return the milliseconds of a program."""
+        found = self.timings.get(piece.key, piece.what)
+        if found is None:
+            (seconds,) = in_turn([self.runtime.start(piece.source, piece.sample)], limit_s=self.limit_s)
+            self.timings.put(piece.key, found := summary(seconds))
         return found
+
+    def calibrate(self, base: Piece, *others: Piece) -> None:
+        """Time programs in the same rounds as `base`, so that all are known in its milliseconds, whenever each is timed
+        again beside others."""
+        unknown = {one.source.key: one for one in others if self.timings.get(one.key, one.what) is None}
+        unknown.pop(base.source.key, None)
+        if unknown:
+            self._time(base, [*unknown.values()])
 
     def differences(
         self, base: Source, sources: Mapping[str, Sequence[Source]], sample: Tensor
@@ -43,15 +64,20 @@ class Stopwatch:
 
         unknown = {one.key: one for what, several in sources.items() for one in several if known(one, what) is None}
         if unknown:
-            self._time([base, *unknown.values()], sample)
+            self._time(Piece(base, sample, "base"), [Piece(one, sample, one.key) for one in unknown.values()])
         found = {what: [known(one, what) for one in several] for what, several in sources.items()}
         return {what: [one for one in several if one is not None] for what, several in found.items()}
 
-    def _time(self, sources: Sequence[Source], sample: Tensor) -> None:
+    def _time(self, base: Piece, others: Sequence[Piece]) -> None:
         """Time programs in turn, and keep how long each takes and by how much it takes longer than the first."""
-        rounds = in_turn([self.runtime.start(source, sample) for source in sources], limit_s=self.limit_s)
-        keys = [piece_key(source.key, len(sample)) for source in sources]
-        for key, seconds in zip(keys, rounds, strict=True):
-            self.timings.put(key, summary(seconds))
-        for key, seconds in zip(keys[1:], rounds[1:], strict=True):
-            self.timings.put(difference_key(key, keys[0]), over(seconds, rounds[0]))
+        known = self.timings.get(base.key, base.what)
+        own, *rest = in_turn(
+            [self.runtime.start(one.source, one.sample) for one in (base, *others)], limit_s=self.limit_s
+        )
+        if known is None:
+            self.timings.put(base.key, known := summary(own))
+        for one, seconds in zip(others, rest, strict=True):
+            alone, difference = beside(seconds, own, known.median_ms)
+            if self.timings.get(one.key, one.what) is None:
+                self.timings.put(one.key, alone)
+            self.timings.put(difference_key(one.key, base.key), difference)

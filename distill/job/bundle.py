@@ -78,11 +78,10 @@ def _groups(config: JobConfig, run: Path) -> Iterator[Group]:
         teacher = build_teacher(config, dataset, CPU)
         chain, candidates = _candidates(config, dataset.image_shape, teacher)
     table = LatencyTable(chain, teacher, runtime, batch=deploy.batch)
+    yield Group(deploy.batch, [(piece.what, piece.source) for piece in table.calibration()])
     files = [(name, run / name) for name in FILES.values() if (run / name).exists()]
     pieces = [(name, runtime.source_of(read_bytes(path))) for name, path in files]
-    if len(pieces) < len(FILES):
-        pieces = [("teacher", source) for source in table.whole(teacher)]
-    for batch in sorted({*BATCHES, deploy.batch}):
+    for batch in sorted({*BATCHES, deploy.batch}) if len(pieces) == len(FILES) else []:
         yield Group(batch, pieces)
     for place, modules in candidates.items():
         base, chains = table.chains(place, modules)

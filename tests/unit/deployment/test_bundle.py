@@ -32,12 +32,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
     """A bundle of a network of two blocks with a narrow one for each."""
     folder = tmp_path_factory.mktemp("bundle")
     places = table(runtime)
-    whole = places.whole(Network(64, 64).eval())
-    groups = [Group(batch, [("teacher", *whole)]) for batch in (1, 4)]
+    calibration = [(piece.what, piece.source) for piece in places.calibration()]
+    groups = [Group(4, calibration), Group(1, calibration[:1])]
     for place in (1, 2, 1):
         base, chains = places.chains(place, {"narrow": Block(8)})
         groups.append(Group(4, [("own", base), ("narrow", *chains["narrow"])]))
-    assert write_bundle(folder, groups, runtime) == 5, "what comes again is there once"
+    assert write_bundle(folder, groups, runtime) == 7, "what comes again is there once"
     return folder
 
 

@@ -102,6 +102,10 @@ class TestNothingIsTimedTwice:
     ) -> None:
         runtime = Counting()
         places = table(chain, teacher, tmp_path, runtime)
+        places.differences(2, {})
+        chains = ["+".join(["16"] * length) for length in (7, 3, 5, 6, 4, 2)]
+        assert runtime.started == chains, "the teacher, and its own chains in the same rounds"
+        runtime.started.clear()
         found = places.differences(2, {"a": Block(8), "b": Block(4)})
         assert runtime.started == ["16+16+16+16+16+16", "16+16+8+16+16+16", "16+16+4+16+16+16"]
         again = table(chain, teacher, tmp_path, runtime)
@@ -123,7 +127,7 @@ class TestNothingIsTimedTwice:
         self, chain: Chain, teacher: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         expected = table(chain, teacher, tmp_path).difference(2, Block(8))
-        (kept,) = tmp_path.rglob("*-over-*.json")
+        (kept,) = tmp_path.rglob("16+16+8+*-over-16+16+16+16+16+16-b4.json")
         kept.write_text("{}")
         assert table(chain, teacher, tmp_path).difference(2, Block(8)) == expected
         assert str(kept) in caplog.text
