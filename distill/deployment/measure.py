@@ -26,7 +26,7 @@ Call = Callable[[int], float]  # runs a program so many times in a row and retur
 Clock = Callable[[], float]
 
 FORMAT = 1  # of tables and bundles; another method of timing is another format
-ERROR = 0.01  # standard error of every median, as a share of it, at which measuring ends,
+ERROR = 0.005  # standard error of every median, as a share of it, at which measuring ends,
 LIMIT_S = 3.0  # or after so many seconds for each program
 MIN_ROUNDS = 9  # as long as the limit allows: fewer say nothing of their spread
 TURN_S = 0.005  # a program's turn lasts about so long: shorter calls are made several times

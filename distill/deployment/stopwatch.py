@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from distill.deployment.measure import LIMIT_S, Timing, beside, difference_key, 
 from distill.deployment.runtimes import Runtime, Source
 from distill.deployment.tables import Timings
 
+log = logging.getLogger(__name__)
+
+DOUBTFUL = 0.03  # standard error of a median, as a share of it, that is told where time was up
 SAME = Timing(0.0, 0.0, 0.0, 0.0, 0)  # the difference of what computes the same
 
 
@@ -62,9 +66,14 @@ class Stopwatch:
             key = difference_key(*(piece_key(one.key, len(sample)) for one in (source, base)))
             return SAME if source.key == base.key else self.timings.get(key, what)
 
-        unknown = {one.key: one for what, several in sources.items() for one in several if known(one, what) is None}
+        unknown = {
+            one.key: Piece(one, sample, what)
+            for what, several in sources.items()
+            for one in several
+            if known(one, what) is None
+        }
         if unknown:
-            self._time(Piece(base, sample, "base"), [Piece(one, sample, one.key) for one in unknown.values()])
+            self._time(Piece(base, sample, "the teacher's part"), [*unknown.values()])
         found = {what: [known(one, what) for one in several] for what, several in sources.items()}
         return {what: [one for one in several if one is not None] for what, several in found.items()}
 
@@ -76,8 +85,20 @@ class Stopwatch:
         )
         if known is None:
             self.timings.put(base.key, known := summary(own))
+        _tell_unsettled([base, *others], [own, *rest])
         for one, seconds in zip(others, rest, strict=True):
             alone, difference = beside(seconds, own, known.median_ms)
             if self.timings.get(one.key, one.what) is None:
                 self.timings.put(one.key, alone)
             self.timings.put(difference_key(one.key, base.key), difference)
+
+
+def _tell_unsettled(pieces: Sequence[Piece], rounds: Sequence[Sequence[float]]) -> None:
+    """Warn where time was up before every median was known well enough."""
+    errors = {one.what: summary(seconds).error for one, seconds in zip(pieces, rounds, strict=True)}
+    worst = max(errors, key=errors.__getitem__)
+    if errors[worst] > DOUBTFUL:
+        log.warning(
+            "latency: %s is known to %.0f %% only, when time was up (%d rounds): measure on a quiet machine",
+            worst, 100 * errors[worst], len(rounds[0]),
+        )  # fmt: skip

@@ -213,6 +213,24 @@ class TestAgain:
                 assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
                 assert timing["rounds"] >= 1
 
+    def test_another_device_s_table_takes_the_place_of_measuring_here(self, run: Path) -> None:
+        made = distill_again(run.parent, "latency", "bundle", "run=run", "out=bundle", "deploy.batch=8")
+        assert made.returncode == 0, made.stderr
+        assert made.stderr == ""
+        script = [sys.executable, "-I", "bundle/measure.py", "--seconds", "0.02"]
+        done = subprocess.run(script, cwd=run.parent, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        table = json.loads((run.parent / "bundle" / "table.json").read_text())
+        table["environment"]["cpu"] = "A Board"
+        (run.parent / "table.json").write_text(json.dumps(table))
+        result = distill_again(run.parent, "stage=deliver", "run=run", "deploy.batch=8", "deploy.table=table.json")
+        assert result.returncode == 0, result.stderr
+        found = metrics(run)["latency"]
+        assert (found["cpu"], found["table"], set(found["batches"])) == ("A Board", "table.json", {"1", "8", "64"})
+        again = distill_again(run.parent, "stage=deliver", "run=run", "deploy.table=null", "deploy.batch=64")
+        assert again.returncode == 0, again.stderr
+        assert "table" not in metrics(run)["latency"]
+
     def test_the_same_student_is_delivered_and_nothing_else_changes(self, run: Path) -> None:
         before, student = metrics(run), digest(run / "student.safetensors")
         kept = {path: digest(path) for path in kept_files(run)}
