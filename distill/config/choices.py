@@ -131,6 +131,15 @@ class WireDtype(Choice):
     bf16 = "bf16"
 
 
+class BudgetName(Choice):
+    """What may be budgeted: a field of search.budget each."""
+
+    params = "params"
+    flops = "flops"
+    bytes = "bytes"
+    latency = "latency"
+
+
 class RuntimeName(Choice):
     """What will run the student."""
 

@@ -73,18 +73,7 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
         del found["cache.dtype"]
     if config.data.name not in (DataName.imagefolder, DataName.hf):
         del found["data.exif_orientation"]  # what is no file of a picture has none
-    if config.search.budget.latency is not None:  # which decides what is chosen
-        found |= dict(
-            _by_path(
-                "deploy",
-                {name: value for name, value in asdict(config.deploy).items() if name not in ("table", "programs")},
-            )
-        )
-        found |= _table(config.deploy.table)
-    if config.search.on:
-        found = {path: value for path, value in found.items() if path not in _NOT_SEARCHED}
-    else:
-        found = {path: value for path, value in found.items() if not path.startswith("search.")}
+    found = _searched(config, found)
     seen = {} if seen is None else seen
     data, teacher = config.data, config.teacher
     for read, arguments in (
@@ -98,6 +87,19 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
             seen[key] = read(*arguments)
         found |= seen[key]
     return {**found, **_sources(config), "results": RESULTS}
+
+
+def _searched(config: JobConfig, found: Found) -> dict[str, Any]:
+    """Return the facts with those of a search, where there is one: its settings count then, and what it takes the place
+    of does not; where latencies have a budget, so does what they are measured in."""
+    if not config.search.on:
+        return {path: value for path, value in found.items() if not path.startswith("search.")}
+    found = {path: value for path, value in found.items() if path not in _NOT_SEARCHED}
+    if config.search.budget.latency is None:
+        return found
+    deploy = dict(_by_path("deploy", asdict(config.deploy)))
+    del deploy["deploy.programs"]  # of what is chosen
+    return {**found, **deploy, "deploy.table": _table(config.deploy.table)}
 
 
 def _sources(config: JobConfig) -> Found:
@@ -154,11 +156,9 @@ def _weights(source: TeacherSource, weights: str | None) -> Found:
     raise ConfigError("teacher.weights", weights, "a file that exists (.safetensors, or one written by torch.save)")
 
 
-def _table(table: str | None) -> Found:
+def _table(table: str | None) -> str | None:
     """What another device's latencies are."""
-    return (
-        {} if table is None else {"deploy.table": _read("deploy.table", table, lambda: describe_file(expanded(table)))}
-    )
+    return None if table is None else _read("deploy.table", table, lambda: describe_file(expanded(table)))
 
 
 def _network(source: TeacherSource, factory: str | None, folder: str | None) -> Found:

@@ -40,4 +40,6 @@ def _type_name(kind: Any) -> str:
         return " or ".join(names) if " or " in names[0] else str(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(member.name for member in kind)
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+    return (
+        kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind).replace("typing.", "")
+    )

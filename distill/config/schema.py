@@ -21,6 +21,7 @@ from distill.config.choices import (
     RECIPES,
     Amp,
     AugmentName,
+    BudgetName,
     Cache,
     Cost,
     CropMode,
@@ -225,7 +226,7 @@ class BudgetConfig:
 @dataclass(kw_only=True)
 class SearchConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    sweep: str | None = setting(None, "the budget that search.budgets are values of")
+    sweep: BudgetName | None = setting(None, "the budget that search.budgets are values of")
     budgets: list[Any] = setting([], "several budgets, each a job of its own that takes the candidates from the first")
     candidates: list[Any] = setting(
         [], "what blocks may become: {recipe: NAME, OPTION: VALUE, blocks: PATTERN}; empty: the default pool"
@@ -237,17 +238,18 @@ class SearchConfig:
         at_least("search", self, images=1, judged=1)
         for number, entry in enumerate(self.candidates):
             self._check(f"search.candidates[{number}]", entry)
-        if self.sweep is not None and self.sweep not in UNITS:
-            raise ConfigError("search.sweep", self.sweep, one_of(UNITS, self.sweep))
-        if (self.sweep is None) != (not self.budgets):
-            if self.sweep is None:
+        if self.sweep is None:
+            if self.budgets:
                 raise ConfigError("search.sweep", None, f"{one_of(UNITS)} beside search.budgets={self.budgets}")
-            raise ConfigError("search.budgets", [], f"a list such as [0.3,0.5] beside search.sweep={self.sweep}")
-        if self.sweep is not None and getattr(self.budget, self.sweep) is not None:
-            allowed = f"null beside search.sweep={self.sweep}: its values are search.budgets"
-            raise ConfigError(f"search.budget.{self.sweep}", getattr(self.budget, self.sweep), allowed)
+            return
+        name = self.sweep.name
+        if not self.budgets:
+            raise ConfigError("search.budgets", [], f"a list such as [0.3,0.5] beside search.sweep={name}")
+        if (value := getattr(self.budget, name)) is not None:
+            allowed = f"null beside search.sweep={name}, whose values are search.budgets"
+            raise ConfigError(f"search.budget.{name}", value, allowed)
         for value in self.budgets:
-            parse(str(self.sweep), value)
+            parse(name, value)
 
     def _check(self, name: str, entry: Any) -> None:
         if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str):

@@ -152,12 +152,8 @@ def take_first_weights(
         to_channels_last(module, context.device)
         errors[number] = error_of(blocks, number, module.eval(), held_out)
     watched = sorted({path for number in weights for path in _wanted(blocks, number)})
-    result = {
-        "relative_errors": errors,
-        "layers": watched,
-        "batches": context.config.student.statistics_batches,
-        "seconds": time.monotonic() - start,
-    }
+    batches, seconds = context.config.student.statistics_batches, time.monotonic() - start
+    result = {"relative_errors": errors, "layers": watched, "batches": batches, "seconds": seconds}
     context.run.complete(STAGE, result, made=[first_file(number) for number in errors], used=[TEACHER])
 
 

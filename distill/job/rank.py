@@ -140,7 +140,9 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
     """Run the stages that the configuration asks for; return the run directory."""
     make_importable(config.run.code)
     if config.search.budgets:
-        allowed = "none in one job: python -m distill, without --multirun, makes a job of each"
+        allowed = (
+            "none in one job: python -m distill alone makes a job of each, as --multirun search.budget.NAME=A,B does"
+        )
         raise ConfigError("search.budgets", config.search.budgets, allowed)
     device = _device(config, control.local_rank)
     torch.set_num_threads(config.launch.threads_per_rank or share_of_cores(control.local_world_size))

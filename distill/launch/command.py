@@ -30,5 +30,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def spread(search: SearchConfig) -> list[str]:
     """Return the overrides that make a sweep of several budgets: the candidates are scored by the first job."""
+    assert search.sweep is not None
     values = [f"'{value}'" if isinstance(value, str) else str(value) for value in search.budgets]
-    return [f"search.budget.{search.sweep}={','.join(values)}", "search.sweep=null", "search.budgets=[]"]
+    return [f"search.budget.{search.sweep.name}={','.join(values)}", "search.sweep=null", "search.budgets=[]"]

@@ -59,7 +59,9 @@ def parse(name: str, value: object) -> Budget:
 
 
 def shown(name: str, amount: float) -> str:
-    """Return an amount in words, in the largest unit of which it has at least one."""
-    fitting = [(size, unit) for unit, size in UNITS[name].items() if size <= max(1.0, amount) and "i" not in unit]
-    size, unit = max(fitting)
-    return f"{amount / size:.3g} {unit}".strip() if size > 1 else f"{amount:,.0f} {unit}".strip()
+    """Return an amount in words, with three digits, in the largest unit of which it has at least one."""
+    sizes = sorted((size, unit) for unit, size in UNITS[name].items() if "i" not in unit)
+    size, unit = next((one for one in reversed(sizes) if one[0] <= amount), sizes[0])
+    number = amount / size
+    digits = 0 if (size == 1 and name != "latency") or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f} {unit}".strip()

@@ -48,7 +48,11 @@ def test_a_limit_is_of_the_teacher_s_or_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("name", "amount", "words"),
-    [("params", 78042, "78 k"), ("params", 12, "12"), ("flops", 2.05e7, "20.5 MFLOPs"), ("bytes", 5e5, "500 kB")],
-)
+    [
+        ("params", 78042, "78.0 k"), ("params", 12, "12"), ("params", 999_960, "1000 k"), ("bytes", 5e5, "500 kB"),
+        ("flops", 2.05e7, "20.5 MFLOPs"), ("flops", 0, "0 FLOPs"), ("latency", 25.2, "25.2 ms"),
+        ("latency", 0.0816, "81.6 us"), ("latency", 1.234, "1.23 ms"),
+    ],
+)  # fmt: skip
 def test_amounts_in_words(name: str, amount: float, words: str) -> None:
     assert shown(name, amount) == words
