@@ -147,7 +147,7 @@ def _tell_exports(context: Context, exports: Mapping[str, Mapping[str, Any]]) ->
                 f"{record['file']}: logits within {record['max_abs_difference']:.1e} of the eager {network}'s, same "
                 f"first guess on {record['top1_agreement']:.2f} % of {record['images']} test images"
             )
-            if "form" in record:
+            if "ms" in record:
                 times = ", ".join(f"{form} {ms:.2f} ms" for form, ms in record["ms"].items())
                 context.say(
                     f"{record['file']}: separable convolutions in the faster form of two, in {record['runtime']} at "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distill.config.schema import JobConfig
-from distill.deployment.forms import faster_form
+from distill.deployment.forms import BRANCHES, REPEATED, faster_form, forms_of
 from distill.deployment.measure import Timing, in_turn, piece_key, summary
 from distill.deployment.runtimes import ReadsOnnx, Runtime, Source, runtime_of
 from distill.deployment.stopwatch import Stopwatch
@@ -53,11 +53,17 @@ def form_to_export(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the student, or the same function in a form that is faster in the runtime that will run it, and what was
     found (forms.py); nothing where it is not ONNX that runs."""
-    runtime = runtime_of_job(config)
+    runtime, elsewhere = runtime_of_job(config), table_of_job(config)
     if not isinstance(runtime, ReadsOnnx):
         return student, {}
+    batch = config.deploy.batch
+    if elsewhere is not None:  # the file must be the one that was measured there
+        for name, form in zip((REPEATED, BRANCHES), forms_of(student), strict=False):
+            source = runtime.whole(form, torch.zeros(2, *image_shape))
+            if elsewhere.known(piece_key(source.key, batch)) is not None:
+                return form, {"form": name} if form is not student else {}
     stopwatch = Stopwatch(runtime=runtime, timings=KeptHere(runtime.environment))
-    return faster_form(student, stopwatch, image_shape=image_shape, batch=config.deploy.batch)
+    return faster_form(student, stopwatch, image_shape=image_shape, batch=batch)
 
 
 def delivered_latency(
