@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -213,6 +215,25 @@ class TestAgain:
                 assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
                 assert timing["rounds"] >= 1
 
+    def test_int8_programs_answer_as_the_metrics_say(self, run: Path) -> None:
+        found = metrics(run)["int8"]
+        assert found["images"] == 512
+        config = from_yaml((run / "resolved.yaml").read_text())
+        with open_data(config, torch.device("cpu"), ranks_here=1) as dataset:
+            images, labels = zip(*((one.images, one.labels) for one in dataset.test_batches(250)), strict=True)
+        for side in ("teacher", "student"):
+            record, whole = found[side], run / f"{side}.onnx"
+            assert record["status"] == "ok"
+            assert record["bytes"] == (run / record["file"]).stat().st_size < whole.stat().st_size
+            session = onnxruntime.InferenceSession(run / record["file"])
+            kinds = {node.op_type for node in onnx.load(run / record["file"]).graph.node}
+            assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+            guesses = [session.run(["logits"], {"images": one.numpy()})[0].argmax(1) for one in images]
+            right = sum(int((guess == wanted.numpy()).sum()) for guess, wanted in zip(guesses, labels, strict=True))
+            assert record["top1"] == pytest.approx(100 * right / sum(map(len, labels)))
+        for one in found["latency"]["batches"].values():
+            assert one["ratio"] == pytest.approx(one["student"]["median_ms"] / one["teacher"]["median_ms"])
+
     def test_another_device_s_table_takes_the_place_of_measuring_here(self, run: Path) -> None:
         made = distill_again(run.parent, "latency", "bundle", "run=run", "out=bundle", "deploy.batch=8")
         assert made.returncode == 0, made.stderr
@@ -251,6 +272,21 @@ class TestAgain:
         for section in ("distill", "assemble", "finetune", "blocks", "exports", "fingerprint"):
             assert after[section] == before[section]
         assert after["student"]["top1"] == before["student"]["top1"]
+
+    def test_programs_that_are_not_asked_for_go(self, run: Path) -> None:
+        result = distill_again(run.parent, "stage=deliver", "run=run", "deploy.programs=[pt2]")
+        assert result.returncode == 0, result.stderr
+        assert {one.name for one in run.glob("*.onnx")} == set()
+        found = metrics(run)
+        assert {name: one["status"] for name, one in found["exports"].items()} == {
+            "pt2": "ok",
+            "onnx": "not asked for",
+            "teacher_onnx": "not asked for",
+        }
+        assert found["latency"]["reason"] == "teacher.onnx: not in deploy.programs"
+        again = distill_again(run.parent, "stage=deliver", "run=run", "deploy.programs=[pt2,onnx,int8]")
+        assert again.returncode == 0, again.stderr
+        assert (run / "student_int8.onnx").exists()
 
     def test_under_torchrun_the_shorthand_prints_the_finished_run(self, run: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

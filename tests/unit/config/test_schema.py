@@ -236,6 +236,15 @@ class TestImpossibleValues:
                 "data.std: got [1.0, 0.0, 1.0]; expected numbers > 0: images are divided by them",
             ),
             (lambda: named_teacher(std=[1.0]), "teacher.std: got [1.0]; expected three numbers, one a channel"),
+            (lambda: schema.DeployConfig(batch=0), "deploy.batch: got 0; expected a number >= 1"),
+            (
+                lambda: schema.DeployConfig(programs=["onxx"]),
+                "deploy.programs: got 'onxx'; expected one of pt2, onnx, int8; did you mean onnx?",
+            ),
+            (
+                lambda: schema.DeployConfig(programs=["int8"]),
+                "deploy.programs: got ['int8']; expected onnx too where int8 is asked for, which is made of it",
+            ),
             (lambda: schema.PlanConfig(window=1), "plan.window: got 1; expected a number >= 2"),
             (lambda: schema.PlanConfig(link_gbit=0.0), "plan.link_gbit: got 0.0; expected a number > 0, or null"),
             (lambda: schema.PlanConfig(timeout_s=float("inf")), "plan.timeout_s: got inf; expected a number >= 1"),
