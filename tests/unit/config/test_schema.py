@@ -239,7 +239,7 @@ class TestImpossibleValues:
             (lambda: schema.DeployConfig(batch=0), "deploy.batch: got 0; expected a number >= 1"),
             (
                 lambda: schema.DeployConfig(programs=["onxx"]),
-                "deploy.programs: got 'onxx'; expected one of pt2, onnx, int8; did you mean onnx?",
+                "deploy.programs: got 'onxx'; expected 'onnx' (the nearest), or one of pt2, onnx, int8",
             ),
             (
                 lambda: schema.DeployConfig(programs=["int8"]),
