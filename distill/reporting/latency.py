@@ -112,5 +112,22 @@ def latency_section(metrics: Mapping[str, Any]) -> Markup:
     return table(headings, rows, text=(0,)) if rows else Markup()
 
 
+def int8_section(metrics: Mapping[str, Any]) -> Markup:
+    """Return what INT8 makes of both networks: bytes, accuracy, and a call's time by batch."""
+    int8 = _mapping(metrics.get("int8"))
+    batches = sorted(_mapping(_mapping(int8.get("latency")).get("batches")).items(), key=lambda item: int(item[0]))
+    rows = []
+    for side in ("teacher", "student"):
+        one, whole = _mapping(int8.get(side)), _mapping(metrics.get(side))
+        if one.get("status") == "failed":
+            rows.append((str(one.get("file")), "", "", "", *("" for _ in batches), str(one.get("reason"))))
+        elif one:
+            times = (show(_mapping(_mapping(found).get(side)).get("median_ms"), "{:.3f}") for _, found in batches)
+            top1 = (show(found.get("top1"), "{:.2f} %") for found in (one, whole))
+            rows.append((str(one.get("file")), show(one.get("bytes"), "{:,.0f}"), *top1, *times, ""))
+    headings = ("", "bytes", "top-1", "in fp32", *(f"ms, batch {size}" for size, _ in batches), "")
+    return table(headings, rows, text=(0, len(headings) - 1)) if rows else Markup()
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}

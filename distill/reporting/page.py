@@ -10,7 +10,7 @@ from typing import Any
 from distill.observability.numbers import show, show_seconds
 from distill.reporting.energy import energy_section
 from distill.reporting.headline import headline, what_stopped
-from distill.reporting.latency import latency_section, runtime_words
+from distill.reporting.latency import int8_section, latency_section, runtime_words
 from distill.reporting.loss_curves import block_curves, fit_curves
 from distill.reporting.markup import Markup, facts, folded, join, section, table, tag
 from distill.reporting.predictions import predictions
@@ -59,6 +59,8 @@ def run_page(run: Run) -> Markup:
         section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
         section("Latency", latency_section(metrics),
                 note=f"In {runtime_words(metrics)}, both networks in turn, round after round."),
+        section("In INT8", int8_section(metrics),
+                note="Quantised by training images after distillation, and timed in turn in ONNX Runtime."),
         section("Chosen under budgets", search_section(metrics),
                 note="Candidates were scored without training, one at a time in the teacher, on validation images."),
         section("Exports", _exports(metrics.get("exports")),

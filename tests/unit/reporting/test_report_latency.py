@@ -100,6 +100,25 @@ class TestNotMeasured:
         assert "latency, batch 8 - teacher 5.00 ms" in words
 
 
+class TestInt8:
+    def test_the_page_has_what_it_costs_and_how_fast_it_is(self, tmp_path: Path) -> None:
+        batches = latency()["batches"]
+        sides = {
+            side: {"file": f"{side}_int8.onnx", "status": "ok", "bytes": size, "top1": top1}
+            for side, size, top1 in (("teacher", 2000, 91.5), ("student", 1000, 88.25))
+        }
+        found = run(tmp_path, int8={"images": 512, "latency": {"batches": batches}, **sides})
+        words = text_of(run_page(found))
+        assert "In INT8" in words
+        assert "bytes top-1 in fp32 ms, batch 1 ms, batch 8 ms, batch 64" in words
+        assert re.search(r"student_int8.onnx 1,000 88\.25 % \S+ % 0\.400 6\.000 20\.000", words)
+
+    def test_what_went_wrong_is_told_and_nothing_where_none_was_asked_for(self, tmp_path: Path) -> None:
+        failed = {"teacher": {"file": "teacher_int8.onnx", "status": "failed", "reason": "no such operation"}}
+        assert "no such operation" in text_of(run_page(run(tmp_path / "a", int8=failed)))
+        assert "In INT8" not in text_of(run_page(run(tmp_path / "b", int8={"reason": "not in deploy.programs"})))
+
+
 class TestCompared:
     def shown(self, *folders: Path) -> str:
         console = Console(width=300, record=True, file=io.StringIO())
