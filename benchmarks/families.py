@@ -1,13 +1,12 @@
-"""Students of many families of networks without a gradient step, by one command each: parameters, error, seconds.
+"""Students of many families of networks without a gradient step, by one command each: parameters, accuracy, seconds.
 
     python benchmarks/families.py SCRATCH [--recipes thin] [--ratios 0.5] [--names resnet50 ...]
 
-Networks are those of torchvision and timm with random weights, branches that are switched off before training switched
-on, batch norms' statistics taken of digits, which are the data too, and the last layer fitted to them by ridge
-regression: what is measured is whether a student is made, how many parameters it keeps, how far its blocks and its
-logits are from the teacher's on held-out images, and what is left of the accuracy that such random features have.
-Seconds are the processor's, of the whole command on one thread. A network of which nothing can be made is in the table
-with the reason. Other rows of the file stay.
+Networks are those of torchvision and timm, trained for a few epochs on digits of 64 pixels: enough for weights and
+activations to have the structure that random ones lack, of which nothing can be left out. What is measured is whether a
+student is made, how many parameters it keeps, how far its blocks and its logits are from the teacher's on held-out
+images, and both accuracies. Seconds are the processor's, of the whole command on one thread. A network of which nothing
+can be made is in the table with the reason. Other rows of the file stay.
 """
 
 from __future__ import annotations
@@ -21,36 +20,35 @@ import torch
 import torch.nn.functional as F
 from measure import MACHINE, RESULTS, read, run, write
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from distill import load_student
-from distill.data import Augment, DataOptions, Dataset, open_dataset
+from distill.data import Augment, DataOptions, open_dataset
 from distill.student.assemble import recalibrate
 from distill.teachers import build_architecture
 from distill.training.losses import relative_error
 
-BRANCH = 0.3  # scale of what is added to a shortcut
-RIDGE = 1e-2  # of the features' mean variance
-SMALL, USUAL = 64, 224  # pixels; the latter where a network's positions are fixed
-NETWORKS = {
+SIZE = 64  # pixels
+EPOCHS, RATE = 4, 0.02  # of SGD, the rate falling by a cosine
+NETWORKS: dict[str, dict[str, dict[str, int]]] = {  # with the arguments of their architectures
     "torchvision": {
-        "resnet50": SMALL, "vgg16_bn": SMALL, "mobilenet_v2": SMALL, "mobilenet_v3_small": SMALL,
-        "efficientnet_b0": SMALL, "densenet121": SMALL, "convnext_tiny": SMALL, "regnet_y_400mf": SMALL,
-        "vit_b_16": USUAL, "swin_t": SMALL,
+        "resnet50": {}, "vgg16_bn": {}, "mobilenet_v2": {}, "mobilenet_v3_small": {}, "efficientnet_b0": {},
+        "densenet121": {}, "convnext_tiny": {}, "regnet_y_400mf": {}, "vit_b_16": {"image_size": SIZE}, "swin_t": {},
     },
     "timm": {
-        "resnet18d": SMALL, "resnext50_32x4d": SMALL, "res2net50_14w_8s": SMALL, "dla34": SMALL, "regnetx_002": SMALL,
-        "repvgg_a0": SMALL, "vgg11_bn": SMALL, "efficientnet_lite0": SMALL, "tf_efficientnetv2_b0": SMALL,
-        "mobilenetv4_conv_small": SMALL, "mnasnet_small": SMALL, "fbnetc_100": SMALL, "ghostnet_050": SMALL,
-        "hardcorenas_a": SMALL, "convnextv2_atto": SMALL, "edgenext_xx_small": SMALL, "poolformer_s12": SMALL,
-        "deit_tiny_patch16_224": USUAL, "mixer_s32_224": USUAL, "xcit_nano_12_p16_224": USUAL,
+        "resnet18d": {}, "resnext50_32x4d": {}, "res2net50_14w_8s": {}, "dla34": {}, "regnetx_002": {},
+        "repvgg_a0": {}, "vgg11_bn": {}, "efficientnet_lite0": {}, "tf_efficientnetv2_b0": {},
+        "mobilenetv4_conv_small": {}, "mnasnet_small": {}, "fbnetc_100": {}, "ghostnet_050": {}, "hardcorenas_a": {},
+        "convnextv2_atto": {}, "edgenext_xx_small": {}, "poolformer_s12": {},
+        "deit_tiny_patch16_224": {"img_size": SIZE}, "mixer_s32_224": {"img_size": SIZE},
+        "xcit_nano_12_p16_224": {"img_size": SIZE},
     },
 }  # fmt: skip
 RECIPES = ("thin", "lowrank")
 SETTINGS = (
     "data=digits", "data.batch_size=32", "teacher.fit.epochs=0", "student.statistics_batches=4", "distill.steps=0",
     "finetune.epochs=0", "assemble.batchnorm_batches=4", "assemble.refit_images=128", "launch.nproc_per_node=1",
-    "launch.threads_per_rank=1",
+    "launch.threads_per_rank=1", "deploy.programs=[]",
 )  # fmt: skip
 
 
@@ -65,9 +63,9 @@ def main() -> None:
     path = RESULTS / "families.json"
     found = {_key(row): row for row in (read(path)["rows"] if path.exists() else [])}
     for source, names in NETWORKS.items():
-        for name, size in names.items():
+        for name, options in names.items():
             if name in args.names:
-                found |= {_key(row): row for row in _rows(args, source, name, size)}
+                found |= {_key(row): row for row in _rows(args, source, name, options)}
                 _write([*found.values()])
     print(_table([*found.values()]))
 
@@ -77,20 +75,21 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
-    what = "students of untrained networks without a gradient step: parameters kept, relative errors, CPU seconds"
+    what = "students without a gradient step of networks trained a little: parameters, errors, top-1, CPU seconds"
     write("families", {"what": what, "settings": SETTINGS, "rows": rows})
 
 
-def _rows(args: argparse.Namespace, source: str, name: str, size: int) -> list[dict[str, Any]]:
+def _rows(args: argparse.Namespace, source: str, name: str, options: dict[str, int]) -> list[dict[str, Any]]:
     scratch = args.scratch.absolute()
-    teacher = _teacher(scratch, source, name, size)
+    teacher = _teacher(scratch, source, name, options)
+    given = [f"+teacher.options.{key}={value}" for key, value in options.items()]
     rows = []
     for recipe in args.recipes:
         for ratio in args.ratios:
             run_dir = scratch / f"{name}-{recipe}-{ratio}"
             command = (
                 f"teacher={source}", f"teacher.name={name}", f"teacher.weights={scratch / name}.safetensors",
-                f"data.image_size={size}", f"student={recipe}", f"student.options.ratio={ratio}", *SETTINGS,
+                f"data.image_size={SIZE}", f"student={recipe}", f"student.options.ratio={ratio}", *given, *SETTINGS,
             )  # fmt: skip
             begin = resource.getrusage(resource.RUSAGE_CHILDREN)
             row: dict[str, Any] = {"network": name, "recipe": recipe, "ratio": ratio, "commit": MACHINE["commit"]}
@@ -101,15 +100,15 @@ def _rows(args: argparse.Namespace, source: str, name: str, size: int) -> list[d
                 continue
             end = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
-            rows.append(row | _found(run_dir, teacher, size) | {"cpu_seconds": round(cpu, 1)})
+            rows.append(row | _found(run_dir, teacher) | {"cpu_seconds": round(cpu, 1)})
             print(rows[-1], flush=True)
     return rows
 
 
-def _found(run_dir: Path, teacher: nn.Module, size: int) -> dict[str, Any]:
+def _found(run_dir: Path, teacher: nn.Module) -> dict[str, Any]:
     metrics = read(run_dir / "metrics.json")
     student = load_student(run_dir).eval()
-    with _digits(size) as dataset, torch.no_grad():
+    with _digits() as dataset, torch.no_grad():
         images = dataset.validation_batch(0).images
         error = float(relative_error(student(images), teacher(images)))
     starts = [block["rel_error_start"] for block in metrics["blocks"]]
@@ -124,49 +123,32 @@ def _found(run_dir: Path, teacher: nn.Module, size: int) -> dict[str, Any]:
     }
 
 
-def _teacher(scratch: Path, source: str, name: str, size: int) -> nn.Module:
-    """Return a network with random weights whose batch norms know digits; it is written for the commands. Where a
-    branch is switched off before training (a scale of zeros, or of 1e-6), it is given some weight: whatever stood for
-    it would be exact."""
+def _teacher(scratch: Path, source: str, name: str, options: dict[str, int]) -> nn.Module:
+    """Return a network that has been trained a little; it is written for the commands."""
     torch.manual_seed(0)
-    network = build_architecture(source=source, name=name, num_classes=10)
-    for path, parameter in network.named_parameters():
-        if parameter.dim() == 1 and not path.endswith("bias") and parameter.abs().max() < 1e-3:
-            nn.init.constant_(parameter, BRANCH)
-    with _digits(size) as dataset:
-        recalibrate(network, (dataset.train_batch(step).images for step in range(4)))
-        _fit_last_layer(network, dataset)
+    network = build_architecture(source=source, name=name, num_classes=10, options=options).train()
+    with _digits() as dataset:
+        steps = EPOCHS * dataset.steps_per_epoch
+        optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            batch = dataset.train_batch(step)
+            optimizer.zero_grad()
+            F.cross_entropy(network(batch.images), batch.labels).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        recalibrate(network, (dataset.train_batch(step).images for step in range(8)))
     scratch.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.contiguous().clone() for key, tensor in network.state_dict().items()}
     save_file(state, scratch / f"{name}.safetensors")
     return network.eval()
 
 
-@torch.no_grad()
-def _fit_last_layer(network: nn.Module, dataset: Dataset) -> None:
-    """Give a network in eval mode the classifier that ridge regression finds on its features of all training images."""
-    last = [module for module in network.modules() if isinstance(module, nn.Linear) and module.out_features == 10][-1]
-    features: list[Tensor] = []
-    hook = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].double()))
-    labels = []
-    for step in range(dataset.steps_per_epoch):
-        batch = dataset.train_batch(step)
-        network(batch.images)
-        labels.append(batch.labels)
-    hook.remove()
-    rows, targets = torch.cat(features), F.one_hot(torch.cat(labels), 10).double()
-    mean = rows.mean(0)
-    second = (rows - mean).T @ (rows - mean)
-    second.diagonal().add_(RIDGE * second.diagonal().mean())
-    weight = torch.linalg.solve(second, (rows - mean).T @ targets).T
-    last.weight.copy_(weight)
-    last.bias.copy_(targets.mean(0) - weight @ mean)
-
-
-def _digits(size: int) -> Any:
+def _digits() -> Any:
     options = DataOptions(
         name="digits",
-        image_size=size,
+        image_size=SIZE,
         batch_size=32,
         augment=Augment.none,
         validation_fraction=0.1,
