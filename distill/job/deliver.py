@@ -37,6 +37,7 @@ from distill.student.programs import NOT_WANTED, deliver_programs, deliver_teach
 
 log = logging.getLogger(__name__)
 
+STAGE = "deliver"
 COMPARISON_BATCH, COMPARISON_IMAGES = 64, 256
 
 
@@ -58,7 +59,7 @@ def refuse_unfinished(config: JobConfig, facts: Mapping[str, Any], run: RunDirec
                 f"finish it with: python -m distill run={run.path}"
             )
     for stage, damage in run.damaged():
-        if stage != "deliver":
+        if stage != STAGE:
             raise DistillError(f"{damage}; its stage {stage} is done again by: python -m distill run={run.path}")
 
 
@@ -71,8 +72,8 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         return
     run, config = context.run, context.config
     if config.stage is Stage.deliver:
-        run.reopen("deliver")
-    if run.result("deliver") is None:
+        run.reopen(STAGE)
+    if run.result(STAGE) is None:
         student = load_student_state(context, run.result("evaluate")["delivered"], teacher, blocks)
         card = StudentCard(
             architecture=architecture_of(config, len(dataset.classes)),
@@ -100,7 +101,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         made += [one["file"] for one in written if one.get("status") == "ok"]
         states = [name for name in STUDENTS if name in run.result("evaluate")]  # all: the choice may be another one now
         used = [TEACHER, *(f"{name}.safetensors" for name in states)]
-        run.complete("deliver", {"student": "student.safetensors"}, made=made, used=used)
+        run.complete(STAGE, {"student": "student.safetensors"}, made=made, used=used)
     metrics = read_json(run.path / "metrics.json")
     context.console.print(result_table(metrics))
     for block in metrics["blocks"]:
@@ -236,6 +237,8 @@ def _search(result: Mapping[str, Any], scoring: Mapping[str, Any], metrics: Mapp
 def _energy(context: Context, ledger: Ledger, *, batch_size: int) -> dict[str, Any]:
     """What all attempts have spent up to the deliver stage, which is still running."""
     energy = summarize(context.run.path)
+    for spent in (energy["stages"], *(device["joules"] for device in energy["devices"])):
+        spent.pop(STAGE, None)  # a reading amid a long delivery
     images = batch_size * max((entry.steps for entry in ledger.entries.values()), default=0)
     return energy | {"images": images, "joules_per_image": joules_per_image(energy, images)}
 
