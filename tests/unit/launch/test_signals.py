@@ -1,8 +1,11 @@
-"""What a signal to stop does to a program: it passes whoever goes on after failures, and is not lost."""
+"""What a signal to stop does to a program: it passes whoever goes on after failures, and is not lost.
+
+Signals are raised in the main thread: sent to the process, they could reach another thread (of a runtime that some other
+test has loaded), and the program after the handler is gone.
+"""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from contextlib import nullcontext, suppress
@@ -16,7 +19,7 @@ from distill.launch.signals import SIGNALS, Stop, stoppable
 def test_a_signal_ends_what_goes_on_after_exceptions(signum: signal.Signals) -> None:
     def job() -> None:
         try:
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         except Exception:
             pytest.fail("a launcher would have gone on with the next job")
 
@@ -29,14 +32,14 @@ def test_a_signal_that_something_swallowed_is_found_again() -> None:
     with stoppable() as stopper:
         stopper.check()
         with pytest.raises(Stop):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stop):
             stopper.check()
 
 
 def interrupted_import() -> None:
     with suppress(Stop):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     raise ImportError("cannot load module more than once per process")
 
 
