@@ -1,7 +1,7 @@
 """What a signal to stop does to a program: it passes whoever goes on after failures, and is not lost.
 
-Signals are raised in the main thread: sent to the process, they could reach another thread (of a runtime that some other
-test has loaded), and the program after the handler is gone.
+Signals are raised in the main thread: sent to the process, they could reach another thread (of a runtime that some
+other test has loaded), and the program after the handler is gone.
 """
 
 from __future__ import annotations
