@@ -17,7 +17,9 @@ import distill
 from distill.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
-SMALL = ("distill.steps=6", "finetune.epochs=1", "assemble.batchnorm_batches=2", "plan.cost=flops")
+SMALL = (
+    "distill.steps=6", "finetune.epochs=1", "assemble.batchnorm_batches=2", "plan.cost=flops", "deploy.programs=[]",
+)  # fmt: skip
 
 
 class Small(nn.Module):

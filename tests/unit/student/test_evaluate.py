@@ -15,7 +15,7 @@ from distill.data import Batch, Dataset
 from distill.errors import ConfigError
 from distill.job.evaluate import refuse_unjudged, warn_of_few_images
 from distill.job.finetune import best_epoch, refuse_ranks_without_rows
-from distill.student.evaluate import Hits, best_of, count_hits, first_not_finite
+from distill.student.evaluate import Hits, best_of, count_hits, first_not_finite, images_at_a_time
 
 
 def batches(*logits: Tensor, label: int) -> list[Batch]:
@@ -115,3 +115,8 @@ class TestRanksWithoutRows:
     @pytest.mark.parametrize("overrides", [["finetune.epochs=0"], ["stage=distill"], ["stage=teacher"]])
     def test_are_welcome_where_every_rank_works_on_whole_batches(self, overrides: list[str]) -> None:
         refuse_ranks_without_rows(compose(["data.batch_size=2", *overrides]), world_size=3)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((3, 32, 32), 250), ((3, 224, 224), 41), ((3, 4096, 4096), 1)])
+def test_fewer_images_are_evaluated_at_a_time_where_they_are_large(shape: tuple[int, ...], count: int) -> None:
+    assert images_at_a_time(shape) == count
