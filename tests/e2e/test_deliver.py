@@ -285,9 +285,6 @@ class TestAgain:
             "teacher_onnx": "not asked for",
         }
         assert found["latency"]["reason"] == "teacher.onnx: not in deploy.programs"
-        again = distill_again(run.parent, "stage=deliver", "run=run", "deploy.programs=[pt2,onnx,int8]")
-        assert again.returncode == 0, again.stderr
-        assert (run / "student_int8.onnx").exists()
 
     def test_under_torchrun_the_shorthand_prints_the_finished_run(self, run: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -313,7 +310,7 @@ class TestAgain:
         for stage in ("evaluate", "deliver"):
             (tmp_path / "run" / "stages" / f"{stage}.json").unlink()
         for name in FILES:
-            (tmp_path / "run" / name).unlink()
+            (tmp_path / "run" / name).unlink(missing_ok=True)
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
         result = distill_again(tmp_path, "stage=deliver", "run=run")
         assert result.returncode != 0
