@@ -12,13 +12,13 @@ from distill.errors import DistillError
 from distill.storage.paths import expanded
 
 RUN = "run="
-OF_A_RUN = ("teacher.onnx", "student.onnx", "student_int8.onnx")
+OF_A_RUN = ("teacher.onnx", "student.onnx", "teacher_int8.onnx", "student_int8.onnx")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `distill bench`; return the exit status: 0, or 2 after an error that has been told in one line."""
     parser = parser_of("distill bench")
-    parser.epilog = "run=DIR in the place of files: teacher.onnx and student.onnx of that run"
+    parser.epilog = "run=DIR in the place of files: the programs of that run, those in INT8 too"
     options = parser.parse_args(arguments)
     try:
         files = [file for word in options.files for file in _files(word)]

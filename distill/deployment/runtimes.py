@@ -93,10 +93,11 @@ class ReadsOnnx(Runtime):
         plain = contiguous_copy(network).eval().requires_grad_(False)
         return self.source_of(to_delivered_onnx(plain, sample[:1].repeat(2, 1, 1, 1)))
 
-    def source_of(self, content: bytes) -> Source:
-        """Return the source of an ONNX program in fp32, which is quantised where the precision is int8."""
+    def source_of(self, content: bytes, int8: bytes | None = None) -> Source:
+        """Return the source of an ONNX program in fp32, of which `int8` is the form in INT8 where that is there: else
+        it is quantised where the precision asks for it."""
         # the key is of what is to be computed: quantised, it would depend on the weights
-        return Source(key_of(content), quantised(content) if self.precision == "int8" else content)
+        return Source(key_of(content), content if self.precision != "int8" else int8 or quantised(content))
 
     def start(self, source: Source, sample: Tensor) -> Call:
         try:

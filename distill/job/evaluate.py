@@ -65,7 +65,8 @@ def _hits_of_all(context: Context, name: str, network: nn.Module, share: Iterabl
 
 def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, students: Sequence[str]) -> None:
     """Choose among these states of the student the one to deliver, by validation images; then count every network's
-    hits on the test split, each rank on its share: the only time that its labels are read, and nothing depends on it.
+    hits on the test split, each rank on its share. Its labels are read here and, of programs in INT8, when these are
+    delivered; nothing depends on them.
     """
     if context.completed("evaluate") is not None:
         return

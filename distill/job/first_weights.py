@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +68,8 @@ def held_out_images(dataset: Dataset) -> Tensor:
 
 
 class OnTheWay:
-    """Images on their way through the teacher: asked for boundaries in rising order, no block runs twice."""
+    """Images on their way through the teacher, few at a time: asked for boundaries in rising order, no block runs
+    twice."""
 
     def __init__(self, chain: Chain, images: Callable[[], Tensor]) -> None:
         self._chain, self._images = chain, images
@@ -81,9 +81,12 @@ class OnTheWay:
         if first > boundary or not self._chain.divisible:
             first, x = 0, self._images()
         asked = (boundary, *more)
-        found = self._chain.run(x, first=first, last=max(asked), keep=set(asked))
-        self._reached = boundary, found[boundary]
-        return [found[one] for one in asked]
+        parts = [
+            self._chain.run(part, first=first, last=max(asked), keep=set(asked)) for part in torch.split(x, IMAGES)
+        ]
+        found = [torch.cat([part[one] for part in parts]) if len(parts) > 1 else parts[0][one] for one in asked]
+        self._reached = boundary, found[0]
+        return found
 
 
 def find_first_weights(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> dict[int, float]:
@@ -124,11 +127,15 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     if watched:
         layers, over = show_count(len(watched), "layer"), show_count(batches, "batch")
         context.say(f"statistics: of the inputs of {layers}, over {over}{_of_wide(sketched)}")
-    if unseen := [path for one in blocks.candidates.values() for path in one.recipe.unwatched(one.changes)]:
-        context.say(f"no statistics, weights alone: {', '.join(unseen)} (of inputs padded in own code)")
+    _tell_unwatched(context, blocks)
     context.say(f"first weights of {show_count(len(makers), 'block')} in {seconds:.1f} s")
     context.control.set(f"result/{STAGE}", result)
     return result
+
+
+def _tell_unwatched(context: Context, blocks: Blocks) -> None:
+    if unseen := [path for one in blocks.candidates.values() for path in one.recipe.unwatched(one.changes)]:
+        context.say(f"no statistics, weights alone: {', '.join(unseen)} (of inputs padded in own code)")
 
 
 def _of_wide(sketched: Mapping[str, float]) -> str:
@@ -155,6 +162,7 @@ def take_first_weights(
     batches, seconds = context.config.student.statistics_batches, time.monotonic() - start
     result = {"relative_errors": errors, "layers": watched, "batches": batches, "seconds": seconds}
     context.run.complete(STAGE, result, made=[first_file(number) for number in errors], used=[TEACHER])
+    _tell_unwatched(context, blocks)
 
 
 def _makers(blocks: Blocks, world_size: int) -> dict[int, int]:
@@ -184,7 +192,7 @@ def _make_all(
     sketches hold."""
     held_out = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
     fitted = OnTheWay(blocks.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
-    for numbers in _in_groups(blocks, own):
+    for numbers in with_room(([number], _widths(blocks, number)) for number in own):
         statistics = gathered(context, dataset, teacher, [path for n in numbers for path in _wanted(blocks, n)])
         for number in numbers:
             module = made(context, blocks, number, statistics, fitted)
@@ -199,18 +207,18 @@ def _sketch(statistics: Statistics, path: str) -> Sketch | None:
     return seen if isinstance(seen, Sketch) else None
 
 
-def _in_groups(blocks: Blocks, own: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the units in groups whose covariances have room together."""
-    used, group = 0, 0
-    groups: dict[int, int] = {}
-    for number in own:
-        needed = sum(map(bytes_for, _widths(blocks, number)))
+def with_room(groups: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[int]]:
+    """Yield numbers, each with those of its group, in lists whose statistics have room together. A group has the widths
+    of the layers that it asks about."""
+    used, together = 0, list[int]()
+    for numbers, widths in groups:
+        needed = sum(map(bytes_for, widths))
         if used and used + needed > AT_A_TIME:
-            used, group = 0, group + 1
-        used += needed
-        groups[number] = group
-    for _, numbers in groupby(own, key=groups.__getitem__):
-        yield list(numbers)
+            yield together
+            used, together = 0, []
+        used, together = used + needed, [*together, *numbers]
+    if together:
+        yield together
 
 
 def gathered(context: Context, dataset: Dataset, teacher: nn.Module, paths: Sequence[str]) -> Statistics:

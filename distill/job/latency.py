@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 64)  # that everybody asks about, besides deploy.batch
 FILES = {"teacher": "teacher.onnx", "student": "student.onnx"}
+INT8_FILES = {"teacher": "teacher_int8.onnx", "student": "student_int8.onnx"}
 
 
 def runtime_of_job(config: JobConfig) -> Runtime:
@@ -88,7 +89,7 @@ def delivered_latency(
     lacking = [one for one in (exports["teacher_onnx"], exports["onnx"]) if one["status"] != "ok"]
     if lacking:
         return found | {"batches": {}, "reason": f"{lacking[0]['file']}: {lacking[0]['reason']}"}
-    sources = [runtime.source_of(read_bytes(context.run.path / file)) for file in FILES.values()]
+    sources = [_delivered(runtime, context.run.path, side) for side in FILES]
     found["files"] = FILES
     if elsewhere is not None:
         told = {str(size): one for size in batches if (one := _looked_up(elsewhere, sources, size)) is not None}
@@ -96,6 +97,12 @@ def delivered_latency(
             return found | elsewhere.environment | {"batches": told, "table": str(Path(elsewhere.path).name)}
         log.warning("latency: %s has not these files: they are measured here", elsewhere.path)
     return found | {"batches": {str(size): _measured(runtime, sources, size, image_shape) for size in batches}}
+
+
+def _delivered(runtime: ReadsOnnx, folder: Path, side: str) -> Source:
+    """Return a delivered program, in INT8 that which was calibrated, where it was written."""
+    int8 = folder / INT8_FILES[side]
+    return runtime.source_of(read_bytes(folder / FILES[side]), read_bytes(int8) if int8.exists() else None)
 
 
 def _measured(runtime: Runtime, sources: list[Source], size: int, image_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -110,46 +110,33 @@ def siblings_of(context: Context) -> Siblings | None:
 
 def take_teacher(context: Context) -> dict[str, Any] | None:
     """Copy the trained teacher from a sibling that has it; return its stage's result, or None. Rank 0 calls this."""
-    siblings = siblings_of(context)
-    if siblings is None:
-        return None
-    identity = teacher_identity(context.identity)
-    siblings.note(teacher=identity)
-    for run in siblings.with_teacher(identity):
-        result = RunDirectory(run).result("teacher")
-        if result is None:
-            continue
-        try:
-            write_bytes(context.run.path / TEACHER, RunDirectory(run).read(TEACHER))
-        except DamagedFileError as damage:
-            log.warning("teacher: that of run %s is not taken: %s", siblings.name_of(run), damage.why)
-            continue
-        source = str(result.get("taken_from") or siblings.name_of(run))
-        context.say(f"teacher: taken from run {source}, which trained the same")
-        return dict(result) | {"taken_from": source}
-    return None
+    return _take(context, "teacher", teacher_identity(context.identity), [TEACHER], did="trained")
 
 
 def take_candidates(context: Context, identity: str, files: Sequence[str]) -> dict[str, Any] | None:
     """Copy the first weights of candidates (`files`) from a sibling that has scored the same ones; return its stage's
     result, or None. Rank 0 calls this."""
+    return _take(context, "candidates", identity, files, did="scored")
+
+
+def _take(context: Context, stage: str, identity: str, files: Sequence[str], *, did: str) -> dict[str, Any] | None:
     siblings = siblings_of(context)
     if siblings is None:
         return None
-    siblings.note(candidates=identity)
-    for run in siblings.with_candidates(identity):
+    siblings.note(**{stage: identity})
+    for run in siblings.with_same(stage, identity):
         there = RunDirectory(run)
-        result = there.result("candidates")
+        result = there.result(stage)
         if result is None:
             continue
         try:
             for name in files:
                 write_bytes(context.run.path / name, there.read(name))
         except DamagedFileError as damage:
-            log.warning("candidates: those of run %s are not taken: %s", siblings.name_of(run), damage.why)
+            log.warning("%s: that of run %s is not taken: %s", stage, siblings.name_of(run), damage.why)
             continue
         source = str(result.get("taken_from") or siblings.name_of(run))
-        context.say(f"candidates: taken from run {source}, which scored the same")
+        context.say(f"{stage}: taken from run {source}, which {did} the same")
         return dict(result) | {"taken_from": source}
     return None
 
@@ -163,7 +150,7 @@ def take_units(context: Context, identities: Mapping[int, str], names: Mapping[i
     siblings = siblings_of(context)
     if siblings is None:
         return
-    siblings.note(blocks=identities)
+    siblings.note(blocks={str(block): identity for block, identity in identities.items()})
     ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
     for run, theirs in siblings.with_blocks():
         wanted = {b: theirs[same] for b, same in identities.items() if same in theirs and b not in ledger.entries}

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from distill.data import Dataset
 from distill.job.context import Context
-from distill.job.first_weights import IMAGES, OnTheWay, gathered, made
+from distill.job.first_weights import IMAGES, OnTheWay, gathered, made, with_room
 from distill.job.pool import Pool
 from distill.job.reuse import TEACHER, candidates_identity, take_candidates
 from distill.observability.numbers import show_count
-from distill.profiling.statistics import bytes_for
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
 from distill.student.assemble import assemble
@@ -32,7 +31,6 @@ from distill.student.divergence import log_probabilities, mean_divergence
 from distill.training.losses import relative_error
 
 STAGE = "candidates"
-AT_A_TIME = 2**30  # bytes of covariances that are gathered in one pass of the teacher
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def _score_all(
     """Write the first weights of these swaps; yield their numbers and scores."""
     judge = _Judge(context, dataset, teacher, pool)
     fitted = OnTheWay(pool.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
-    for numbers in _in_groups(pool, own):
+    for numbers in with_room(_by_block(pool, own)):
         wanted = dict.fromkeys(path for number in numbers for path in _wanted(pool, number))
         statistics = gathered(context, dataset, teacher, list(wanted))
         for number in numbers:
@@ -134,22 +132,13 @@ def _score_all(
             yield number, judge.score(number, module)
 
 
-def _in_groups(pool: Pool, own: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the swaps of whole blocks in groups whose covariances have room together."""
-    used, group = 0, 0
-    groups: dict[int, int] = {}
+def _by_block(pool: Pool, own: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the swaps of every block, and the widths of the layers that they ask about."""
     for block, numbers in groupby(own, key=lambda number: pool.swaps[number].block):
         found = list(numbers)
         module = pool.chain.block_module(block)
         paths = {path for number in found for path in _wanted(pool, number)}
-        widths = [module.get_submodule(path).weight[0].numel() for path in paths]  # type: ignore[index]
-        needed = sum(bytes_for(int(width)) for width in widths)
-        if used and used + needed > AT_A_TIME:
-            used, group = 0, group + 1
-        used += needed
-        groups |= dict.fromkeys(found, group)
-    for _, together in groupby(own, key=groups.__getitem__):
-        yield list(together)
+        yield found, [module.get_submodule(path).weight[0].numel() for path in paths]  # type: ignore[index]
 
 
 def _wanted(pool: Pool, number: int) -> list[str]:

@@ -29,30 +29,13 @@ class Siblings:
         """Return how a run is spoken of: <experiment>/<run>."""
         return run.relative_to(self._root).as_posix()
 
-    def note(
-        self,
-        *,
-        teacher: str | None = None,
-        candidates: str | None = None,
-        blocks: Mapping[int, str] | None = None,
-    ) -> None:
-        """Note what this run's teacher, its candidates and its blocks are, or some of them."""
-        noted: dict[str, Any] = _noted(self._run) | {"tag": self._tag}
-        if teacher is not None:
-            noted["teacher"] = teacher
-        if candidates is not None:
-            noted["candidates"] = candidates
-        if blocks is not None:
-            noted["blocks"] = {str(block): identity for block, identity in blocks.items()}
-        write_json(self._run / NOTE, noted)
+    def note(self, **facts: str | Mapping[str, str]) -> None:
+        """Note what this run's `teacher`, its `candidates` and its `blocks` (by number) are, or some of them."""
+        write_json(self._run / NOTE, _noted(self._run) | {"tag": self._tag} | facts)
 
-    def with_teacher(self, identity: str) -> Iterator[Path]:
-        """Yield the other runs that train the same teacher."""
-        yield from (run for run, noted in self._others() if noted.get("teacher") == identity)
-
-    def with_candidates(self, identity: str) -> Iterator[Path]:
-        """Yield the other runs that score the same candidates."""
-        yield from (run for run, noted in self._others() if noted.get("candidates") == identity)
+    def with_same(self, what: str, identity: str) -> Iterator[Path]:
+        """Yield the other runs that have noted the same `teacher`, or `candidates`."""
+        yield from (run for run, noted in self._others() if noted.get(what) == identity)
 
     def with_blocks(self) -> Iterator[tuple[Path, dict[str, int]]]:
         """Yield the other runs that have noted blocks, with the index of each block by its identity."""
