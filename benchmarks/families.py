@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import MACHINE, RESULTS, read, run, write
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill import load_student
@@ -124,9 +124,13 @@ def _found(run_dir: Path, teacher: nn.Module) -> dict[str, Any]:
 
 
 def _teacher(scratch: Path, source: str, name: str, options: dict[str, int]) -> nn.Module:
-    """Return a network that has been trained a little; it is written for the commands."""
+    """Return a network that has been trained a little; it is written for the commands, and read where it is written."""
     torch.manual_seed(0)
     network = build_architecture(source=source, name=name, num_classes=10, options=options).train()
+    path = scratch / f"{name}.safetensors"
+    if path.exists():
+        network.load_state_dict(load_file(path))
+        return network.eval()
     with _digits() as dataset:
         steps = EPOCHS * dataset.steps_per_epoch
         optimizer = torch.optim.AdamW(network.parameters(), RATE)
@@ -141,7 +145,7 @@ def _teacher(scratch: Path, source: str, name: str, options: dict[str, int]) -> 
         recalibrate(network, (dataset.train_batch(step).images for step in range(8)))
     scratch.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.contiguous().clone() for key, tensor in network.state_dict().items()}
-    save_file(state, scratch / f"{name}.safetensors")
+    save_file(state, path)
     return network.eval()
 
 
