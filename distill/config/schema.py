@@ -51,7 +51,7 @@ from distill.search.budgets import UNITS, Budget, parse
 
 @dataclass(kw_only=True)
 class FitConfig:
-    epochs: int | None = setting(None, "epochs of training on the data; null: 12 without teacher.weights, else 0")
+    epochs: float | None = setting(None, "epochs of training on the data; null: 12 without teacher.weights, else 0")
     lr: float = setting(0.1, "peak learning rate (SGD, Nesterov momentum 0.9, one warm-up epoch, cosine)")
     weight_decay: float = setting(5e-4, "weight decay")
 
@@ -84,7 +84,7 @@ class TeacherConfig:
             raise ConfigError("teacher.std", self.std, "numbers > 0: images are divided by them")
 
     @property
-    def fit_epochs(self) -> int:
+    def fit_epochs(self) -> float:
         """Epochs of teacher training that this configuration asks for."""
         if self.fit.epochs is not None:
             return self.fit.epochs
@@ -407,8 +407,10 @@ class AssembleConfig:
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    epochs: int = setting(2, "epochs of end-to-end distillation; 0 skips it")
-    lr: float = setting(0.02, "peak learning rate (SGD, Nesterov momentum 0.9, cosine)")
+    epochs: float = setting(2.0, "epochs of end-to-end distillation, the last in part if need be; 0 skips it")
+    lr: float | None = setting(
+        None, "peak learning rate (SGD, Nesterov momentum 0.9, cosine); null: 0.02, less for fewer than 800 steps"
+    )
     weight_decay: float = setting(1e-4, "weight decay")
     objective: str = setting("distillation", f"what it is trained for: {', '.join(OBJECTIVES)}, or from outside")
     options: dict[str, Any] = setting({}, "arguments of an objective from outside")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
 from distill.config.choices import Stage
-from distill.config.plain import options_of
-from distill.config.schema import JobConfig
+from distill.config.schema import FinetuneConfig, JobConfig
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError
@@ -21,7 +21,7 @@ from distill.job.outside import objective_for
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.finetune import Epoch, FitOptions, Team, fit, usual_rate
 from distill.training.objective import TeacherHere
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,14 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 
 
 def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> Epoch:
-    options = context.config.finetune
+    fit_options = _fit_options(context.config.finetune, dataset.steps_per_epoch)
     student = load_student_state(context, "recalibrated", teacher, blocks)
     origin = context.run.origin(TEACHER, "recalibrated.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
-    context.say(f"finetune: {show_count(options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}")
+    context.say(
+        f"finetune: {show_count(fit_options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}, "
+        f"peak rate {fit_options.lr:.3g}"
+    )
 
     def report(course: Sequence[Epoch]) -> None:
         epoch = course[-1]
@@ -67,7 +70,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             if context.leads:
                 log.warning(
                     "finetune: stopped, the loss of epoch %d is not finite; try a lower finetune.lr (%g)",
-                    number, options.lr,
+                    number, fit_options.lr,
                 )  # fmt: skip
             return
         hits = held_out_hits(context, f"epoch {number}", student, dataset)
@@ -76,7 +79,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         if context.leads:
             context.scalars.add("epochs/finetune_loss", loss, number)
             context.say(
-                f"finetune: epoch {number} of {options.epochs}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
+                f"finetune: epoch {number} of {fit_options.epochs:g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
                 f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}"
             )
         if context.leads and best_epoch(course) == number:
@@ -88,7 +91,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         dataset,
         objective,
         teacher=TeacherHere(teacher, objective.taps),
-        options=options_of(FitOptions, options, warmup_epochs=0.0),
+        options=fit_options,
         team=_team(context),
         device=context.device,
         seed=derive_seed(context.config.seed, "finetune"),
@@ -99,12 +102,22 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
     kept = best_epoch(course)
     if kept not in (None, len(course)):
         context.say(f"finetune: the state after epoch {kept} is kept, the best on validation images")
-    record = {"epochs": course, "seconds": sum(epoch["seconds"] for epoch in course), "kept_epoch": kept}
+    record = {
+        "epochs": course,
+        "peak_lr": fit_options.lr,
+        "seconds": sum(epoch["seconds"] for epoch in course),
+        "kept_epoch": kept,
+    }
     if context.leads:
         made = [] if kept is None else ["finetuned.safetensors"]
         context.run.complete("finetune", record, made=made, used=[TEACHER, "recalibrated.safetensors"])
         checkpoints.remove("finetune")
     return record
+
+
+def _fit_options(config: FinetuneConfig, steps_per_epoch: int) -> FitOptions:
+    rate = usual_rate(math.ceil(config.epochs * steps_per_epoch)) if config.lr is None else config.lr
+    return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay)
 
 
 def best_epoch(course: Sequence[Epoch]) -> int | None:

@@ -123,7 +123,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
             allowed = f"a lower rate: the loss is not finite in epoch {epoch}"
             raise ConfigError("teacher.fit.lr", options.lr, allowed)
         context.scalars.add("epochs/teacher_loss", loss, epoch)
-        context.say(f"teacher: epoch {epoch} of {epochs}, loss {loss:.4f}, {course[-1]['seconds']:.1f} s")
+        context.say(f"teacher: epoch {epoch} of {epochs:g}, loss {loss:.4f}, {course[-1]['seconds']:.1f} s")
 
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=context.run.origin())
     course = fit(

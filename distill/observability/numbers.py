@@ -21,10 +21,11 @@ def show(value: Any, form: str = "{:,.2f}") -> str:
     return "not finite" if number is None else form.format(number)
 
 
-def show_count(number: int, noun: str) -> str:
-    """Return a number of things: 1 epoch, 2 epochs, 3 batches."""
+def show_count(number: float, noun: str) -> str:
+    """Return a number of things: 1 epoch, 2 epochs, 2.5 epochs, 3 batches."""
     plural = noun + ("es" if noun.endswith("tch") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
+    counted = int(number) if number == int(number) else number
+    return f"{counted:,} {noun if number == 1 else plural}"
 
 
 def show_seconds(value: Any) -> str:

@@ -30,6 +30,7 @@ from distill.training.shared_norms import SharedStatistics
 OWN = "objective/"  # in a checkpoint: what is the objective's
 # This rank's rows of a batch, and its step -> the loss of the whole, the gradients being found
 Learner = Callable[[Batch, int], Tensor]
+USUAL_RATE, MANY_STEPS = 0.02, 800  # of distilling a whole network
 Epoch = dict[str, Any]  # epoch (from 1), loss (mean of the epoch in nats; None: not finite), seconds, and what is added
 
 
@@ -48,14 +49,27 @@ class Team:
         return len(range(self.rank, batch_size, self.world_size)) / batch_size
 
 
+def usual_rate(steps: int) -> float:
+    """Return the peak rate of so many steps of distillation: few cannot repair what a high rate undoes of a good start,
+    so it grows with the root of their number, up to where it stays (measured on CIFAR-10: docs/results.md)."""
+    return USUAL_RATE * min(1.0, math.sqrt(steps / MANY_STEPS))
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """SGD with Nesterov momentum 0.9, linear warm-up, then a cosine to zero over all steps."""
+    """SGD with Nesterov momentum 0.9, linear warm-up, then a cosine to zero over all steps.
 
-    epochs: int
+    `epochs` may end in a part of one, whose steps are rounded up.
+    """
+
+    epochs: float
     lr: float
     weight_decay: float
     warmup_epochs: float = 0.0
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the steps of all epochs."""
+        return math.ceil(self.epochs * steps_per_epoch)
 
 
 def fit(
@@ -90,7 +104,7 @@ def fit(
     tapped = Tapped(network, objective.taps)
     lesson = Lesson(trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed)
     with _learner(lesson) as learn:
-        for epoch in range(len(course), options.epochs):
+        for epoch in range(len(course), math.ceil(options.epochs)):
             start = time.perf_counter()
             network.train()
             objective.train()
@@ -265,25 +279,25 @@ def _epoch(
     seed: int,
 ) -> float:
     """Return the mean loss of an epoch's batches, the same on all ranks."""
-    steps = dataset.steps_per_epoch
-    total = torch.zeros(())
-    batches = dataset.train_batches(epoch * steps, (epoch + 1) * steps, part=team.rank, num_parts=team.world_size)
-    for step, batch in enumerate(batches, start=epoch * steps):
+    per_epoch, total = dataset.steps_per_epoch, options.steps(dataset.steps_per_epoch)
+    steps = range(epoch * per_epoch, min((epoch + 1) * per_epoch, total))
+    losses = torch.zeros(())
+    batches = dataset.train_batches(steps.start, steps.stop, part=team.rank, num_parts=team.world_size)
+    for step, batch in zip(steps, batches, strict=True):
         trained.forget_gradients()
         torch.manual_seed(derive_seed(seed, step))
         value = learn(batch, step)
-        trained.step(_rate(step, steps=steps, options=options))
+        trained.step(_rate(step, total=total, warmup=options.warmup_epochs * per_epoch, peak=options.lr))
         # Summed where it is: reading each loss would wait for the device at every step.
-        total = total.to(value.device) + value
-    return float(total) / max(1, steps)
+        losses = losses.to(value.device) + value
+    return float(losses) / max(1, len(steps))
 
 
-def _rate(step: int, *, steps: int, options: FitOptions) -> float:
-    warmup = options.warmup_epochs * steps
+def _rate(step: int, *, total: int, warmup: float, peak: float) -> float:
     if step < warmup:
-        return options.lr * (step + 1) / warmup
-    share = (step - warmup) / max(1, options.epochs * steps - warmup)
-    return options.lr * 0.5 * (1 + math.cos(math.pi * share))
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _resume(trained: Trained, checkpoint: Checkpoint | None) -> list[Epoch]:

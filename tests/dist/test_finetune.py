@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.data import Batch
 from distill.errors import DistillError
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.finetune import Epoch, FitOptions, Team, fit, usual_rate
 from distill.training.objective import (
     Address,
     Labels,
@@ -187,8 +187,9 @@ def train(
     team: Team | None = None,
     stop_after: int | None = None,
     lr: float = 0.1,
+    epochs: float = 3,
 ) -> tuple[nn.Module, list[Epoch]]:
-    """Train a fresh network for three epochs; an attempt may be stopped after some."""
+    """Train a fresh network, for three epochs unless said otherwise; an attempt may be stopped after some."""
     model = model or network(kind)
     torch.manual_seed(2)
     teacher = NETWORKS[kind]().eval()
@@ -197,7 +198,7 @@ def train(
     def report(course: Sequence[Epoch]) -> None:
         course[-1]["added"] = 10 * len(course)
 
-    options = FitOptions(epochs=3, lr=lr, weight_decay=0.01, warmup_epochs=1.0)
+    options = FitOptions(epochs=epochs, lr=lr, weight_decay=0.01, warmup_epochs=1.0)
     checkpoints = StoppingFolder(folder, generation=1)
     checkpoints.stop_after = stop_after
     course = fit(
@@ -218,6 +219,21 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(made.state_dict(), folder / "objective.pt")
     return model, course
+
+
+def test_the_last_epoch_may_be_a_part_of_one(tmp_path: Path) -> None:
+    images = Images()
+    model, course = train(tmp_path, images, epochs=1 + 1 / STEPS)
+    assert images.asked == [(0, STEPS, 0, 1), (STEPS, STEPS + 1, 0, 1)]
+    assert [epoch["epoch"] for epoch in course] == [1, 2]
+    assert all(math.isfinite(epoch["loss"]) for epoch in course)
+    other, _ = train(tmp_path / "whole", Images(), epochs=2)
+    assert not torch.equal(model.state_dict()["head.weight"], other.state_dict()["head.weight"])
+
+
+def test_few_steps_have_a_lower_rate_and_many_the_usual_one() -> None:
+    assert usual_rate(100) == pytest.approx(0.02 / math.sqrt(8))
+    assert usual_rate(800) == usual_rate(100_000) == 0.02
 
 
 class StoppingFolder(CheckpointFolder):

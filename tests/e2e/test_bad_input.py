@@ -193,7 +193,7 @@ def test_a_run_directory_of_another_configuration_is_left_alone(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     error = told(capsys, *quick, "finetune.lr=0.5")
     assert "run.dir" in error
-    assert "finetune.lr=0.02 there, 0.5 here" in error
+    assert "finetune.lr=null there, 0.5 here" in error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 

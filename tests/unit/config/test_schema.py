@@ -159,7 +159,7 @@ class TestWrongType:
         [
             ("seed=abc", "seed: got 'abc'; expected an integer"),
             ("distill.steps=1.5", "distill.steps: got '1.5'; expected an integer, or null"),
-            ("finetune.lr=null", "finetune.lr: got 'null'; expected a number"),
+            ("finetune.weight_decay=null", "finetune.weight_decay: got 'null'; expected a number"),
             ("distill.lr=fast", "distill.lr: got 'fast'; expected a number, or null"),
             ("data.download=maybe", "data.download: got 'maybe'; expected true or false"),
             ("data.mean=grey", "data.mean: got 'grey'; expected a list of numbers, such as [1,2,3], or null"),
@@ -381,9 +381,9 @@ class TestReference:
     def test_defaults_shown_are_the_defaults(self, default: JobConfig) -> None:
         rows = {path: shown for path, _, shown, _ in settings()}
         assert rows["distill.lr"] == "null"
-        assert rows["finetune.lr"] == "0.02"
+        assert rows["finetune.temperature"] == "4.0"
         assert rows["distill.optimizer"] == "adam"
         assert rows["distill.epochs"] == "null"
         assert rows["teacher.name"] == "from its group"
         assert default.distill.lr is None
-        assert default.finetune.lr == 0.02
+        assert default.finetune.temperature == 4.0
