@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measure import MACHINE, RESULTS, read, run, summary, write
-from torch import nn
+from pruning import IMPORTANCES, cifar10, narrowed_until, params, teacher_network
 
-from distill.data import Augment, DataOptions, Dataset, open_dataset
+from distill.data import open_dataset
 from distill.student.assemble import recalibrate
 from distill.student.evaluate import count_hits
-from distill.teachers import build_architecture, load_weights
 
 TEACHERS = {"cifar_resnet20": "resnet20-12fca82f.th", "cifar_resnet44": "resnet44-014dd654.th"}
 NO_STEP = ("distill.steps=0", "finetune.epochs=0")
@@ -34,7 +32,6 @@ EARLY_BLOCKS_MORE = (
     "layer3.*: {recipe: separable, rank: 3}, layer3.0: {recipe: separable, rank: 4}}"
 )
 RE_ESTIMATED = 50  # batches
-PRECISION = 2e-3  # in the share of parameters that Torch-Pruning is brought to
 
 
 @dataclass(frozen=True)
@@ -151,65 +148,17 @@ def _cpu_seconds() -> float:
 
 def _one_shot(args: argparse.Namespace, seed: int, share: float) -> dict[str, float]:
     """Prune ResNet-20 once to that share of its parameters; return the test accuracies by what tells channels apart."""
-    import torch_pruning
-
-    options = DataOptions(
-        name="hf",
-        root=str(args.data.absolute()),
-        image_size=32,
-        augment=Augment.crop_flip,
-        batch_size=64,
-        validation_fraction=0.02,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2023, 0.1994, 0.2010),
-    )
-    importances = {
-        "magnitude": torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        "taylor": torch_pruning.importance.GroupTaylorImportance(),
-    }
-    found: dict[str, float] = {}
-    with open_dataset(options, seed=seed, device=torch.device("cpu")) as dataset:
-        for name, importance in importances.items():
-            network = _pruned(args.teachers, dataset, importance, share)
+    whole = params(teacher_network(args.teachers))
+    found: dict[str, Any] = {}
+    with open_dataset(cifar10(args.data, batch_size=64), seed=seed, device=torch.device("cpu")) as dataset:
+        for importance in IMPORTANCES:
+            network = narrowed_until(
+                lambda one: params(one) <= share * whole, lambda: teacher_network(args.teachers), dataset, importance
+            )
             recalibrate(network, (dataset.train_batch(step).images for step in range(RE_ESTIMATED)))
-            found[name] = count_hits(network, dataset.test_batches(250)).percent()["top1"]
-            found["params_ratio"] = _params(network) / _params(_teacher(args.teachers))
+            found[importance] = count_hits(network, dataset.test_batches(250)).percent()["top1"]
+            found["params_ratio"] = params(network) / whole
     return found
-
-
-def _pruned(folder: Path, dataset: Dataset, importance: Any, share: float) -> nn.Module:
-    low, high = 0.0, 1.0
-    while high - low > PRECISION:
-        ratio = (low + high) / 2
-        network = _narrowed(folder, dataset, importance, ratio)
-        low, high = (ratio, high) if _params(network) > share * _params(_teacher(folder)) else (low, ratio)
-    return _narrowed(folder, dataset, importance, high)
-
-
-def _narrowed(folder: Path, dataset: Dataset, importance: Any, ratio: float) -> nn.Module:
-    import torch_pruning
-
-    network = _teacher(folder)
-    for batch in map(dataset.train_batch, range(8)):
-        F.cross_entropy(network(batch.images), batch.labels).backward()
-    inner = {module for path, module in network.named_modules() if path.startswith("layer") and path.endswith("conv1")}
-    others = [one for one in network.modules() if isinstance(one, nn.Conv2d | nn.Linear) and one not in inner]
-    sample = dataset.train_batch(0).images[:1]
-    pruner = torch_pruning.pruner.MetaPruner(
-        network, sample, importance=importance, pruning_ratio=ratio, ignored_layers=others
-    )
-    pruner.step()
-    return network
-
-
-def _teacher(folder: Path) -> nn.Module:
-    network = build_architecture(source="cifar", name="cifar_resnet20", num_classes=10)
-    load_weights(network, str(folder / TEACHERS["cifar_resnet20"]))
-    return network.eval()
-
-
-def _params(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 if __name__ == "__main__":
