@@ -182,6 +182,7 @@ def _metrics(
         | accuracy["teacher"]
         | {"name": context.config.teacher.name, "replaced_params": sum(_count(modules[path]) for path in replaced)},
         "student": student_facts,
+        "answers": accuracy.get("answers"),
         "distill": run.result("distill"),
         "assemble": run.result("assemble"),
         "finetune": run.result("finetune"),

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from distill.config.schema import JobConfig
-from distill.data import Batch, Dataset
+from distill.data import Dataset
 from distill.errors import ConfigError, DistillError
 from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.observability.numbers import show, show_count
 from distill.reporting.tables import STUDENTS
-from distill.student.evaluate import Hits, best_of, count_hits, images_at_a_time
+from distill.student.answers import answers_facts, compared, from_json, to_json
+from distill.student.evaluate import Hits, best_of, count_hits, guesses_of, images_at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +54,18 @@ def held_out_hits(context: Context, name: str, network: nn.Module, dataset: Data
     share = dataset.validation_batches(
         images_at_a_time(dataset.image_shape), part=context.rank, num_parts=context.world_size
     )
-    return _hits_of_all(context, f"{name}, validation", network, share)
+    return _hits_of_all(context, f"{name}, validation", count_hits(network, share))
 
 
-def _hits_of_all(context: Context, name: str, network: nn.Module, share: Iterable[Batch]) -> Hits:
-    context.control.set(f"hits/{name}/{context.rank}", asdict(count_hits(network, share)))
-    total = Hits()
+def _hits_of_all(context: Context, name: str, own: Hits) -> Hits:
+    return sum((Hits(**one) for one in _of_all(context, f"hits/{name}", asdict(own), f"accuracy of {name}")), Hits())
+
+
+def _of_all(context: Context, key: str, own: Any, purpose: str) -> Iterator[Any]:
+    """Yield what every rank has found, in the order of ranks, this one's among it."""
+    context.control.set(f"{key}/{context.rank}", own)
     for rank in range(context.world_size):
-        total += Hits(**context.control.wait(f"hits/{name}/{rank}", peer=rank, purpose=f"accuracy of {name}"))
-    return total
+        yield context.control.wait(f"{key}/{rank}", peer=rank, purpose=purpose)
 
 
 def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, students: Sequence[str]) -> None:
@@ -82,15 +87,20 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         )
     context.say(_verdict(delivered, held_out))
     results: dict[str, Any] = {"delivered": delivered, "validation": _facts(delivered, held_out)}
+    guesses = {}
     for name in ("teacher", *students):
         network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
         share = dataset.test_batches(
             images_at_a_time(dataset.image_shape), part=context.rank, num_parts=context.world_size
         )
-        hits = _hits_of_all(context, name, network, share)
+        guesses[name] = guesses_of(network, share)
+        hits = _hits_of_all(context, name, guesses[name].hits)
         results[name] = hits.percent() | {"images": hits.images}
         if len(dataset.classes) <= FIRST_GUESSES:
             results[name]["top5"] = None
+    own = to_json(compared(guesses["teacher"], guesses[delivered]))
+    shares = _of_all(context, "answers", own, "answers of teacher and student")
+    results["answers"] = answers_facts(sum(map(from_json, shares), Counter()), dataset.classes)
     if context.leads:
         used = [f"{name}.safetensors" for name in ("teacher", *students)]
         context.run.complete("evaluate", results, used=used)

@@ -8,12 +8,13 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.data import Batch
 from distill.profiling.block_costs import count_flops, measure_seconds
 from distill.storage.aliases import each_once
 
+NO_ANSWER = -1  # in the place of a class
 AT_A_TIME, PIXELS_AT_A_TIME = 250, 2**21  # images that are evaluated at a time, fewer where they are large
 
 
@@ -44,6 +45,29 @@ class Hits:
         return 100 * math.sqrt(share * (1 - share) / max(1, self.images))
 
 
+@dataclass(frozen=True)
+class Guesses:
+    """What a network took some images for.
+
+    Shapes: labels (images), best (images, at most 5): classes from the likeliest on, NO_ANSWER where logits were not
+    all finite.
+    """
+
+    labels: Tensor
+    best: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """The likeliest class of every image."""
+        return self.best[:, 0]
+
+    @property
+    def hits(self) -> Hits:
+        right = self.best == self.labels[:, None]
+        first, any_of_them, none = right[:, 0].sum(), right.any(dim=1).sum(), (self.first == NO_ANSWER).sum()
+        return Hits(int(first), int(any_of_them), len(self.labels), int(none))
+
+
 def best_of(hits: Mapping[str, Hits]) -> str | None:
     """Return the name with the most hits, the last of equals; None where none gives finite logits for all images."""
     sound = [name for name, one in hits.items() if not one.not_finite]
@@ -57,19 +81,23 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 
 
 @torch.no_grad()
-def count_hits(network: nn.Module, batches: Iterable[Batch]) -> Hits:
-    """Return how many images a network in eval mode classifies rightly, first guess and first five guesses."""
+def guesses_of(network: nn.Module, batches: Iterable[Batch]) -> Guesses:
+    """Return the first guesses of a network in eval mode, in host memory."""
     network.eval()
-    total = Hits()
+    labels, best = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 1, dtype=torch.long)]
     for batch in batches:
         logits = network(batch.images)
-        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        finite = logits.isfinite().all(dim=1)
+        found = logits.topk(min(5, logits.shape[1]), dim=1).indices
         # topk takes NaN for the largest number: such a guess could be right by its place alone.
-        right = (guesses == batch.labels[:, None]) & finite[:, None]
-        counts = right[:, 0].sum(), right.any(dim=1).sum(), len(batch.labels), (~finite).sum()
-        total += Hits(*map(int, counts))
-    return total
+        found = found.masked_fill(~logits.isfinite().all(dim=1)[:, None], NO_ANSWER)
+        labels.append(batch.labels.cpu())
+        best.append(found.cpu())
+    return Guesses(torch.cat(labels), torch.cat(best[1:] or best))
+
+
+def count_hits(network: nn.Module, batches: Iterable[Batch]) -> Hits:
+    """Return how many images a network in eval mode classifies rightly, first guess and first five guesses."""
+    return guesses_of(network, batches).hits
 
 
 def first_not_finite(network: nn.Module) -> str | None:

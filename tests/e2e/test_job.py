@@ -97,6 +97,12 @@ def test_metrics_have_the_names_that_others_rely_on(finished: tuple[Path, str]) 
     assert validation["top1"][student["delivered"]] == max(validation["top1"].values())
     assert validation["images"] == found["data"]["validation_images"]
     assert validation["standard_error"] > 0
+    answers = found["answers"]
+    for side in ("teacher", "student"):
+        assert 100 * answers[f"{side}_right"] / answers["images"] == found[side]["top1"]
+        assert sum(answers["classes"][side]) == answers[f"{side}_right"]
+    assert sum(answers["classes"]["images"]) == answers["images"] == found["data"]["test_images"]
+    assert answers["alike"] >= answers["alike_where_teacher_right"] > 0
     assert found["finetune"]["kept_epoch"] == 1
     assert found["environment"]["threads"] == 1
 
