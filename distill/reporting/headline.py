@@ -10,7 +10,7 @@ from distill.observability.energy.joules import job_joules
 from distill.observability.numbers import finite, show, show_count, show_seconds, show_short
 from distill.reporting.energy import show_joules
 from distill.reporting.latency import Speed, device_of, in_runtime, runtime_words, speeds
-from distill.reporting.markup import Markup, folded, join, section, table, tag
+from distill.reporting.markup import Markup, Section, folded, join, section, table, tag
 from distill.reporting.plot import bar
 from distill.reporting.run import Run
 
@@ -201,10 +201,10 @@ def _strip(run: Run) -> Markup:
     return tag("ol", *items, class_="strip", aria_label="stages of the job")
 
 
-def what_stopped(run: Run) -> Markup:
+def what_stopped(run: Run) -> list[Section]:
     """Return, for a run without an end, its last errors, the state of its blocks and the command that goes on."""
     if run.finished:
-        return Markup()
+        return []
     stories = [join(tag("h3", name), tag("pre", "\n".join(lines), tabindex=0)) for name, lines in run.errors]
     last = [join(tag("h3", name), tag("pre", "\n".join(lines), tabindex=0)) for name, lines in run.last_lines if lines]
     blocks = [
@@ -215,14 +215,15 @@ def what_stopped(run: Run) -> Markup:
         for b in run.units
     ]  # fmt: skip
     headings = ("block", "rank", "state", "steps done", "last step", "relative error")
-    return join(
+    return [
         section("What stopped it", *stories),
         section("Go on", tag("pre", go_on_command(run), tabindex=0),
                 note="The command that started this run goes on where it stopped; finished blocks are not trained "
                      "again. From the run's own record:"),
-        section("How far each block is", table(headings, blocks, text=(0, 2, 3), tall=True) if blocks else Markup()),
+        section("How far each block is",
+                table(headings, blocks, text=(0, 2, 3), tall=True, kind="sorts") if blocks else Markup()),
         section("Last lines of the logs", folded("Show them", *last, opened=not run.errors) if last else Markup()),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def go_on_command(run: Run) -> str:

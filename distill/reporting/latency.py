@@ -35,7 +35,12 @@ class Speed:
 
 def in_runtime(metrics: Mapping[str, Any]) -> list[Speed]:
     """Return what was measured in the runtime that will run the student, by batch; nothing where nothing was."""
-    batches = _mapping(_mapping(metrics.get("latency")).get("batches"))
+    return speeds_of(_mapping(metrics.get("latency")))
+
+
+def speeds_of(latency: Mapping[str, Any]) -> list[Speed]:
+    """Return what a section `latency` of metrics.json has measured, by batch."""
+    batches = _mapping(latency.get("batches"))
     return [
         Speed(
             int(batch), *(finite(_mapping(_mapping(one).get(side)).get("median_ms")) for side in ("teacher", "student"))

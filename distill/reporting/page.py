@@ -1,20 +1,26 @@
-"""The page of one run: what a reader wants first comes first. Self-contained: no script, nothing fetched."""
+"""The page of one run: what a reader wants first comes first. Self-contained: nothing is fetched, and its policy lets
+nothing else run or be loaded than the one script and style sheet that are in it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from distill.observability.numbers import show, show_seconds
+from distill.reporting.answers import answers_section
+from distill.reporting.courses import block_curves, courses
 from distill.reporting.energy import energy_section
+from distill.reporting.front import FRONT_NOTE, front_of_run
 from distill.reporting.headline import headline, what_stopped
 from distill.reporting.latency import int8_section, latency_section, runtime_words
-from distill.reporting.loss_curves import block_curves, fit_curves
-from distill.reporting.markup import Markup, facts, folded, join, section, table, tag
+from distill.reporting.markup import Markup, facts, folded, join, laid_out, section, table, tag
 from distill.reporting.predictions import predictions
 from distill.reporting.run import Run
+from distill.reporting.script import SCRIPT
 from distill.reporting.search import search_section
 from distill.reporting.style import STYLE
 from distill.reporting.tables import result_rows
@@ -41,26 +47,40 @@ def document(title: str, *content: str, broad: bool = False) -> str:
     """Return a whole page; a `broad` one uses more of a wide screen."""
     head = join(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
         Markup('<link rel="icon" href="data:,">'),  # else a browser asks the server for one
         tag("title", title),
         Markup(f"<style>{STYLE}</style>"),
     )
     body = tag("main", *content, class_="broad" if broad else None)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    script = Markup(f"<script>{SCRIPT}</script>")
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}{script}</body></html>\n'
+
+
+def _sha256(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+POLICY = (
+    f"default-src 'none'; script-src {_sha256(SCRIPT)}; style-src {_sha256(STYLE)}; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 
 
 def run_page(run: Run) -> Markup:
     """Return the sections of a run's page, those left out that its directory has nothing for."""
     metrics = run.metrics
     results = table(("", "teacher", "student", "ratio"), result_rows(metrics)) if run.finished else Markup()
-    fits = fit_curves(run)
-    top = join(headline(run), what_stopped(run))
-    rest = join(
+    top, stopped = headline(run), what_stopped(run)
+    sections = [
         section("Teacher against student", results, note="FLOPs count 2 per multiply-add; accuracy on the test split."),
         section("Latency", latency_section(metrics),
                 note=f"In {runtime_words(metrics)}, both networks in turn, round after round."),
+        section("Accuracy against latency", front_of_run(metrics) if run.finished else Markup(), note=FRONT_NOTE),
         section("In INT8", int8_section(metrics),
                 note="Quantised by training images after distillation, and timed in turn in ONNX Runtime."),
+        section("Answers, class by class", answers_section(metrics),
+                note="First guesses of the teacher and of the delivered student on the test split."),
         section("Chosen under budgets", search_section(metrics),
                 note="Candidates were scored without training, one at a time in the teacher, on validation images."),
         section("Exports", _exports(metrics.get("exports")),
@@ -71,15 +91,15 @@ def run_page(run: Run) -> Markup:
         section("Predicted against measured", predictions(run),
                 note="Predictions were made before training; a block's measured step is its mean over the training."),
         section("Energy", energy_section(run)),
-        section("Courses of the whole networks", tag("div", fits, class_="pair") if fits else Markup()),
+        section("Courses of the whole networks", courses(run)),
         section("Ledger", _ledger(run)),
         section("Run", facts(_run_facts(run))),
-        section("Configuration", folded("Every setting, as it was resolved", tag("pre", run.settings_text, tabindex=0)))
-        if run.settings_text else Markup(),
-    )  # fmt: skip
-    return join(
-        top, section("Damaged files, left out", tag("pre", "\n".join(run.damaged))) if run.damaged else Markup(), rest
-    )
+        section("Configuration", folded("Every setting, as it was resolved", tag("pre", run.settings_text, tabindex=0))
+                if run.settings_text else Markup()),
+    ]  # fmt: skip
+    # Only now is it known what could not be read.
+    damaged = tag("pre", "\n".join(run.damaged)) if run.damaged else Markup()
+    return join(top, laid_out([*stopped, section("Damaged files, left out", damaged), *sections]))
 
 
 def _exports(exports: Any) -> Markup:
@@ -117,7 +137,7 @@ def _ledger(run: Run) -> Markup:
         "attempt",
         "sha256",
     )
-    return table(headings, rows, text=(0, 2, 9), tall=True) if rows else Markup()
+    return table(headings, rows, text=(0, 2, 9), tall=True, kind="sorts") if rows else Markup()
 
 
 def _taken(run: Run) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Plots as SVG without scripts: axes with ticks, curves, points and bars. Knows nothing of runs.
+"""Plots as SVG, whole without a script: axes with ticks, curves, points and bars. Knows nothing of runs.
 
 A plot has a fixed height and takes its place's width: positions along x are percentages and text keeps its size, so
 that one drawing reads well on a telephone and on a wide screen. Colours come from the page's style sheet.
@@ -13,7 +13,8 @@ from itertools import pairwise
 
 from distill.reporting.markup import Markup, escape, join, tag
 
-SPAN = 1000  # of the inner coordinates, both ways
+SPAN = 10_000  # of the inner coordinates, both ways: the script reads values back from them
+LETTER = 0.024  # of a plot's width, on a telephone
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Axis:
         step = max(_nice_step((high - low or abs(high) or 1.0) / 4), 1.0 if whole else 0.0)
         first, last = math.floor(low / step), math.ceil(high / step)
         return Axis(step * first, step * max(last, first + 1), whole=whole)
+
+    @property
+    def facts(self) -> str:
+        """What the page's script needs to turn places into values."""
+        return f"{self.low!r} {self.high!r} {'log' if self.log else 'whole' if self.whole else 'linear'}"
 
     def at(self, value: float) -> float:
         """Return where `value` lies: 0 at the low end, 1 at the high end."""
@@ -100,7 +106,7 @@ def curve(points: Sequence[tuple[float, float]], x: Axis, y: Axis, *, most: int 
             continue
         path.append(f"{pen}{SPAN * x.at(step):.0f} {SPAN * (1 - y.at(value)):.0f}")
         pen = "L"
-    return "".join(path) + ("h1" if len(path) == 1 else "")
+    return "".join(path) + ("h9" if len(path) == 1 else "")
 
 
 def stretched(content: str, inner: tuple[int, int] = (SPAN, SPAN), **place: object) -> Markup:
@@ -122,7 +128,8 @@ def chart(
 ) -> Markup:
     """Return a plot with both axes; `label` says in words what it shows. `marks` may use percentages."""
     frame = axes(x, y, x.ticks(ticks[0]), y.ticks(ticks[1]), x_title)
-    drawing = tag("svg", frame, Markup(marks), class_="plot", role="img", aria_label=label)
+    facts = {"data_x": f"{x.facts} {x_title}".strip(), "data_y": y.facts}
+    drawing = tag("svg", frame, Markup(marks), class_="plot", role="img", aria_label=label, **facts)
     above = tag("div", y_title, class_="ytitle") if y_title else ""
     return tag("div", above, drawing, class_=f"chart {kind}".strip())
 
@@ -144,14 +151,20 @@ def axes(x: Axis, y: Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], x
     return Markup("".join(parts))
 
 
-def point(x: float, y: float, *, kind: str, title: str, text: str = "") -> Markup:
-    """Return a dot at (x, y) of 0 to 1 from the lower left, with words shown on hovering and a short text beside it."""
+def point(x: float, y: float, *, kind: str, title: str, text: str = "", series: str = "", line: int = 0) -> Markup:
+    """Return a dot at (x, y) of 0 to 1 from the lower left, with words shown on hovering and a short text on the
+    side that has room, in the first line above it (or in another one: negative ones are below); `series` is what a
+    legend calls it."""
     place = f"{100 * x:.2f}%", f"{100 * (1 - y):.2f}%"
-    beside = f'<text class="mark" x="{place[0]}" y="{place[1]}" dx="8" dy=".35em">{escape(text)}</text>' if text else ""
+    side = 'dx="5"' if x + LETTER * len(text) < 1.08 else 'dx="-5" text-anchor="end"'
+    where = f'x="{place[0]}" y="{place[1]}" {side} dy="{(0.2 if line < 0 else -0.55) - 1.1 * line:.2f}em"'
+    beside = f'<text class="mark" {where}>{escape(text)}</text>' if text else ""
+    named = f' data-s="{escape(series)}"' if series else ""
     return join(
-        Markup(f'<circle class="{kind}" cx="{place[0]}" cy="{place[1]}" r="5"><title>{escape(title)}</title></circle>'),
+        Markup(f'<circle class="{kind}" cx="{place[0]}" cy="{place[1]}" r="5"{named}>'
+               f"<title>{escape(title)}</title></circle>"),
         Markup(beside),
-    )
+    )  # fmt: skip
 
 
 def bar(parts: Sequence[tuple[float, str]], *, whole: float, label: str) -> Markup:

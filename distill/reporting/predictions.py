@@ -77,7 +77,7 @@ def _blocks(run: Run) -> Markup:
     ]
     headings = ("block", "student step", "predicted ms", "measured ms", "ratio", "teacher ms",
                 "teacher MFLOP", "student MFLOP")  # fmt: skip
-    return table(headings, rows, text=(0, 1), tall=True)
+    return table(headings, rows, text=(0, 1), tall=True, kind="sorts")
 
 
 def _pair(name: str, predicted: float | None, measured: float | None, longest: float) -> Markup:

@@ -83,7 +83,7 @@ def _blocks(budget: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) 
         one = scores.get((block, label), {})
         rows.append((block, str(label), *(show(one.get(name), "{:.3g}") for name in ("error", "divergence"))))
     headings = ("block", "becomes", "relative error", "divergence, alone")
-    return table(headings, rows, text=(0, 1), tall=True) if rows else Markup()
+    return table(headings, rows, text=(0, 1), tall=True, kind="sorts") if rows else Markup()
 
 
 def _judged(budget: Mapping[str, Any]) -> Markup:
@@ -94,7 +94,7 @@ def _judged(budget: Mapping[str, Any]) -> Markup:
         figures = show(predicted, "{:.3g}"), show(one.get("divergence"), "{:.3g}"), show(one.get("top1"), "{:.2f} %")
         rows.append((f"choice {number + 1}", *figures, mark))
     headings = ("put together", "sum of divergences", "divergence", "validation top-1, before training", "")
-    return table(headings, rows, text=(0, 4)) if rows else Markup()
+    return table(headings, rows, text=(0, 4), kind="sorts") if rows else Markup()
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> Markup:
@@ -109,7 +109,7 @@ def _candidates(candidates: Sequence[Mapping[str, Any]], teacher: Mapping[str, A
         for one in candidates
     ]
     headings = ("block", "candidate", *(f"{UNITS[name]}, more" for name in names), "relative error", "divergence")
-    return table(headings, rows, text=(0, 1), tall=True)
+    return table(headings, rows, text=(0, 1), tall=True, kind="sorts")
 
 
 def _form(name: str) -> str:

@@ -72,17 +72,38 @@ figcaption strong { color: var(--bad); }
   font-size: .88rem; color: var(--soft); }
 .legend li { display: flex; align-items: center; gap: .4rem; }
 .legend i { width: .85rem; height: .85rem; border-radius: 2px; flex: none; background: currentColor; }
-.legend i.line { height: 3px; background: var(--own); }
 .line { --hue: color-mix(in oklch longer hue, var(--c1) var(--p), var(--c0));
   --own: color-mix(in oklab, var(--hue) var(--share, 100%), var(--ink)); }
 .legend i.unrecorded { background: none; border: 1px dashed var(--soft); }
-.legend.ramped { align-items: center; } .legend i.ramp { width: 9rem; height: 4px;
-  background: linear-gradient(to right in oklch longer hue, var(--c0), var(--c1)); }
+.shaded { --share: var(--shade); } .d1 { stroke-dasharray: 8 3; } .d2 { stroke-dasharray: 2 2.5; }
+.d3 { stroke-dasharray: 9 3 2 3; }
+.legend.many { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); max-height: 15rem;
+  overflow-y: auto; }
+.legend.many li { overflow-wrap: anywhere; } svg.sample { width: 26px; height: 10px; flex: none; }
+.sample path.line { stroke-width: 2.2; }
+.legend button, th button { all: unset; cursor: pointer; display: inline-flex; align-items: center; gap: .4rem; }
+th button { display: inline; white-space: pre; }
+.legend button:hover, .legend [aria-pressed="true"], th button:hover, [aria-sort] button { color: var(--ink);
+  text-decoration: underline; text-underline-offset: .2em; }
+:is(.legend, th) button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+[aria-sort="ascending"] button::after { content: " \\2191"; } [aria-sort="descending"] button::after {
+  content: " \\2193"; }
+.dim { stroke-opacity: .13; fill-opacity: .13; }
+.tip { position: fixed; z-index: 1; pointer-events: none; visibility: hidden; max-width: min(26rem, 90vw);
+  background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .6rem;
+  font-size: .82rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.tip.shown { visibility: visible; } .tip p { margin: 0; display: flex; gap: 1rem; justify-content: space-between;
+  overflow-wrap: anywhere; } .tip b { white-space: nowrap; }
+@media (min-width: 40rem) { .tip:has(p:nth-child(14)) { columns: 2; column-gap: 1.4rem; } }
+.tip .nearest { color: var(--accent); font-weight: 600; }
+nav { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 1.4rem 0 0; font-size: .9rem; }
 .chart { padding: 0 .9rem 0 4.2rem; margin: .3rem 0 0; }
 .chart .ytitle { margin-left: -4.2rem; font-size: .8rem; color: var(--soft); min-height: .6rem;
   padding-bottom: .45rem; }
-svg.plot { display: block; width: 100%; height: 11rem; overflow: visible; margin-bottom: 2.9rem; }
-.wide svg.plot { height: 19rem; } .small-multiples svg.plot { height: 6.2rem; margin-bottom: 1.6rem; }
+svg.plot { display: block; width: 100%; overflow: visible; margin-bottom: 2.9rem; }
+svg.plot:not(.lanes) { height: 11rem; }
+.wide svg.plot:not(.lanes) { height: 19rem; }
+.small-multiples svg.plot:not(.lanes) { height: 6.2rem; margin-bottom: 1.6rem; }
 .small-multiples .chart { padding: 0 .5rem 0 2.9rem; }
 svg.lanes { margin-top: .6rem; }
 svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
@@ -105,7 +126,10 @@ td svg.bar { width: 11rem; max-width: 40vw; } .track { fill: var(--grid); }
 .gpu { fill: var(--student); color: var(--student); } .cpu { fill: var(--teacher); color: var(--teacher); }
 rect.stage { fill: var(--accent); } rect.unrecorded { fill: var(--paper); }
 circle.run { fill: var(--student); stroke: var(--paper); stroke-width: 1.5; }
+circle.beaten { fill: var(--paper); stroke: var(--student); stroke-width: 2; }
+circle.kept { fill: none; stroke: var(--accent); stroke-width: 2; }
+path.front { fill: none; stroke: var(--student); stroke-width: 1.4; stroke-dasharray: 5 4; }
 circle.reference { fill: var(--paper); stroke: var(--teacher); stroke-width: 2; }
 line.ideal { stroke: var(--soft); stroke-dasharray: 4 4; }
-@media print { .tall, pre { max-height: none; } }
-"""
+@media print { .tall, pre, .legend.many { max-height: none; } nav, .tip { display: none; } }
+""" + "".join(f".p{percent} {{ --p: {percent}%; }}\n" for percent in range(101))  # along the hues of lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from distill.observability.numbers import show_count, show_seconds
 from distill.observability.trace import RankTrace, TimeSpan
 from distill.reporting.markup import Markup, escape, join, table, tag
-from distill.reporting.plot import SPAN, Axis, bar, legend, stretched, tick_label
+from distill.reporting.plot import Axis, bar, legend, stretched, tick_label
 from distill.reporting.run import Run
 
 TRAINING = ("teacher", "student", "wait")  # what a training thread does; the rest of its time it is idle
@@ -23,6 +23,7 @@ WORDS = {
     "unrecorded": "not recorded",
 }  # fmt: skip
 CELLS_IN_ALL = 4000  # of all ranks' lanes over the whole stage
+WIDTH = 1000  # of a lane in a close-up, in inner coordinates
 MOST_SPANS = 90  # of one training thread in a close-up, where that leaves two steps
 MOST_DRAWN = 1600  # spans of all training threads in one close-up, likewise; of one lane, the shortest are left out
 MOST_DETAILED = 6  # ranks; more get one lane each
@@ -188,12 +189,12 @@ def _close_up(title: str, ranks: Sequence[RankTimes], origin: float, low: float,
         spans = [span for span in rank.training if _inside(span, low, high)]
         drawn = [_named(span, low, high) for span in spans] if detailed else [_plain(spans, low, high)]
         gaps = [_blank(*gap, low, high) for gap in rank.gaps() if gap[0] < high and gap[1] > low]
-        ground = '<rect class="k idle" width="1000" height="1"/>'
-        lanes.append((f"rank {rank.rank}", height, ground + "".join(drawn + gaps), (SPAN, 1)))
+        ground = f'<rect class="k idle" width="{WIDTH}" height="1"/>'
+        lanes.append((f"rank {rank.rank}", height, ground + "".join(drawn + gaps), (WIDTH, 1)))
         for kind in BACKGROUND if detailed else ():
             extra = [span for span in rank.background if span.kind == kind and _inside(span, low, high)]
             if extra:
-                lanes.append((kind, 9, _plain(extra, low, high), (SPAN, 1)))
+                lanes.append((kind, 9, _plain(extra, low, high), (WIDTH, 1)))
     drawing = _lanes(
         lanes, Axis(low - origin, high - origin), f"{title.lower()} of {show_count(len(ranks), 'rank')}, span by span"
     )
@@ -206,8 +207,8 @@ def _inside(span: TimeSpan, low: float, high: float) -> bool:
 
 def _place(begin: float, finish: float, low: float, high: float) -> tuple[float, float]:
     """Return where a span begins in a close-up and how wide it is, in inner coordinates."""
-    scale = SPAN / max(high - low, 1e-9)
-    left, right = max(0.0, (begin - low) * scale), min(float(SPAN), (finish - low) * scale)
+    scale = WIDTH / max(high - low, 1e-9)
+    left, right = max(0.0, (begin - low) * scale), min(float(WIDTH), (finish - low) * scale)
     return left, max(0.4, right - left)
 
 
@@ -251,9 +252,7 @@ def _lanes(lanes: Sequence[Lane], x: Axis, label: str) -> Markup:
         parts.append(f'<text class="x" x="{place}" y="{top + 8}" dy="1.1em">{tick_label(value)}</text>')
     parts.append(f'<line class="axis" x1="0" x2="100%" y1="{top + 4}" y2="{top + 4}"/>')
     parts.append(f'<text class="x title" x="100%" y="{top + 8}" dy="2.4em">seconds since the stage began</text>')
-    drawing = tag(
-        "svg", Markup("".join(parts)), class_="plot lanes", role="img", aria_label=label, style=f"height:{top + 8}px"
-    )
+    drawing = tag("svg", Markup("".join(parts)), class_="plot lanes", role="img", aria_label=label, height=top + 8)
     return tag("div", drawing, class_="chart")
 
 
@@ -283,4 +282,6 @@ def totals(run: Run, ranks: Sequence[RankTimes], seconds: float) -> Markup:
         "receiving",
         "ledger",
     )
-    return join(table(headings, rows, text=(0, 1), tall=True), tag("p", note, class_="note") if note else Markup())
+    return join(
+        table(headings, rows, text=(0, 1), tall=True, kind="sorts"), tag("p", note, class_="note") if note else Markup()
+    )

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from distill.reporting.run import Run
 from distill.storage.checkpoint import CheckpointFolder, unit_name
 from distill.storage.files import read_commented, read_json, write_commented, write_json
 from distill.storage.run_directory import RunDirectory
@@ -80,11 +81,26 @@ const oklab = c => dot([[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059]
   dot([[0.41222, 0.53633, 0.05145], [0.2119, 0.6807, 0.1074], [0.0883, 0.28172, 0.62998]], c).map(Math.cbrt));
 const paper = luminance(linear(getComputedStyle(document.body).backgroundColor));
 const lines = [...document.querySelectorAll('.wide path.line')].map(e => linear(getComputedStyle(e).stroke));
-const named = [...document.querySelectorAll('.legend i.line')].map(e => linear(getComputedStyle(e).backgroundColor));
+const named = [...document.querySelectorAll('.legend path.line')].map(e => linear(getComputedStyle(e).stroke));
 const apart = (a, b) => Math.hypot(...oklab(a).map((v, i) => v - oklab(b)[i]));
 return {contrast: lines.map(luminance).map(l => (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05)),
   apart: lines.flatMap((a, i) => lines.slice(i + 1).map(b => apart(a, b))),
   astray: lines.map((line, i) => apart(line, named[i]))};
+"""
+
+# What the box at the cursor says, by rows; which lines of the blocks' plot are not dimmed.
+TOLD = "return [...document.querySelectorAll('.tip.shown p')].map(p => [...p.childNodes].map(n => n.textContent))"
+LIT = "return [...document.querySelectorAll('.wide path.line:not(.dim)')].map(line => line.dataset.name)"
+COLUMN = """
+const [anchor, number] = arguments;
+return [...document.querySelectorAll(`#${anchor} tbody tr`)].map(row => row.cells[number].innerText);
+"""
+STRANGERS = """
+const script = document.createElement('script'); script.textContent = 'window.stranger = true';
+document.body.append(script);
+const button = document.createElement('div'); button.setAttribute('onclick', 'window.stranger = true');
+document.body.append(button); button.click();
+return window.stranger === undefined;
 """
 
 
@@ -202,10 +218,95 @@ def test_the_page_of_a_real_run_shows_all_that_it_promises(browser: Any, pages: 
     show(browser, pages["finished"])
     labels = [drawing["label"] for drawing in browser.execute_script(DRAWINGS)]
     for start in ("relative error by step of 9 blocks", "share of time by kind of 2 ranks", "the first", "makespan:",
-                  "Fine-tuning: loss", "Training the teacher: loss", "rank 1:"):  # fmt: skip
+                  "Fine-tuning: loss", "Fine-tuning, validation accuracy: top-1", "top-1 accuracy against milliseconds",
+                  "Training the teacher: loss", "rank 1:"):  # fmt: skip
         assert any(label.startswith(start) for label in labels), start
     titles = browser.execute_script("return [...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert {"Accuracy against latency", "Answers, class by class"} <= set(titles)
     assert {"Teacher against student", "Energy", "Ledger", "Run", "Configuration"} <= set(titles)
+
+
+def at(browser: Any, selector: str, across: float = 0.5, down: float = 0.5) -> None:
+    """Move the cursor to a place of an element."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    element = browser.find_element("css selector", selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    width, height = element.rect["width"], element.rect["height"]
+    offset = int((across - 0.5) * width), int((down - 0.5) * height)
+    ActionChains(browser).move_to_element_with_offset(element, *offset).perform()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_cursor_tells_the_nearest_point_of_every_line(
+    browser: Any, finished: tuple[Path, str], pages: dict[str, Path], width: int
+) -> None:
+    run = Run(finished[0])
+    show(browser, pages["finished"], width=width)
+    at(browser, "#errors-of-the-blocks .wide svg.plot", across=0.9)
+    (first, *lines) = browser.execute_script(TOLD)
+    step = int(first[0].removeprefix("step "))
+    told = {name: float(value) for name, value, *_ in lines}
+    known = {unit.name: dict(unit.course)[step] for unit in run.units}
+    assert told == pytest.approx(known, rel=2e-3)
+    assert list(told.values()) == sorted(told.values(), reverse=True)
+    box = browser.find_element("css selector", ".tip").rect
+    assert 0 <= box["x"] <= box["x"] + box["width"] <= width
+    at(browser, "h1")
+    assert browser.execute_script(TOLD) == []
+
+
+@needs_chromium
+def test_the_cursor_tells_what_a_point_is(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["comparison"])
+    at(browser, "#accuracy-against-latency circle.reference")
+    ((words,),) = browser.execute_script(TOLD)
+    assert re.fullmatch(r"teacher: [0-9.]+ %, [0-9.]+ ms", words)
+
+
+@needs_chromium
+def test_a_legend_highlights_its_line_while_the_cursor_is_on_it_and_after_a_click(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["finished"])
+    assert len(browser.execute_script(LIT)) == 9
+    at(browser, '.legend [data-s="b2"] button')
+    (name,) = browser.execute_script(LIT)
+    assert browser.find_element("css selector", '.legend [data-s="b2"]').text == name
+    at(browser, "h1")
+    assert len(browser.execute_script(LIT)) == 9
+    browser.find_element("css selector", '.legend [data-s="b4"] button').click()
+    at(browser, "h1")
+    assert len(browser.execute_script(LIT)) == 1
+    pressed = browser.find_elements("css selector", '.legend button[aria-pressed="true"]')
+    assert [button.text for button in pressed] == browser.execute_script(LIT)
+    pressed[0].click()
+    at(browser, "h1")
+    assert len(browser.execute_script(LIT)) == 9
+
+
+@needs_chromium
+def test_a_click_on_a_heading_sorts_by_size_or_by_name(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["finished"])
+    heads = browser.find_elements("css selector", "#ledger th button")
+    for column in (0, 5, 6):  # names, errors, seconds with their units
+        for way in ("ascending", "descending"):
+            heads[column].click()
+            assert browser.find_element("css selector", "#ledger th[aria-sort]").get_attribute("aria-sort") == way
+            cells = browser.execute_script(COLUMN, "ledger", column)
+            values = cells if column == 0 else [float(cell.split()[0]) / 1000 ** cell.endswith("ms") for cell in cells]
+            assert values == sorted(values, reverse=way == "descending")
+            assert len(values) == 9
+
+
+@needs_chromium
+def test_the_policy_lets_nothing_run_that_is_not_the_page_s(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["finished"])
+    assert len(browser.find_elements("css selector", ".legend button")) >= 9, "its own script has run"
+    assert browser.get_log("browser") == []
+    assert browser.execute_script(STRANGERS)
+    assert len(browser.get_log("browser")) == 2
 
 
 def test_the_page_drawn_again_is_the_one_that_the_run_drew(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The page and the tables of a run, from small made-up run directories."""
 
+import base64
+import hashlib
 import io
 import math
 import re
 import shlex
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from distill.planning.unit import Unit
 from distill.reporting import plan_table, result_table, write_report
 from distill.reporting.headline import go_on_command
 from distill.reporting.run import Run
+from distill.reporting.script import SCRIPT
 from distill.storage.files import json_line, write_json
 from tests.run_directories import (
     EVIL,
@@ -57,7 +61,8 @@ class Page(HTMLParser):
     @property
     def words(self) -> str:
         """What a reader sees, tags taken out."""
-        return " ".join(re.sub(r"<[^>]*>", " ", self.text.split("</style>")[1]).split())
+        body = self.text.split("</style>")[1].split("<script>")[0]
+        return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
 def drawn(folder: Path) -> Page:
@@ -188,26 +193,76 @@ class TestFinishedRun:
         page = drawn(tmp_path)
         assert 'aria-label="Fine-tuning: loss from 1 to 0.333 in 3 epochs"' in page.text
         assert 'aria-label="Training the teacher: loss from 1 to 0.333 in 3 epochs"' in page.text
+        assert "validation accuracy" not in page.text
         assert "teacher 6.00 s" in page.words, "stage seconds without a trace are those of the epochs"
+
+    def test_validation_accuracy_by_epoch_has_its_start_and_the_kept_epoch_marked(self, tmp_path: Path) -> None:
+        epochs = [{"epoch": n, "loss": 1.0, "validation_top1": v} for n, v in ((1, 84.0), (2, 86.5), (3, None))]
+        content = metrics(finetune={"epochs": epochs, "kept_epoch": 2})
+        content["student"]["validation"] = {"top1": {"recalibrated": 80.25}}
+        page = drawn(run_directory(tmp_path, content))
+        assert 'aria-label="Fine-tuning, validation accuracy: top-1 from 80.25 % to 86.50 %"' in page.text
+        assert "80.25 % to 86.50 %; epoch 2 is kept, 86.50 %" in page.words
+        assert page.text.count('class="kept"') == 1
+
+    def test_every_section_can_be_linked_to_and_the_page_begins_with_the_links(self, tmp_path: Path) -> None:
+        page = drawn(planned(run_directory(tmp_path, metrics()), blocks=3, ranks=2))
+        links = [reference[1:] for reference in page.references if reference.startswith("#") and "-" in reference]
+        assert {"teacher-against-student", "errors-of-the-blocks"} <= set(links)
+        ids = re.findall('<section id="([^"]*)"', page.text)
+        assert len(ids) == len(set(ids)) == len(page.sections)
+        assert page.text.index("<nav") < page.text.index("<section")
+
+
+@pytest.mark.parametrize("number", [2, 12, 13, 24, 48])
+def test_no_two_blocks_look_alike(tmp_path: Path, number: int) -> None:
+    blocks = [block(n, f"layer{n}") for n in range(number)]
+    page = drawn(run_directory(tmp_path, metrics(blocks=blocks)))
+    looks = re.findall('<path id="c[0-9]+" class="([^"]*)"', page.text)
+    assert len(set(looks)) == number
+    assert looks == re.findall('class="sample"[^>]*><path class="([^"]*)"', page.text), "the legend shows each as it is"
+    hues: dict[str, list[int]] = {}  # of the lines of one pattern, in percent of the way from first to last
+    for look in looks:
+        _, hue, *more = look.split()
+        hues.setdefault(next((word for word in more if word != "shaded"), "solid"), []).append(int(hue[1:]))
+    assert min(b - a for same in hues.values() for a, b in pairwise(same)) >= 8
 
 
 class TestSafety:
-    def test_names_are_escaped_and_there_is_no_script(self, tmp_path: Path) -> None:
+    def test_names_are_escaped_and_no_script_comes_in_by_them(self, tmp_path: Path) -> None:
         content = metrics(teacher=network(name=EVIL), data={"name": EVIL}, energy=energy() | {"not_measured": [EVIL]})
         run_directory(tmp_path, content)
         (tmp_path / "resolved.yaml").write_text(f"run: {EVIL}")
         traced(tmp_path, ranks=2, steps=20)
         page = drawn(tmp_path)
-        assert "script" not in page.tags
-        assert "<script" not in page.text.lower()
+        assert page.tags.count("script") == 1
+        assert page.text.lower().count("<script") == 1
         assert page.text.count("&lt;script&gt;") >= 8
 
     def test_page_asks_nothing_of_the_network(self, tmp_path: Path) -> None:
         page = drawn(traced(planned(run_directory(tmp_path, metrics()), blocks=3, ranks=2), ranks=2, steps=20))
-        assert "http" not in page.text
+        assert "http" not in page.text.replace("http-equiv=", "")
         assert "url(" not in page.text
+        assert " style=" not in page.text, "the policy has no place for them"
         assert "@import" not in page.text
-        assert all(reference.startswith(("#c", "data:,")) for reference in page.references)
+        assert all(reference.startswith(("#", "data:,")) for reference in page.references)
+
+    def test_the_policy_allows_the_script_and_the_styles_that_are_there_and_nothing_else(self, tmp_path: Path) -> None:
+        page = drawn(run_directory(tmp_path, metrics()))
+        policy = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', page.text)
+        assert policy is not None
+        allowed = dict(part.split(" ", 1) for part in policy[1].split("; "))
+        for name, directive in (("script", "script-src"), ("style", "style-src")):
+            (content,) = re.findall(f"<{name}>(.*?)</{name}>", page.text, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            assert allowed.pop(directive) == f"'sha256-{digest}'"
+        assert allowed.pop("img-src") == "data:"
+        assert set(allowed.values()) == {"'none'"}
+        assert "default-src" in allowed
+
+    def test_the_script_is_short_and_writes_no_markup(self) -> None:
+        assert len(SCRIPT.strip().splitlines()) <= 80
+        assert not re.search("innerHTML|insertAdjacent|document.write|eval|fetch|import", SCRIPT)
 
     def test_page_of_a_huge_run_stays_under_a_megabyte(self, tmp_path: Path) -> None:
         page = drawn(huge(tmp_path))
@@ -233,7 +288,7 @@ class TestPoorRecords:
             for step, bad in enumerate((math.nan, math.inf, -math.inf, 0.0, None, "x"), start=500):
                 file.write(json_line({"block": 0, "step": step, "relative_error": bad}, "rank0.jsonl"))
         page = drawn(tmp_path)
-        assert not re.search(r'[ "](nan|inf|-inf)', page.text.split("</style>")[1])
+        assert not re.search(r'[ "](nan|inf|-inf)', page.text.split("</style>")[1].split("<script>")[0])
         assert page.text.count('<path id="c') == 3
 
     def test_a_half_written_or_strange_line_does_not_cost_the_report(self, tmp_path: Path) -> None:
