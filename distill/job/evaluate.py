@@ -87,19 +87,16 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         )
     context.say(_verdict(delivered, held_out))
     results: dict[str, Any] = {"delivered": delivered, "validation": _facts(delivered, held_out)}
-    guesses = {}
-    for name in ("teacher", *students):
-        network = teacher if name == "teacher" else load_student_state(context, name, teacher, blocks)
-        share = dataset.test_batches(
-            images_at_a_time(dataset.image_shape), part=context.rank, num_parts=context.world_size
-        )
-        guesses[name] = guesses_of(network, share)
-        hits = _hits_of_all(context, name, guesses[name].hits)
+    networks = {"teacher": teacher} | {name: load_student_state(context, name, teacher, blocks) for name in students}
+    share = dataset.test_batches(images_at_a_time(dataset.image_shape), part=context.rank, num_parts=context.world_size)
+    guesses = guesses_of(networks, share)
+    for name, own in guesses.items():
+        hits = _hits_of_all(context, name, own.hits)
         results[name] = hits.percent() | {"images": hits.images}
         if len(dataset.classes) <= FIRST_GUESSES:
             results[name]["top5"] = None
-    own = to_json(compared(guesses["teacher"], guesses[delivered]))
-    shares = _of_all(context, "answers", own, "answers of teacher and student")
+    answers = to_json(compared(guesses["teacher"], guesses[delivered]))
+    shares = _of_all(context, "answers", answers, "answers of teacher and student")
     results["answers"] = answers_facts(sum(map(from_json, shares), Counter()), dataset.classes)
     if context.leads:
         used = [f"{name}.safetensors" for name in ("teacher", *students)]

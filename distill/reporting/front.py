@@ -110,7 +110,7 @@ def front_of_run(metrics: Mapping[str, Any]) -> Markup:
 
 
 def front_charts(points: Sequence[Measured]) -> Markup:
-    """Return a drawing for every place, under a heading where there is more than one but for the batch."""
+    """Return a drawing for every place and batch, those of one place under a heading that says where it is."""
     groups: dict[str, dict[Place, list[Measured]]] = defaultdict(lambda: defaultdict(list))
     for one in points:
         groups[one.place.words][one.place].append(one)

@@ -81,23 +81,29 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 
 
 @torch.no_grad()
-def guesses_of(network: nn.Module, batches: Iterable[Batch]) -> Guesses:
-    """Return the first guesses of a network in eval mode, in host memory."""
-    network.eval()
-    labels, best = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 1, dtype=torch.long)]
+def guesses_of(networks: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Guesses]:
+    """Return the first guesses of networks in eval mode, in host memory. Every batch is read once, for all of them."""
+    for network in networks.values():
+        network.eval()
+    labels = [torch.zeros(0, dtype=torch.long)]
+    best: dict[str, list[Tensor]] = {name: [] for name in networks}
     for batch in batches:
-        logits = network(batch.images)
-        found = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        # topk takes NaN for the largest number: such a guess could be right by its place alone.
-        found = found.masked_fill(~logits.isfinite().all(dim=1)[:, None], NO_ANSWER)
         labels.append(batch.labels.cpu())
-        best.append(found.cpu())
-    return Guesses(torch.cat(labels), torch.cat(best[1:] or best))
+        for name, network in networks.items():
+            best[name].append(_first_guesses(network(batch.images)))
+    none = torch.zeros(0, 1, dtype=torch.long)
+    return {name: Guesses(torch.cat(labels), torch.cat(found or [none])) for name, found in best.items()}
+
+
+def _first_guesses(logits: Tensor) -> Tensor:
+    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    # topk takes NaN for the largest number: such a guess could be right by its place alone.
+    return guesses.masked_fill(~logits.isfinite().all(dim=1)[:, None], NO_ANSWER).cpu()
 
 
 def count_hits(network: nn.Module, batches: Iterable[Batch]) -> Hits:
     """Return how many images a network in eval mode classifies rightly, first guess and first five guesses."""
-    return guesses_of(network, batches).hits
+    return guesses_of({"network": network}, batches)["network"].hits
 
 
 def first_not_finite(network: nn.Module) -> str | None:

@@ -64,6 +64,14 @@ def test_shares_of_any_number_of_ranks_add_up_to_the_same_through_json() -> None
 
 def test_a_network_whose_logits_are_not_finite_has_no_answer() -> None:
     logits = torch.tensor([[math.nan, 0.0], [1.0, 0.0]])
-    found = guesses_of(nn.Identity(), [Batch(logits, torch.tensor([0, 0]))])
+    found = guesses_of({"one": nn.Identity()}, [Batch(logits, torch.tensor([0, 0]))])["one"]
     assert found.best.tolist() == [[NO_ANSWER, NO_ANSWER], [0, 1]]
-    assert guesses_of(nn.Identity(), []).hits.images == 0
+    assert guesses_of({"one": nn.Identity()}, [])["one"].hits.images == 0
+
+
+def test_all_networks_see_the_same_images_of_one_reading() -> None:
+    batches = iter([Batch(torch.eye(3)[[0, 1]], torch.tensor([0, 2])), Batch(torch.eye(3)[[2]], torch.tensor([1]))])
+    found = guesses_of({"one": nn.Identity(), "other": nn.Softmin(dim=1)}, batches)
+    assert found["one"].labels.tolist() == found["other"].labels.tolist() == [0, 2, 1]
+    assert found["one"].first.tolist() == [0, 1, 2]
+    assert not set(zip(found["one"].first.tolist(), found["other"].first.tolist(), strict=True)) & {(0, 0), (1, 1)}
