@@ -81,7 +81,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
             laid_out([
                 section("Runs", table(_headings(base), rows, text=WORDS, long=1, kind="sorts"), note=note),
                 section("Accuracy against latency", _fronts(found),
-                        note=f"{FRONT_NOTE} Numbers are those of the table; rings are the teachers."),
+                        note=f"{FRONT_NOTE} Numbers are those of the table."),
                 section("Accuracy against other prices", tag("div", *scatters, class_="pair") if scatters else Markup(),
                         note="Numbers are those of the table; rings are the teachers."),
                 section("Speed-up against ranks", _speed_ups(found) if base == SAME_JOB else Markup(),
