@@ -99,10 +99,12 @@ def _candidates(
         blocks = cut_blocks(config, image_shape, teacher, CPU)
         return blocks.chain, {place: {name: one} for place, (name, one) in candidates_of(blocks).items()}
     pool = find_pool(config, image_shape, teacher, CPU)
-    found: dict[Place, dict[str, nn.Module]] = {block: {} for block in pool.blocks}
+    found: dict[Place, dict[str, nn.Module]] = {}
     for number, swap in enumerate(pool.swaps):
-        name = f"{swap.candidate.label} in {pool.chain.blocks[swap.block].name}"
-        found[swap.block][name] = pool.alone(number).build(swap.block)
+        members = pool.alone(number)
+        module = pool.row(number, {block: members.build(block) for block in members.candidates})
+        name = f"{swap.label} in {pool.place_name(number)}"
+        found.setdefault((swap.first, swap.end), {})[name] = module
     return pool.chain, found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,30 +19,13 @@ from distill.job.blocks import (
     refuse_strangers,
     sample_images,
 )
-from distill.job.candidates import Candidate, try_out
+from distill.job.candidates import try_out
 from distill.job.recipes import candidates_of
-from distill.profiling.block_costs import count_flops
+from distill.job.swaps import Amounts, Swap, Units, amounts_of, place_name, row_of, swaps_of
 from distill.search.budgets import shown
 from distill.search.choice import Option, choose, least
-from distill.storage.aliases import each_once
 
 KEEP = "keep"
-SIZES = ("ratio", "rank", "energy", "align")  # options that only say how large something is, and may come to the same
-
-Amounts = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Swap:
-    """A candidate in the place of its block, and how much more than the teacher the network has of every amount with it
-    (less: a negative number)."""
-
-    candidate: Candidate
-    amounts: Amounts
-
-    @property
-    def block(self) -> int:
-        return self.candidate.input
 
 
 @dataclass(frozen=True)
@@ -58,17 +40,34 @@ class Pool:
     @property
     def blocks(self) -> list[int]:
         """The blocks that may change."""
-        return sorted({swap.block for swap in self.swaps})
+        return sorted(set().union(*(swap.covers for swap in self.swaps)))
 
     def alone(self, number: int) -> Blocks:
         """Return the teacher with one swap alone."""
-        one = self.swaps[number].candidate
-        return Blocks(self.chain, {one.input: one})
+        return Blocks(self.chain, {one.input: one for one in self.swaps[number].members})
 
-    def with_swaps(self, numbers: Sequence[int]) -> Blocks:
+    def with_swaps(self, numbers: Iterable[int]) -> Blocks:
         """Return the student of these swaps, one a block at most."""
-        candidates = {self.swaps[number].block: self.swaps[number].candidate for number in sorted(numbers)}
-        return Blocks(self.chain, candidates, self.remarks)
+        members = (one for number in numbers for one in self.swaps[number].members)
+        return Blocks(self.chain, {one.input: one for one in sorted(members, key=lambda one: one.input)}, self.remarks)
+
+    def with_units(self, units: Mapping[int, Units]) -> Pool:
+        """Return the pool with the units that stay of the streams of swaps, by the swaps' numbers."""
+        swaps = (swap.with_units(units[number]) if number in units else swap for number, swap in enumerate(self.swaps))
+        return replace(self, swaps=tuple(swaps))
+
+    def row(self, number: int, students: Mapping[int, nn.Module]) -> nn.Module:
+        """Return what stands in the place of a swap, block after block, for the modules of its members by block."""
+        return row_of(self.chain, self.swaps[number].first, self.swaps[number].end, students)
+
+    def module(self, number: int, state: Mapping[str, Tensor]) -> nn.Module:
+        """Return what stands in the place of a swap, with the weights of all its members."""
+        alone = self.alone(number)
+        return self.row(number, alone.students(parted(alone, state)))
+
+    def place_name(self, number: int) -> str:
+        """Return what the block of a swap is called, or the first and the last of several."""
+        return place_name(self.chain, self.swaps[number].first, self.swaps[number].end)
 
     def options(self, losses: Mapping[int, float]) -> list[Option]:
         """Return what may be chosen for all blocks: the swaps that have a loss, by number, then to keep each block."""
@@ -80,7 +79,7 @@ class Pool:
 
     def _option(self, number: int, loss: float) -> Option:
         swap = self.swaps[number]
-        return Option(str(number), frozenset({swap.block}), loss, swap.amounts, swap.candidate.trains)
+        return Option(str(number), frozenset(swap.covers), loss, swap.amounts, swap.trains)
 
     @property
     def example(self) -> Blocks:
@@ -113,40 +112,12 @@ def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modul
         images = sample_images(image_shape, device)
         tried = {block.index: asked[block.name] for block in chain.blocks if block.name in chosen}
         found = try_out(chain, teacher, images, tried, first_layer=config.student.first_layer)
-        swaps = tuple(_swaps(chain, (one for one, _ in found if one is not None)))
-        remarks = tuple(_remarks(chain, {*tried} - {swap.block for swap in swaps}))
+        swaps = tuple(swaps_of(chain, ([one] for one, _ in found if one is not None)))
+        remarks = tuple(_remarks(chain, {*tried} - {block for swap in swaps for block in swap.covers}))
         pool = Pool(at_work(config, chain, device), swaps, amounts_of(copied(teacher), images[:1]), remarks)
         refuse_unreachable(config, pool)
         refuse_strangers(teacher, chain, images, pool.example.candidates)
     return pool
-
-
-def amounts_of(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """Return what a network, or a part of one, has of everything that may be budgeted, for one image like `x`. The
-    network has no values any more afterwards: FLOPs are counted on the meta device."""
-    params = sum(parameter.numel() for parameter in network.parameters())
-    size = sum(tensor.nbytes for tensor in each_once(network.state_dict()).values())
-    imagined = network.eval().to("meta")
-    with torch.no_grad():
-        flops = count_flops(lambda: imagined(torch.empty_like(x, device="meta", dtype=torch.float32)))
-    return {"params": float(params), "flops": float(flops), "bytes": float(size)}
-
-
-def _swaps(chain: Chain, candidates: Iterable[tuple[Candidate, nn.Module]]) -> Iterator[Swap]:
-    """Yield the candidates with their amounts; of those that come to the same the first."""
-    seen: set[str] = set()
-    teacher: dict[int, Amounts] = {}
-    for one, module in candidates:
-        x = torch.empty(1, *chain.boundaries[one.input].shape[1:])
-        if one.input not in teacher:
-            teacher[one.input] = amounts_of(chain.block_module(one.input), x)
-        options = {name: value for name, value in one.recipe.options().items() if name not in SIZES}
-        shapes = [[name, *tensor.shape] for name, tensor in module.state_dict().items()]
-        key = json.dumps([one.input, one.name, options, shapes])
-        if key not in seen:
-            seen.add(key)
-            own, before = amounts_of(module, x), teacher[one.input]
-            yield Swap(one, {name: own[name] - before[name] for name in own})
 
 
 def _remarks(chain: Chain, without: Iterable[int]) -> Iterator[str]:
@@ -159,7 +130,7 @@ def _remarks(chain: Chain, without: Iterable[int]) -> Iterator[str]:
 def refuse_unreachable(config: JobConfig, pool: Pool) -> None:
     """Raise ConfigError unless some choice of candidates, which is not the teacher, is within the budgets."""
     search = config.search
-    if not any(swap.candidate.trains for swap in pool.swaps):
+    if not any(swap.trains for swap in pool.swaps):
         names = ", ".join(block.name for block in pool.chain.blocks)
         allowed = f"candidates of which one at least makes a block cheaper and has weights to train (blocks: {names})"
         raise ConfigError("search.candidates", search.candidates, allowed)
@@ -179,10 +150,17 @@ def refuse_unreachable(config: JobConfig, pool: Pool) -> None:
 
 
 def _largest(pool: Pool) -> list[int]:
-    """Return for every block the swap that leaves most of it and trains, of all that do: one student to try out."""
-    found: dict[int, int] = {}
-    for number, swap in enumerate(pool.swaps):
-        other = found.get(swap.block)
-        if swap.candidate.trains and (other is None or swap.amounts["params"] > pool.swaps[other].amounts["params"]):
-            found[swap.block] = number
-    return list(found.values())
+    """Return for every block the swap that leaves most of it and trains, of all that do: one student to try out. Swaps
+    of several blocks stand where none of these has one of its own."""
+    found: list[int] = []
+    trains = [number for number, swap in enumerate(pool.swaps) if swap.trains]
+    for number in sorted(trains, key=lambda n: (len(pool.swaps[n].members), -pool.swaps[n].amounts["params"])):
+        if not any(set(pool.swaps[number].covers) & set(pool.swaps[other].covers) for other in found):
+            found.append(number)
+    return found
+
+
+def parted(blocks: Blocks, state: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Return the weights of several candidates, which are one state dict, by the candidate's number."""
+    names = {number: blocks.build(number).state_dict() for number in blocks.candidates}
+    return {number: {name: state[name] for name in own if name in state} for number, own in names.items()}

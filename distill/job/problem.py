@@ -11,6 +11,7 @@ from typing import Any
 from distill.config.schema import JobConfig
 from distill.job.pool import KEEP, Pool
 from distill.job.scores import Score
+from distill.job.swaps import BETWEEN
 from distill.search.budgets import shown
 from distill.search.choice import Choice, Option, choices, choose
 
@@ -56,9 +57,10 @@ class Problem:
 
     def labels(self, choice: Choice) -> dict[str, str]:
         """Return what every block becomes, by name."""
-        chosen = {self.pool.swaps[number].block: self.pool.swaps[number] for number in self.swaps(choice)}
-        names = {block: self.pool.chain.blocks[block].name for block in self.pool.blocks}
-        return {name: chosen[block].candidate.label if block in chosen else KEEP for block, name in names.items()}
+        chosen = {
+            block: swap.label for swap in map(self.pool.swaps.__getitem__, self.swaps(choice)) for block in swap.covers
+        }
+        return {self.pool.chain.blocks[block].name: chosen.get(block, KEEP) for block in self.pool.blocks}
 
     def predicted(self, choice: Choice) -> dict[str, float]:
         """Return the amounts of the whole student, and the sum of what its blocks lose alone."""
@@ -85,7 +87,7 @@ def found_record(
 ) -> dict[str, Any]:
     """Return what the stage records of the choice, as JSON values: enough to build the student, and to explain it."""
     pool, choice = problem.pool, judgements[best][0]
-    chosen = {number: pool.swaps[number] for number in problem.swaps(choice)}
+    chosen = problem.swaps(choice)
     names = [block.name for block in pool.chain.blocks]
     return {
         "budget": {
@@ -95,7 +97,7 @@ def found_record(
         "teacher": dict(pool.teacher),
         "chosen": problem.labels(choice),
         "predicted": problem.predicted(choice),
-        "losses": {names[swap.block]: scores[number].divergence for number, swap in chosen.items()},
+        "losses": {pool.place_name(number): scores[number].divergence for number in chosen},
         "judged": [
             {"chosen": problem.labels(one), "predicted": problem.predicted(one), "proven": one.proven, **asdict(judged)}
             for one, judged in judgements
@@ -107,16 +109,20 @@ def found_record(
             if (found := problem.with_more(name)) is not None
         },
         "pool": [
-            {"block": names[swap.block], "candidate": swap.candidate.label, **swap.amounts, **asdict(score)}
-            for swap, score in zip(pool.swaps, scores, strict=True)
+            {
+                "block": pool.place_name(number),
+                "blocks": [names[block] for block in swap.covers],
+                "candidate": swap.label,
+                **swap.amounts,
+                "error": scores[number].error,
+                "divergence": scores[number].divergence,
+            }
+            for number, swap in enumerate(pool.swaps)
         ],
         "candidates": {
-            str(swap.block): {
-                **swap.candidate.facts,
-                "trains": swap.candidate.trains,
-                "label": swap.candidate.label,
-            }
-            for swap in chosen.values()
+            str(one.input): {**one.facts, "trains": one.trains, "label": one.label}
+            for number in chosen
+            for one in pool.swaps[number].members
         },
     }
 
@@ -134,7 +140,7 @@ def words(result: Mapping[str, Any]) -> Iterator[str]:
     if result["losses"]:
         worst = max(result["losses"], key=lambda block: result["losses"][block])
         share = result["losses"][worst] / max(sum(result["losses"].values()), 1e-30)
-        label = result["chosen"][worst]
+        label = result["chosen"][worst.partition(BETWEEN)[0]]
         yield f"search: {worst} ({label}) loses most, {100 * share:.0f} % of what blocks lose one by one"
     for name, found in result["more"].items():
         labels = {block: label for block, label in found["chosen"].items() if label != result["chosen"][block]}

@@ -219,7 +219,8 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     """Run the stages from the plan on, as far as the configuration asks for."""
     for remark in blocks.remarks:
         context.say(remark)
-    blocks = with_chosen_streams(context, dataset, teacher, blocks)
+    if not context.config.search.on:  # which has chosen them before it scored the blocks that have them
+        blocks = with_chosen_streams(context, dataset, teacher, blocks)
     train_blocks(context, dataset, teacher, blocks)
     if context.config.stage not in (Stage.all, Stage.deliver):
         return

@@ -75,10 +75,15 @@ def unit_identities(facts: Mapping[str, Any], *, blocks: Blocks, teacher: nn.Mod
 
 
 def candidates_identity(
-    facts: Mapping[str, Any], chain: Chain, candidates: Sequence[Mapping[str, Any]], *, teacher: nn.Module, images: int
+    facts: Mapping[str, Any],
+    chain: Chain,
+    candidates: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    teacher: nn.Module,
+    images: int,
 ) -> str:
-    """Return what decides the scores of candidates (their blocks, recipes, options and changes), as a digest: not the
-    budgets, nor how the chosen ones are trained."""
+    """Return what decides the scores of candidates (of each, for every block that it changes: which it is, recipe,
+    options and changes), as a digest: not the budgets, nor how the chosen ones are trained."""
     shared = _without(facts, (*_AFTER_BLOCKS, *_BY_EFFECT, "distill.", "plan.", "cache."))
     own = {"candidates": list(candidates), "operations": _operations(chain), "images": images}
     return fingerprint({"shared": shared, "tensors": tensors_digest(teacher), **own})

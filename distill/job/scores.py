@@ -9,8 +9,9 @@ teacher, images) alone, whoever computes them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from distill.data import Dataset
 from distill.job.context import Context
-from distill.job.first_weights import IMAGES, OnTheWay, gathered, made, with_room
+from distill.job.first_weights import IMAGES, OnTheWay, Statistics, gathered, made, with_room
 from distill.job.pool import Pool
 from distill.job.reuse import TEACHER, candidates_identity, take_candidates
+from distill.job.streams import chosen_units, with_space
+from distill.job.swaps import Units
 from distill.observability.numbers import show_count
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import write_bytes
@@ -35,11 +38,18 @@ STAGE = "candidates"
 
 @dataclass(frozen=True)
 class Score:
-    """Of a swap: the relative error of its block, and the divergence of the network's answers from the teacher's
-    (nats an image, Kullback-Leibler); None where they are not finite."""
+    """Of a swap: the relative error at its end, and the divergence of the network's answers from the teacher's (nats an
+    image, Kullback-Leibler); None where they are not finite. And which units stay of its streams, by their number."""
 
     error: float | None
     divergence: float | None
+    units: Units = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, one: Mapping[str, Any]) -> Score:
+        """Return what a stage has recorded."""
+        units = {int(number): kept for number, kept in one.get("units", {}).items()}
+        return cls(one["error"], one["divergence"], units)
 
 
 def weights_file(number: int) -> str:
@@ -48,7 +58,7 @@ def weights_file(number: int) -> str:
 
 
 def weights_of(context: Context, number: int) -> dict[str, Tensor]:
-    """Return a swap's first weights, on the CPU."""
+    """Return a swap's first weights, those of all its members together, on the CPU."""
     return load(context.run.read(weights_file(number)))
 
 
@@ -60,12 +70,12 @@ def find_scores(context: Context, dataset: Dataset, teacher: nn.Module, pool: Po
         result = context.completed(STAGE)
         if result is None:
             result = _compute(context, dataset, teacher, pool)
-    return [Score(**one) for one in result["scores"]]
+    return [Score.from_json(one) for one in result["scores"]]
 
 
 def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
     """Complete the stage with what a sibling has of it, if one has scored the same candidates."""
-    facts = [{"block": swap.block, **swap.candidate.facts} for swap in pool.swaps]
+    facts = [swap.facts for swap in pool.swaps]
     images = context.config.search.images
     identity = candidates_identity(context.identity, pool.chain, facts, teacher=teacher, images=images)
     files = [weights_file(number) for number in range(len(facts))]
@@ -106,7 +116,7 @@ def shared_out(pool: Pool, world_size: int) -> list[range]:
     """Return for every rank the run of swaps that it scores, of about the same cost."""
     last = len(pool.chain.blocks)
     # What is behind a block runs for each of its candidates; what is before it, and its statistics, once.
-    costs = [1.0 + last - swap.block for swap in pool.swaps]
+    costs = [1.0 + last - swap.first for swap in pool.swaps]
     total, done, ends = sum(costs), 0.0, [0]
     for number, cost in enumerate(costs):
         done += cost
@@ -121,29 +131,52 @@ def _score_all(
     """Write the first weights of these swaps; yield their numbers and scores."""
     judge = _Judge(context, dataset, teacher, pool)
     fitted = OnTheWay(pool.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
-    for numbers in with_room(_by_block(pool, own)):
-        wanted = dict.fromkeys(path for number in numbers for path in _wanted(pool, number))
-        statistics = gathered(context, dataset, teacher, list(wanted))
+    for numbers in with_room(_by_place(pool, own)):
+        statistics = _Statistics(
+            context, dataset, teacher, [path for number in numbers for path in _wanted(pool, number)]
+        )
         for number in numbers:
-            alone, block = pool.alone(number), pool.swaps[number].block
-            trains = pool.swaps[number].candidate.trains
-            module = made(context, alone, block, statistics, fitted) if trains else alone.build(block).eval()
-            write_bytes(context.run.path / weights_file(number), save(contiguous(module.state_dict())))
-            yield number, judge.score(number, module)
+            choosing = with_space(teacher, list(_wanted(pool, number)))
+            units = chosen_units(teacher, pool.swaps[number].members, statistics.of(choosing))
+            alone = pool.with_units({number: units} if units else {}).alone(number)
+            modules = {
+                block: made(context, alone, block, statistics.of(one.recipe.wants(one.changes)), fitted)
+                if one.trains
+                else alone.build(block).eval()
+                for block, one in alone.candidates.items()
+            }
+            state = {name: tensor for module in modules.values() for name, tensor in module.state_dict().items()}
+            write_bytes(context.run.path / weights_file(number), save(contiguous(state)))
+            yield number, judge.score(number, modules) | ({"units": units} if units else {})
 
 
-def _by_block(pool: Pool, own: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the swaps of every block, and the widths of the layers that they ask about."""
-    for block, numbers in groupby(own, key=lambda number: pool.swaps[number].block):
+class _Statistics:
+    """What flows into layers of the teacher: into these, as far as they have room, gathered together."""
+
+    def __init__(self, context: Context, dataset: Dataset, teacher: nn.Module, paths: Iterable[str]) -> None:
+        self._gathered = partial(gathered, context, dataset, teacher)
+        self._paths = with_space(teacher, list(dict.fromkeys(paths)))
+        self._together = self._gathered(self._paths)
+
+    def of(self, paths: Sequence[str]) -> Statistics:
+        """Return those of these layers."""
+        found = self._together if set(paths) <= set(self._paths) else self._gathered(paths)
+        return {path: found[path] for path in paths if path in found}
+
+
+def _by_place(pool: Pool, own: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the swaps of every place, and the widths of the layers that they ask about."""
+    for _, numbers in groupby(own, key=lambda number: pool.swaps[number].covers):
         found = list(numbers)
-        module = pool.chain.block_module(block)
-        paths = {path for number in found for path in _wanted(pool, number)}
-        yield found, [module.get_submodule(path).weight[0].numel() for path in paths]  # type: ignore[index]
+        paths = {path: block for number in found for path, block in _wanted(pool, number).items()}
+        modules = {block: pool.chain.block_module(block) for block in set(paths.values())}
+        widths = [modules[block].get_submodule(path).weight[0].numel() for path, block in paths.items()]  # type: ignore[index]
+        yield found, widths
 
 
-def _wanted(pool: Pool, number: int) -> list[str]:
-    one = pool.swaps[number].candidate
-    return one.recipe.wants(one.changes)
+def _wanted(pool: Pool, number: int) -> dict[str, int]:
+    """Return the layers whose inputs' statistics a swap asks about, each with its block."""
+    return {path: one.input for one in pool.swaps[number].members for path in one.recipe.wants(one.changes)}
 
 
 def _images(context: Context, dataset: Dataset) -> Tensor:
@@ -162,7 +195,7 @@ class _Judge:
         self._way = OnTheWay(pool.chain, lambda: self._images)
         self._last = len(pool.chain.blocks)
         self._answers = log_probabilities(self._run(self._images, 0))
-        self._block, self._ends = -1, [self._images]
+        self._place, self._ends = range(0), [self._images]
 
     def _run(self, x: Tensor, first: int) -> Tensor:
         """Return the teacher's answers for what passes boundary `first`, a part of the images at a time."""
@@ -172,19 +205,21 @@ class _Judge:
         )
 
     @torch.no_grad()
-    def score(self, number: int, module: nn.Module) -> dict[str, float | None]:
-        """Return the Score of a swap whose module has its first weights, as JSON values."""
-        swap = self._pool.swaps[number]
-        if swap.block != self._block:
-            self._block, self._ends = swap.block, self._way.at(swap.block, swap.block + 1)
+    def score(self, number: int, modules: Mapping[int, nn.Module]) -> dict[str, Any]:
+        """Return the Score of a swap whose modules, by block, have their first weights, as JSON values."""
+        place = self._pool.swaps[number].covers
+        if place != self._place:
+            self._place, self._ends = place, self._way.at(place.start, place.stop)
         inputs, targets = self._ends
-        outputs = torch.cat([module(part.float()) for part in torch.split(inputs, IMAGES)])
+        row = self._pool.row(number, modules).eval()
+        outputs = torch.cat([row(part.float()) for part in torch.split(inputs, IMAGES)])
         error = float(relative_error(outputs, targets))
         if self._chain.divisible:
-            logits = self._run(outputs, swap.block + 1)
+            logits = self._run(outputs, place.stop)
         else:
             changed = self._pool.alone(number).changed
-            student = assemble(self._teacher, changed=changed, blocks=[module.state_dict()]).eval()
+            states = [module.state_dict() for module in modules.values()]
+            student = assemble(self._teacher, changed=changed, blocks=states).eval()
             logits = torch.cat([student(part) for part in torch.split(self._images, IMAGES)])
         divergence = mean_divergence(self._answers, logits)
         return {"error": _finite(error), "divergence": _finite(divergence)}

@@ -25,7 +25,7 @@ from distill.job.candidates import Candidate
 from distill.job.context import Context
 from distill.job.first_weights import take_first_weights
 from distill.job.latency import runtime_of_job, timings_of_job
-from distill.job.pool import Pool, refuse_unreachable
+from distill.job.pool import Pool, parted, refuse_unreachable
 from distill.job.problem import Judged, Problem, found_record, words
 from distill.job.recipes import rebuilt
 from distill.job.reconcile import JUDGED, reconciled
@@ -57,6 +57,7 @@ def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool
     scores = find_scores(context, dataset, teacher, pool)
     with context.during(STAGE):
         start = time.monotonic()
+        pool = pool.with_units({number: one.units for number, one in enumerate(scores) if one.units})
         if context.leads:  # clocks and solvers are asked once: all ranks take its word for what there is to judge
             problem = Problem.of(context.config, timed(context, teacher, pool), scores)
             few = problem.best_few(context.config.search.judged)
@@ -74,9 +75,7 @@ def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool
         blocks = pool.with_swaps(students[best])
         refuse_strangers(teacher, pool.chain, sample_images(dataset.image_shape, context.device), blocks.candidates)
         if context.leads:
-            weights = {pool.swaps[number].block: weights_of(context, number) for number in students[best]}
-            trained = {block: state for block, state in weights.items() if blocks.candidates[block].trains}
-            take_first_weights(context, dataset, blocks, trained)
+            take_first_weights(context, dataset, blocks, _weights(context, pool, students[best]))
             judgements = list(zip(few, judged, strict=True))
             result = found_record(context.config, problem, scores=scores, judgements=judgements, best=best)
             result |= {"seconds": time.monotonic() - start}
@@ -96,9 +95,9 @@ def timed(context: Context, teacher: nn.Module, pool: Pool) -> Pool:
         pool.chain, teacher, runtime_of_job(config), batch=config.deploy.batch, timings=timings_of_job(config)
     )
     more: list[float] = []
-    for block, numbers in groupby(range(len(pool.swaps)), key=lambda number: pool.swaps[number].block):
-        modules = {str(n): pool.alone(n).student(block, weights_of(context, n)) for n in numbers}
-        found = table.differences(block, modules)
+    for place, numbers in groupby(range(len(pool.swaps)), key=lambda number: pool.swaps[number].covers):
+        modules = {str(n): pool.module(n, weights_of(context, n)) for n in numbers}
+        found = table.differences((place.start, place.stop), modules)
         more += [found[name].median_ms for name in modules]
     pool = pool.with_amounts("latency", table.teacher.median_ms, more)
     context.say(
@@ -133,9 +132,14 @@ def _put_together(
 ) -> nn.Module:
     """Return the student of these swaps with their first weights, put right as far as closed forms can."""
     blocks = pool.with_swaps(swaps)
-    weights = {pool.swaps[number].block: weights_of(context, number) for number in swaps}
-    trained = {number: weights[number] for number in blocks.units}
-    return reconciled(context, dataset, teacher, blocks, trained, batches=BATCHES)
+    return reconciled(context, dataset, teacher, blocks, _weights(context, pool, swaps), batches=BATCHES)
+
+
+def _weights(context: Context, pool: Pool, swaps: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    """Return the first weights of the student of these swaps, by unit."""
+    parts = (parted(pool.alone(number), weights_of(context, number)) for number in swaps)
+    weights = {block: state for part in parts for block, state in part.items()}
+    return {unit: weights[unit] for unit in pool.with_swaps(swaps).units}
 
 
 @torch.no_grad()

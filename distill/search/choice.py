@@ -49,7 +49,7 @@ def choose(
 ) -> Choice | None:
     """Return the choice that loses least of those whose amounts add up to the limits at most; None where there is none.
 
-    At least one of its options trains. It has in at least `apart` places something else than each of `excluded`.
+    At least one of its options trains. At least `apart` blocks have something else than in each of `excluded`.
     """
     blocks = sorted(set().union(*(option.covers for option in options)))
     rules = [LinearConstraint(_covering(options, blocks), 1, 1)]
@@ -78,10 +78,10 @@ def choose(
 
 
 def _another(options: Sequence[Option], taken: Sequence[int], apart: int) -> LinearConstraint:
-    """Return the rule that some of the options taken, so many at least, are not taken again."""
+    """Return the rule that some blocks, so many at least, have something else than these options."""
     row = np.zeros(len(options))
-    row[list(taken)] = 1
-    return LinearConstraint(row[None], 0, len(taken) - apart)
+    row[list(taken)] = [len(options[number].covers) for number in taken]
+    return LinearConstraint(row[None], 0, row.sum() - apart)
 
 
 def _covering(options: Sequence[Option], blocks: Sequence[int]) -> csr_array:
@@ -99,7 +99,7 @@ def totals(options: Sequence[Option], taken: Sequence[int]) -> tuple[float, dict
 
 
 def choices(options: Sequence[Option], limits: Mapping[str, float], *, apart: int = 1) -> Iterator[Choice]:
-    """Yield the best choice, then the best of those that differ from all before in at least `apart` places, and so on
+    """Yield the best choice, then the best of those that differ from all before in at least `apart` blocks, and so on
     as long as there is one."""
     found: list[Choice] = []
     while (best := choose(options, limits, excluded=found, apart=apart)) is not None:

@@ -9,9 +9,10 @@ from torch import nn
 from distill.config.compose import compose
 from distill.errors import ConfigError
 from distill.job import bundle
-from distill.job.pool import KEEP, Pool, amounts_of, find_pool
+from distill.job.pool import KEEP, Pool, find_pool
 from distill.job.problem import Problem
 from distill.job.scores import Score, shared_out
+from distill.job.swaps import amounts_of
 from distill.student.assemble import assemble
 from distill.teachers import build_architecture
 
@@ -27,7 +28,7 @@ def pool_of(*settings: str, candidates: str = FEW) -> tuple[nn.Module, Pool]:
 
 def test_candidates_are_in_the_order_of_blocks_and_only_where_they_are_asked_for() -> None:
     _, pool = pool_of("search.budget.params=0.5")
-    names = [(pool.chain.blocks[swap.block].name, swap.candidate.label) for swap in pool.swaps]
+    names = [(pool.chain.blocks[swap.first].name, swap.label) for swap in pool.swaps]
     assert names[:3] == [("layer1.0", "skip"), ("layer1.0", "separable rank=1"), ("layer1.1", "skip")]
     assert [name for name, label in names if label == "one_conv"] == ["layer3.0", "layer3.1", "layer3.2"]
     assert pool.remarks == ("without candidates, they stay: conv1, linear",)
@@ -35,8 +36,8 @@ def test_candidates_are_in_the_order_of_blocks_and_only_where_they_are_asked_for
 
 def test_amounts_of_a_choice_are_those_of_the_student_that_it_makes() -> None:
     teacher, pool = pool_of("search.budget.params=0.5")
-    numbers = [number for number, swap in enumerate(pool.swaps) if swap.candidate.label in ("skip", "one_conv")]
-    numbers = list({pool.swaps[number].block: number for number in numbers}.values())
+    numbers = [number for number, swap in enumerate(pool.swaps) if swap.label in ("skip", "one_conv")]
+    numbers = list({pool.swaps[number].first: number for number in numbers}.values())
     blocks = pool.with_swaps(numbers)
     student = assemble(teacher, changed=blocks.changed, blocks=())
     found = amounts_of(student, torch.empty(1, *SHAPE))
@@ -49,13 +50,13 @@ def test_amounts_of_a_choice_are_those_of_the_student_that_it_makes() -> None:
 def test_of_candidates_that_come_to_the_same_the_first_is_taken() -> None:
     both = "search.candidates=[{recipe: thin, ratio: 0.5},{recipe: thin, ratio: 0.51},{recipe: thin, ratio: 0.25}]"
     _, pool = pool_of("search.budget.params=0.9", "student.align=16", candidates=both)
-    labels = {swap.candidate.label for swap in pool.swaps if swap.block == 9}
+    labels = {swap.label for swap in pool.swaps if swap.first == 9}
     assert labels == {"thin ratio=0.5", "thin ratio=0.25"}
 
 
 def test_the_default_pool_has_something_of_every_kind() -> None:
     _, pool = pool_of("search.budget.params=0.5", "student.align=8", candidates="search.candidates=[]")
-    kinds = {swap.candidate.name for swap in pool.swaps}
+    kinds = {swap.name for swap in pool.swaps}
     assert kinds == {"skip", "separable", "lowrank", "thin", "halved", "one_conv"}
 
 
@@ -81,8 +82,8 @@ def test_a_bundle_for_another_device_has_all_of_them() -> None:
     teacher, pool = pool_of("search.budget.params=0.5")
     config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", FEW, "search.budget.params=0.5"])
     _, found = bundle._candidates(config, SHAPE, teacher)
-    assert [*found] == pool.blocks
-    assert [*found[7]] == ["skip in layer3.0", "separable rank=1 in layer3.0", "one_conv in layer3.0"]
+    assert [*found] == [(block, block + 1) for block in pool.blocks]
+    assert [*found[7, 8]] == ["skip in layer3.0", "separable rank=1 in layer3.0", "one_conv in layer3.0"]
 
 
 def test_ranks_have_runs_of_candidates_of_about_the_same_cost() -> None:
@@ -97,7 +98,7 @@ def test_ranks_have_runs_of_candidates_of_about_the_same_cost() -> None:
 def test_a_candidate_without_a_score_is_no_option_and_blocks_may_stay() -> None:
     _, pool = pool_of("search.budget.params=0.5")
     config = compose(["search.budget.params=0.5"])
-    scores = [Score(0.1, None if swap.candidate.label == "skip" else 0.01) for swap in pool.swaps]
+    scores = [Score(0.1, None if swap.label == "skip" else 0.01) for swap in pool.swaps]
     problem = Problem.of(config, pool, scores)
     (best,) = problem.best_few(1)
     labels = problem.labels(best)
