@@ -137,6 +137,7 @@ class BudgetName(Choice):
     params = "params"
     flops = "flops"
     bytes = "bytes"
+    memory = "memory"
     latency = "latency"
 
 

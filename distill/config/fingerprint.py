@@ -50,7 +50,7 @@ _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
     ("student.options", {}), ("student.per_block", []), ("student.align", None),
     ("search.budget.params", None), ("search.budget.flops", None), ("search.budget.bytes", None),
-    ("search.budget.latency", None), ("search.sweep", None), ("search.budgets", []),
+    ("search.budget.memory", None), ("search.budget.latency", None), ("search.sweep", None), ("search.budgets", []),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"
@@ -91,12 +91,12 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
 
 def _searched(config: JobConfig, found: Found) -> dict[str, Any]:
     """Return the facts with those of a search, where there is one: its settings count then, and what it takes the place
-    of does not; where latencies have a budget, so does what they are measured in."""
+    of does not; where latencies have a budget, so does what they are measured in, and where memory has, the batch."""
     if not config.search.on:
         return {path: value for path, value in found.items() if not path.startswith("search.")}
     found = {path: value for path, value in found.items() if path not in _NOT_SEARCHED}
     if config.search.budget.latency is None:
-        return found
+        return found if config.search.budget.memory is None else {**found, "deploy.batch": config.deploy.batch}
     deploy = dict(_by_path("deploy", asdict(config.deploy)))
     del deploy["deploy.programs"]  # of what is chosen
     return {**found, **deploy, "deploy.table": _table(config.deploy.table)}

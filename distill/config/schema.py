@@ -210,6 +210,9 @@ class BudgetConfig:
     params: Any = setting(None, "most parameters of the student: a share of the teacher's (0.3) or a number (100k)")
     flops: Any = setting(None, "most FLOPs of an image, two a multiply-add: a share (0.3) or an amount (20MFLOPs)")
     bytes: Any = setting(None, "most bytes of weights and batch norms: a share (0.3) or an amount (500kB)")
+    memory: Any = setting(
+        None, "most bytes of weights and live activations of a call on deploy.batch images: a share or an amount (3MiB)"
+    )
     latency: Any = setting(
         None, "longest call on deploy.batch images, in deploy.runtime: a share (0.3) or an amount (3ms)"
     )

@@ -101,10 +101,8 @@ def _candidates(
     pool = find_pool(config, image_shape, teacher, CPU)
     found: dict[Place, dict[str, nn.Module]] = {}
     for number, swap in enumerate(pool.swaps):
-        members = pool.alone(number)
-        module = pool.row(number, {block: members.build(block) for block in members.candidates})
         name = f"{swap.label} in {pool.place_name(number)}"
-        found.setdefault((swap.first, swap.end), {})[name] = module
+        found.setdefault((swap.first, swap.end), {})[name] = pool.row(number, swap.students(pool.chain))
     return pool.chain, found
 
 

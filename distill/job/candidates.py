@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.blocks.chain import Chain
+from distill.blocks.tracing import UntraceableError
 from distill.blocks.whole import whole_modules
 from distill.job.recipes import Named
 from distill.recipes import Changes, Kept, Recipe, Stream, View
-from distill.recipes.stream import find_streams
+from distill.recipes.crossing import Crossing
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,55 @@ def try_out(
 def propose_streams(chain: Chain, images: Tensor, asked: Mapping[int, Named]) -> tuple[list[Candidate], Kept]:
     """Return what changes in the blocks that are asked for narrower streams, which is found for all of them at once."""
     recipes = {block: one.recipe for block, one in asked.items() if isinstance(one.recipe, Stream)}
-    if not recipes:
-        return [], {}
-    if not chain.divisible:
-        return [], {"streams": "the network is run through hooks, not block by block"}
-    modules = [chain.block_module(block).eval() for block in range(len(chain.blocks))]
+    crossing, kept = find_crossing(chain, images, recipes.values())
+    if crossing is None:
+        return [], kept
     with torch.enable_grad():
-        changed, kept = find_streams(modules, images.float(), recipes)
+        changed, kept = crossing.narrowed(recipes)
     return [
         Candidate(asked[block].name, recipes[block], changes, block, block + 1) for block, changes in changed.items()
     ], kept
+
+
+def find_crossing(chain: Chain, images: Tensor, recipes: Iterable[Recipe]) -> tuple[Crossing | None, Kept]:
+    """Return the streams of the network, where one of these recipes makes them narrower and they can be found; else
+    None, and why not."""
+    if not any(isinstance(recipe, Stream) for recipe in recipes):
+        return None, {}
+    if not chain.divisible:
+        return None, {"streams": "the network is run through hooks, not block by block"}
+    modules = [chain.block_module(block).eval() for block in range(len(chain.blocks))]
+    try:
+        with torch.enable_grad():
+            return Crossing.of(modules, images.float()), {}
+    except UntraceableError as error:
+        reason = str(error).partition("\n")[0]
+        return None, {"streams": f"their channels cannot be followed: {reason}"}
+
+
+@torch.no_grad()
+def try_out_streams(
+    chain: Chain, crossing: Crossing, asked: Mapping[int, Sequence[Named]]
+) -> Iterator[list[tuple[Candidate, nn.Module]]]:
+    """Yield for every recipe of narrower streams, and for every stream alone and neighbours together, the candidates
+    that belong together with their modules, whose weights mean nothing; of streams that stay, nothing."""
+    wanted: dict[Named, list[int]] = {}
+    for block, several in asked.items():
+        for one in several:
+            if isinstance(one.recipe, Stream):
+                wanted.setdefault(one, []).append(block)
+    for one, blocks in wanted.items():
+        recipes = {block: one.recipe for block in blocks if isinstance(one.recipe, Stream)}
+        for run in crossing.runs():
+            with torch.enable_grad():
+                changed, _ = crossing.narrowed(recipes, [number for numbers in run.values() for number in numbers])
+            narrower = {number for own in changed.values() for number in own["streams"]}
+            if any(narrower.isdisjoint(numbers) for numbers in run.values()):
+                continue  # one of them stays: without it, it is another run
+            label = f"{one.label} of {' to '.join(dict.fromkeys([next(iter(run)), next(reversed(run))]))}"
+            members = [Candidate(one.name, one.recipe, own, at, at + 1, label=label) for at, own in changed.items()]
+            modules = [each.recipe.student(chain.block_module(each.input), each.changes) for each in members]
+            yield list(zip(members, modules, strict=True))
 
 
 def _inputs(chain: Chain, images: Tensor, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

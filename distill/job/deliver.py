@@ -17,6 +17,7 @@ from distill.data import Dataset
 from distill.errors import ConfigError, DistillError
 from distill.job.assemble import load_student_state
 from distill.job.blocks import Blocks
+from distill.job.call_memory import memory_of_call
 from distill.job.context import Context
 from distill.job.first_weights import relative_errors
 from distill.job.int8 import deliver_int8, tell_int8
@@ -94,6 +95,9 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
         if config.search.on:
             metrics["search"] = _search(run.result("search"), run.result("candidates"), metrics)
+            if config.search.budget.memory is not None:
+                called = memory_of_call(student, dataset.image_shape, config.deploy.batch)
+                metrics["search"]["budgets"][0]["measured"]["memory"] = called
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]

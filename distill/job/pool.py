@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +18,30 @@ from distill.job.blocks import (
     chosen_names,
     cut_chain,
     refuse_strangers,
+    remarks_on,
     sample_images,
 )
-from distill.job.candidates import try_out
-from distill.job.recipes import candidates_of
+from distill.job.call_memory import MEMORY, with_peaks
+from distill.job.candidates import find_crossing, try_out, try_out_streams
+from distill.job.recipes import Named, candidates_of
 from distill.job.swaps import Amounts, Swap, Units, amounts_of, place_name, row_of, swaps_of
+from distill.recipes import Stream
 from distill.search.budgets import shown
-from distill.search.choice import Option, choose, least
+from distill.search.choice import Option, choose, least, totals
 
 KEEP = "keep"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The cut teacher with what it has of every amount, and all swaps in the order of blocks."""
+    """The cut teacher with what it has of every amount, and all swaps in the order of blocks. `kept` are the peaks (see
+    Swap) of blocks that stay, where there are any."""
 
     chain: Chain
     swaps: tuple[Swap, ...]
     teacher: Amounts
     remarks: tuple[str, ...]
+    kept: Mapping[int, Amounts] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[int]:
@@ -71,15 +77,27 @@ class Pool:
 
     def options(self, losses: Mapping[int, float]) -> list[Option]:
         """Return what may be chosen for all blocks: the swaps that have a loss, by number, then to keep each block."""
-        kept = dict.fromkeys(self.teacher, 0.0)
         return [
             *(self._option(number, loss) for number, loss in losses.items()),
-            *(Option(KEEP, frozenset({block}), 0.0, kept, trains=False) for block in self.blocks),
+            *(self._keeping(block) for block in self.blocks),
         ]
 
     def _option(self, number: int, loss: float) -> Option:
         swap = self.swaps[number]
-        return Option(str(number), frozenset(swap.covers), loss, swap.amounts, swap.trains)
+        return Option(str(number), frozenset(swap.covers), loss, swap.amounts, swap.trains, swap.peaks)
+
+    def _keeping(self, block: int) -> Option:
+        none = dict.fromkeys(self.teacher, 0.0)
+        return Option(KEEP, frozenset({block}), 0.0, none, trains=False, peaks=self.kept.get(block, {}))
+
+    def more(self, number: int) -> dict[str, float]:
+        """Return how much more than the teacher the network has of every amount with one swap alone."""
+        swap = self.swaps[number]
+        options = [
+            self._option(number, 0.0),
+            *(self._keeping(block) for block in self.blocks if block not in swap.covers),
+        ]
+        return totals(options, range(len(options)))[1]
 
     @property
     def example(self) -> Blocks:
@@ -111,13 +129,35 @@ def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modul
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         images = sample_images(image_shape, device)
         tried = {block.index: asked[block.name] for block in chain.blocks if block.name in chosen}
-        found = try_out(chain, teacher, images, tried, first_layer=config.student.first_layer)
-        swaps = tuple(swaps_of(chain, ([one] for one, _ in found if one is not None)))
-        remarks = tuple(_remarks(chain, {*tried} - {block for swap in swaps for block in swap.covers}))
+        crossing, kept = find_crossing(chain, images, (one.recipe for several in tried.values() for one in several))
+        alone = try_out(chain, teacher, images, _of_one_block(tried), first_layer=config.student.first_layer)
+        streams = try_out_streams(chain, crossing, tried) if crossing is not None else ()
+        found = itertools.chain(([one] for one, _ in alone if one is not None), streams)
+        swaps = tuple(swaps_of(chain, found))
+        without = {*tried} - {block for swap in swaps for block in swap.covers}
+        remarks = (*_remarks(chain, without), *remarks_on(kept))
         pool = Pool(at_work(config, chain, device), swaps, amounts_of(copied(teacher), images[:1]), remarks)
+        pool = _with_memory(config, pool)
         refuse_unreachable(config, pool)
         refuse_strangers(teacher, chain, images, pool.example.candidates)
     return pool
+
+
+def _with_memory(config: JobConfig, pool: Pool) -> Pool:
+    """Return the pool with the memory of a call, where that has a budget."""
+    asked = config.search.budget.memory
+    if asked is None:
+        return pool
+    if not pool.chain.divisible:
+        allowed = "null for a network that is run through hooks: what is alive around its blocks cannot be told"
+        raise ConfigError(f"search.budget.{MEMORY}", asked, allowed)
+    swaps, kept, highest = with_peaks(pool.chain, pool.swaps, config.deploy.batch)
+    return replace(pool, swaps=swaps, kept=kept, teacher={**pool.teacher, MEMORY: pool.teacher["bytes"] + highest})
+
+
+def _of_one_block(asked: Mapping[int, Sequence[Named]]) -> dict[int, list[Named]]:
+    """Return the recipes of single blocks."""
+    return {block: [one for one in several if not isinstance(one.recipe, Stream)] for block, several in asked.items()}
 
 
 def _remarks(chain: Chain, without: Iterable[int]) -> Iterator[str]:

@@ -113,7 +113,7 @@ def found_record(
                 "block": pool.place_name(number),
                 "blocks": [names[block] for block in swap.covers],
                 "candidate": swap.label,
-                **swap.amounts,
+                **pool.more(number),
                 "error": scores[number].error,
                 "divergence": scores[number].divergence,
             }

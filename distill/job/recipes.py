@@ -11,7 +11,7 @@ from distill.config.outside import RECIPE
 from distill.config.schema import JobConfig, StudentConfig
 from distill.errors import ConfigError, one_of
 from distill.extensions import named
-from distill.recipes import RECIPES, Keep, Recipe, Stream
+from distill.recipes import RECIPES, Keep, Recipe
 from distill.search.pool import DEFAULT
 
 
@@ -63,9 +63,6 @@ def candidates_of(config: JobConfig, blocks: Sequence[str]) -> dict[str, list[Na
             allowed = f"a pattern that matches a block: {one_of(blocks, pattern)}"
             raise ConfigError(f"{setting}.blocks", pattern, allowed)
         one = _make(setting, name, {**_usual(config.student, _class(f"{setting}.recipe", name)), **options})
-        if isinstance(one.recipe, Stream):
-            allowed = "a recipe of single blocks: a stream runs through several, and is no candidate of one"
-            raise ConfigError(f"{setting}.recipe", name, allowed)
         if not isinstance(one.recipe, Keep):  # which every block may be, asked for or not
             label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
             for block in matching:

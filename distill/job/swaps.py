@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ Units = Mapping[int, Sequence[int]]  # which units stay of streams, by their num
 @dataclass(frozen=True)
 class Swap:
     """Candidates in the places of blocks, each fit for the others, and how much more than the teacher the network has
-    of every amount with them (less: a negative number).
+    of every amount with them (less: a negative number). Of an amount that is a sum and the highest of `peaks` besides,
+    `amounts` are what adds up, and `peaks` how much higher this one's is than the teacher's highest.
 
     Most are one candidate of one block. The narrower student of a stream has one for every block with a layer of it,
     in the order of blocks; a block between these that has none stays as it is.
@@ -35,6 +36,7 @@ class Swap:
 
     members: tuple[Candidate, ...]
     amounts: Amounts
+    peaks: Amounts = field(default_factory=dict)
 
     @property
     def first(self) -> int:
@@ -68,6 +70,10 @@ class Swap:
     def facts(self) -> list[dict[str, Any]]:
         """Everything that rebuilds it in a network of the architecture, as JSON values."""
         return [{"block": one.input, **one.facts} for one in self.members]
+
+    def students(self, chain: Chain) -> dict[int, nn.Module]:
+        """Return the modules of its members by block, with weights that mean nothing."""
+        return {one.input: one.recipe.student(chain.block_module(one.input), one.changes) for one in self.members}
 
     def with_units(self, units: Units) -> Swap:
         """Return the swap with the units of its streams that stay."""
@@ -116,8 +122,13 @@ def amounts_of(network: nn.Module, x: Tensor) -> dict[str, float]:
     """Return what a network, or a part of one, has of everything that may be budgeted, for one image like `x`. The
     network has no values any more afterwards: FLOPs are counted on the meta device."""
     params = sum(parameter.numel() for parameter in network.parameters())
-    size = sum(tensor.nbytes for tensor in each_once(network.state_dict()).values())
+    size = weight_bytes(network)
     imagined = network.eval().to("meta")
     with torch.no_grad():
         flops = count_flops(lambda: imagined(torch.empty_like(x, device="meta", dtype=torch.float32)))
-    return {"params": float(params), "flops": float(flops), "bytes": float(size)}
+    return {"params": float(params), "flops": float(flops), "bytes": size}
+
+
+def weight_bytes(network: nn.Module) -> float:
+    """Return the bytes of a network's parameters and buffers."""
+    return float(sum(tensor.nbytes for tensor in each_once(network.state_dict()).values()))

@@ -9,7 +9,13 @@ from distill.observability.numbers import finite, show, show_count
 from distill.reporting.markup import Markup, folded, join, table, tag
 from distill.reporting.plot import Axis, chart, point
 
-UNITS = {"params": "parameters", "flops": "FLOPs of an image", "bytes": "bytes", "latency": "ms of a call"}
+UNITS = {
+    "params": "parameters",
+    "flops": "FLOPs of an image",
+    "bytes": "bytes",
+    "memory": "bytes alive in a call",
+    "latency": "ms of a call",
+}
 
 
 def search_section(metrics: Mapping[str, Any]) -> Markup:
@@ -73,11 +79,16 @@ def _cloud(budget: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], t
 
 
 def _is_chosen(candidate: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
-    return chosen.get(str(candidate.get("block"))) == candidate.get("candidate")
+    return all(chosen.get(block) == candidate.get("candidate") for block in _names(candidate))
+
+
+def _names(candidate: Mapping[str, Any]) -> list[str]:
+    """The blocks for which a candidate stands."""
+    return [str(name) for name in candidate.get("blocks") or [candidate.get("block")]]
 
 
 def _blocks(budget: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> Markup:
-    scores = {(one.get("block"), one.get("candidate")): one for one in candidates}
+    scores = {(block, one.get("candidate")): one for one in candidates for block in _names(one)}
     rows = []
     for block, label in _mapping(budget.get("chosen")).items():
         one = scores.get((block, label), {})

@@ -17,9 +17,10 @@ UNITS: dict[str, dict[str, float]] = {
     "params": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
     "flops": _FLOPS,
     "bytes": _SIZES,
+    "memory": _SIZES,
     "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
 }
-EXAMPLES = {"params": "100k", "flops": "20MFLOPs", "bytes": "500kB", "latency": "3ms"}
+EXAMPLES = {"params": "100k", "flops": "20MFLOPs", "bytes": "500kB", "memory": "3MiB", "latency": "3ms"}
 
 
 @dataclass(frozen=True)

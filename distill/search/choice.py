@@ -8,8 +8,8 @@ bound (HiGHS).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -25,13 +25,15 @@ LIMIT_S = 60.0  # for one choice, which takes milliseconds where there are dozen
 @dataclass(frozen=True)
 class Option:
     """Something that the blocks `covers` may become, together: what is lost by it, and how much more than the teacher
-    the network has of every amount with it (less: a negative number)."""
+    the network has of every amount with it (less: a negative number). Of amounts in `peaks` a choice has, besides the
+    sum, the highest of its options' peaks: memory is weights and the most that is alive at once."""
 
     name: str
     covers: frozenset[int]
     loss: float
     amounts: Mapping[str, float]
     trains: bool = True  # whether it has weights to train
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,15 @@ class Choice:
 def choose(
     options: Sequence[Option], limits: Mapping[str, float], *, excluded: Sequence[Choice] = (), apart: int = 1
 ) -> Choice | None:
-    """Return the choice that loses least of those whose amounts add up to the limits at most; None where there is none.
+    """Return the choice that loses least of those whose amounts are within the limits; None where there is none.
 
     At least one of its options trains. At least `apart` blocks have something else than in each of `excluded`.
     """
-    blocks = sorted(set().union(*(option.covers for option in options)))
-    rules = [LinearConstraint(_covering(options, blocks), 1, 1)]
+    blocks = blocks_of(options)
+    covering = _covering(options, blocks)
+    rules = [LinearConstraint(covering, 1, 1)]
     rules.append(LinearConstraint(np.array([[float(option.trains) for option in options]]), 1, np.inf))
-    for name, limit in limits.items():
-        amounts = np.array([option.amounts[name] for option in options])
-        scale = max(np.abs(amounts).max(), abs(limit), TINY)
-        rules.append(LinearConstraint(amounts[None] / scale, -np.inf, limit / scale))
+    rules += [_within(options, covering, name, limit) for name, limit in limits.items()]
     rules += [_another(options, other.options, apart) for other in excluded]
     losses = np.array([option.loss for option in options])
     while True:
@@ -75,6 +75,16 @@ def choose(
         if all(choice.amounts[name] <= limit + ROUNDING * abs(limit) for name, limit in limits.items()):
             return choice
         rules.append(_another(options, taken, 1))  # over a limit by less than the solver's tolerance
+
+
+def _within(options: Sequence[Option], covering: csr_array, name: str, limit: float) -> LinearConstraint:
+    """Return the rule that a sum of amounts, with the peak of whichever block it is, keeps to a limit. A block has one
+    option, so the sum of the peaks of its options that are taken is that one's."""
+    rows = np.array([[option.amounts[name] for option in options]])
+    if any(name in option.peaks for option in options):
+        rows = rows + covering.toarray() * np.array([option.peaks[name] for option in options])
+    scale = max(np.abs(rows).max(), abs(limit), TINY)
+    return LinearConstraint(rows / scale, -np.inf, limit / scale)
 
 
 def _another(options: Sequence[Option], taken: Sequence[int], apart: int) -> LinearConstraint:
@@ -95,7 +105,10 @@ def totals(options: Sequence[Option], taken: Sequence[int]) -> tuple[float, dict
     """Return what these of the options lose together, and their amounts."""
     chosen = [options[number] for number in taken]
     names = chosen[0].amounts if chosen else {}
-    return sum(one.loss for one in chosen), {name: sum(one.amounts[name] for one in chosen) for name in names}
+    peaks = {name: max((one.peaks[name] for one in chosen if name in one.peaks), default=0.0) for name in names}
+    return sum(one.loss for one in chosen), {
+        name: sum(one.amounts[name] for one in chosen) + peaks[name] for name in names
+    }
 
 
 def choices(options: Sequence[Option], limits: Mapping[str, float], *, apart: int = 1) -> Iterator[Choice]:
@@ -109,7 +122,18 @@ def choices(options: Sequence[Option], limits: Mapping[str, float], *, apart: in
 
 def least(options: Sequence[Option], name: str) -> Choice:
     """Return the choice that has least of an amount, whatever it loses."""
-    found = choose([replace(option, loss=option.amounts[name]) for option in options], {})
-    assert found is not None, "every block has an option, and some option trains"
-    loss, amounts = totals(options, found.options)
-    return Choice(found.options, loss, amounts, found.proven)
+    found = []
+    for peak in sorted({option.peaks.get(name, 0.0) for option in options}):
+        # The sum is least where peaks may be high; the least of both together lies at one of the peaks.
+        numbers = [number for number, option in enumerate(options) if option.peaks.get(name, 0.0) <= peak]
+        few = [replace(options[number], loss=options[number].amounts[name]) for number in numbers]
+        if blocks_of(few) == blocks_of(options) and (best := choose(few, {})) is not None:
+            taken = tuple(numbers[number] for number in best.options)
+            found.append(Choice(taken, *totals(options, taken), best.proven))
+    assert found, "every block has an option, and some option trains"
+    return min(found, key=lambda choice: choice.amounts[name])
+
+
+def blocks_of(options: Iterable[Option]) -> list[int]:
+    """Return the blocks for which there are options."""
+    return sorted(set().union(*(option.covers for option in options)))

@@ -9,6 +9,7 @@ from torch import nn
 from distill.config.compose import compose
 from distill.errors import ConfigError
 from distill.job import bundle
+from distill.job.call_memory import memory_of_call
 from distill.job.pool import KEEP, Pool, find_pool
 from distill.job.problem import Problem
 from distill.job.scores import Score, shared_out
@@ -69,7 +70,7 @@ def test_the_default_pool_has_something_of_every_kind() -> None:
         (["search.budget.params=0.5", "blocks.include=[conv1]"], r"search\.candidates: .* makes a block cheaper"),
         (["search.budget.params=0.5", "search.candidates=[{recipe: skip, blocks: la9}]"], r"\[0\]\.blocks: .*layer3"),
         (["search.budget.params=0.5", "search.candidates=[{recipe: thin, rato: 0.5}]"], r"\[0\]\.rato: .*'ratio'"),
-        (["search.budget.params=0.5", "search.candidates=[{recipe: stream}]"], r"\[0\]\.recipe: got 'stream'"),
+        (["search.budget.memory=100kB"], r"search\.budget\.memory: .*at least [0-9.]+ MB: the least"),
         (["search.budget.params=0.5", "search.candidates=[{recipe: keep}]"], r"search\.candidates: .*cheaper"),
     ],
 )  # fmt: skip
@@ -78,12 +79,55 @@ def test_what_cannot_be_is_refused_by_the_setting(settings: list[str], told: str
         pool_of(*settings)
 
 
+STREAMS = "search.candidates=[{recipe: stream, ratio: 0.5},{recipe: separable, rank: 1},{recipe: skip}]"
+
+
+def test_streams_alone_and_neighbours_together_stand_for_all_their_blocks() -> None:
+    _, pool = pool_of("search.budget.params=0.9", "student.align=8", candidates=STREAMS)
+    streams = [(pool.place_name(n), swap.label) for n, swap in enumerate(pool.swaps) if swap.name == "stream"]
+    one, two, three = "conv1", "layer2.0.conv2", "layer3.0.conv2"
+    assert streams == [
+        ("conv1..linear", f"stream ratio=0.5 of {one}"),
+        ("conv1..linear", f"stream ratio=0.5 of {one} to {two}"),
+        ("conv1..linear", f"stream ratio=0.5 of {one} to {three}"),
+        ("layer2.0..linear", f"stream ratio=0.5 of {two}"),
+        ("layer2.0..linear", f"stream ratio=0.5 of {two} to {three}"),
+        ("layer3.0..linear", f"stream ratio=0.5 of {three}"),
+    ]
+    assert all(one.trains for one in pool.example.candidates.values())
+
+
+@pytest.mark.parametrize(("memory", "place"), [(0.93, "layer2.0..linear"), (0.67, "conv1..linear")])
+def test_what_is_predicted_of_a_choice_with_streams_is_what_its_student_has(memory: float, place: str) -> None:
+    settings = f"search.budget.memory={memory}", "student.align=8", "deploy.batch=64"
+    teacher, pool = pool_of(*settings, candidates=STREAMS)
+    losses = {"stream": 1.0, "separable": 8.0, "skip": 9.0}
+    scores = [Score(0.1, losses[swap.name]) for swap in pool.swaps]
+    problem = Problem.of(compose(list(settings)), pool, scores)
+    few = problem.best_few(3)
+    assert [pool.place_name(number) for number in problem.swaps(few[0])] == [place]
+    assert set(problem.labels(few[0])) == {pool.chain.blocks[block].name for block in pool.blocks}
+    for choice in few:
+        swaps, predicted = problem.swaps(choice), problem.predicted(choice)
+        blocks = pool.with_swaps(swaps)
+        assert len(blocks.candidates) == sum(len(pool.swaps[number].members) for number in swaps)
+        student = assemble(teacher, changed=blocks.changed, blocks=())
+        assert predicted["memory"] == memory_of_call(student, SHAPE, 64) <= memory * pool.teacher["memory"]
+        assert {name: predicted[name] for name in ("params", "flops", "bytes")} == amounts_of(
+            student, torch.empty(1, *SHAPE)
+        )
+        if len(swaps) == 1:
+            assert pool.teacher["memory"] + pool.more(*swaps)["memory"] == predicted["memory"]
+
+
 def test_a_bundle_for_another_device_has_all_of_them() -> None:
     teacher, pool = pool_of("search.budget.params=0.5")
-    config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", FEW, "search.budget.params=0.5"])
+    few = FEW.replace("]", ",{recipe: stream,ratio: 0.5}]")
+    config = compose(["data=digits", "data.image_size=16", "data.batch_size=4", few, "search.budget.params=0.5"])
     _, found = bundle._candidates(config, SHAPE, teacher)
-    assert [*found] == [(block, block + 1) for block in pool.blocks]
+    assert {*found} == {*((block, block + 1) for block in pool.blocks), (4, 11), (7, 11)}
     assert [*found[7, 8]] == ["skip in layer3.0", "separable rank=1 in layer3.0", "one_conv in layer3.0"]
+    assert [*found[7, 11]] == ["stream ratio=0.5 of layer3.0.conv2 in layer3.0..linear"]
 
 
 def test_ranks_have_runs_of_candidates_of_about_the_same_cost() -> None:

@@ -20,7 +20,7 @@ from distill.blocks.cut import Granularity, cut
 from distill.errors import ConfigError
 from distill.profiling.flops import module_flops
 from distill.recipes import RECIPES, Changes, Halved, Recipe, Stream, Thin, View
-from distill.recipes.stream import find_streams
+from distill.recipes.crossing import Crossing
 from distill.student.assemble import assemble, in_a_row, recalibrate
 from distill.student.files import StudentCard
 from distill.student.programs import deliver_programs
@@ -108,7 +108,7 @@ def views(chain: Chain, indices: Iterable[int] = (2, 4)) -> Iterator[tuple[int, 
 
 def proposed(recipe: Recipe, chain: Chain) -> list[tuple[int, View, Changes]]:
     if isinstance(recipe, Stream):
-        changed, _ = find_streams(modules(chain), IMAGES, dict.fromkeys(range(len(chain.blocks)), recipe))
+        changed, _ = Crossing.of(modules(chain), IMAGES).narrowed(dict.fromkeys(range(len(chain.blocks)), recipe))
         return [(index, view, json.loads(json.dumps(changed[index]))) for index, view in views(chain, changed)]
     found = [(index, view, recipe.propose(view)[0]) for index, view in views(chain)]
     return [(index, view, json.loads(json.dumps(changes))) for index, view, changes in found if changes is not None]

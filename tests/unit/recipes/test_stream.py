@@ -18,7 +18,8 @@ from distill.blocks.cut import Granularity, cut
 from distill.profiling.flops import module_flops
 from distill.profiling.statistics import InputStatistics, gather
 from distill.recipes import Changes, Stream, View
-from distill.recipes.stream import choose_units, find_streams, with_units
+from distill.recipes.crossing import Crossing
+from distill.recipes.stream import choose_units, with_units
 from distill.recipes.surgeon import regularized, repaired
 from distill.recipes.zeros import Cropped
 from distill.student.assemble import assemble, in_a_row
@@ -77,7 +78,7 @@ def modules_of(chain: Chain) -> list[nn.Module]:
 
 
 def found(chain: Chain, recipe: Stream = HALF) -> dict[int, Changes]:
-    changed, kept = find_streams(modules_of(chain), IMAGES[:2], dict.fromkeys(range(len(chain.blocks)), recipe))
+    changed, kept = Crossing.of(modules_of(chain), IMAGES[:2]).narrowed(dict.fromkeys(range(len(chain.blocks)), recipe))
     assert not [why for why in kept.values() if "gives something else" in why or "fails" in why]
     return {block: json.loads(json.dumps(changes)) for block, changes in changed.items()}
 
@@ -185,7 +186,7 @@ def test_zeros_added_in_a_block_s_own_code_are_as_many_in_the_student() -> None:
     torch.manual_seed(0)
     chain = cut(Widening().eval(), IMAGES[:2], granularity=Granularity.conv)
     recipes = dict.fromkeys(range(len(chain.blocks)), HALF)
-    changed, _ = find_streams(modules_of(chain), IMAGES[:2], recipes)
+    changed, _ = Crossing.of(modules_of(chain), IMAGES[:2]).narrowed(recipes)
     network = Widening()
     for changes in changed.values():
         HALF.install(network, changes)
@@ -196,7 +197,7 @@ def test_a_stream_stays_where_a_block_that_has_it_has_another_recipe() -> None:
     chain = chain_of("Bottleneck")
     names = [facts.name for facts in chain.blocks]
     others = {index: HALF for index, name in enumerate(names) if name != "layer2.0"}
-    changed, kept = find_streams(modules_of(chain), IMAGES[:2], others)
+    changed, kept = Crossing.of(modules_of(chain), IMAGES[:2]).narrowed(others)
     paths = {path for changes in changed.values() for path in HALF.paths(changes)}
     assert "layer3.0.conv3" in paths
     assert not [path for path in paths if path.startswith(("layer1.0.conv3", "layer2"))]
@@ -208,7 +209,7 @@ def test_the_blocks_that_make_a_stream_say_how_wide_it_is() -> None:
     chain = chain_of("Bottleneck")
     stages = {f"layer{stage}": Stream(align=4, ratio=ratio) for stage, ratio in ((1, 0.5), (2, 0.25), (3, 1.0))}
     asked = {index: stages.get(facts.name[:6], HALF) for index, facts in enumerate(chain.blocks)}
-    changed, _ = find_streams(modules_of(chain), IMAGES[:2], asked)
+    changed, _ = Crossing.of(modules_of(chain), IMAGES[:2]).narrowed(asked)
     network = NETWORKS["Bottleneck"]()
     for block, changes in changed.items():
         asked[block].install(network, changes)
@@ -216,5 +217,5 @@ def test_the_blocks_that_make_a_stream_say_how_wide_it_is() -> None:
     torn = asked | {
         next(index for index, facts in enumerate(chain.blocks) if facts.name == "layer1.1"): Stream(align=8)
     }
-    _, kept = find_streams(modules_of(chain), IMAGES[:2], torn)
+    _, kept = Crossing.of(modules_of(chain), IMAGES[:2]).narrowed(torn)
     assert kept["layer1.0.conv3"] == "the blocks that make its channels ask for several widths"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distill.search.choice import Choice, Option, choices, choose, least, totals
 
-NAMES = ("params", "flops")
+NAMES = ("params", "flops", "memory")  # of which the last one has peaks
 
 
 def tried(options: list[Option], limits: dict[str, float]) -> list[tuple[float, tuple[int, ...]]]:
@@ -31,19 +31,22 @@ def tried(options: list[Option], limits: dict[str, float]) -> list[tuple[float, 
 def pools(draw: st.DrawFn) -> list[Option]:
     """Three blocks with up to three options each, one of which leaves it as it is, and options for several blocks."""
     places = [frozenset({block}) for block in range(3)]
-    options = [Option("keep", place, 0.0, dict.fromkeys(NAMES, 0.0), trains=False) for place in places]
+    peaks = draw(st.lists(st.integers(0, 100), min_size=9, max_size=9))
+    none = dict.fromkeys(NAMES, 0.0)
+    options = [Option("keep", place, 0.0, none, trains=False, peaks={"memory": peaks.pop()}) for place in places]
     extra = draw(st.lists(st.sampled_from([*places, *places, frozenset({0, 1}), frozenset({1, 2})]), max_size=6))
     for number, place in enumerate(extra):
         amounts = {name: -float(draw(st.integers(0, 100))) for name in NAMES}
         loss = draw(st.integers(1, 1000)) / 1000
-        options.append(Option(f"{number}", place, loss, amounts, trains=draw(st.booleans())))
+        high = {"memory": peaks.pop()}
+        options.append(Option(f"{number}", place, loss, amounts, trains=draw(st.booleans()), peaks=high))
     return options
 
 
 @settings(deadline=None)
-@given(pools(), st.integers(-250, 0), st.integers(-250, 0))
-def test_it_is_the_best_of_all_there_are(options: list[Option], params: int, flops: int) -> None:
-    limits = {"params": float(params), "flops": float(flops)}
+@given(pools(), st.integers(-250, 0), st.integers(-250, 0), st.integers(-250, 100))
+def test_it_is_the_best_of_all_there_are(options: list[Option], params: int, flops: int, memory: int) -> None:
+    limits = {"params": float(params), "flops": float(flops), "memory": float(memory)}
     found, best = choose(options, limits), tried(options, limits)
     assert (found is None) == (not best)
     if found is not None:
@@ -62,6 +65,14 @@ def test_the_next_ones_come_in_order_and_none_twice(options: list[Option]) -> No
     assert len({one.options for one in found}) == len(found)
 
 
+@settings(deadline=None)
+@given(pools())
+def test_the_least_memory_is_that_of_the_best_of_all_there_are(options: list[Option]) -> None:
+    if any(option.trains for option in options):
+        there = [totals(options, taken)[1]["memory"] for _, taken in tried(options, {})]
+        assert least(options, "memory").amounts["memory"] == min(there)
+
+
 def of(block: int, name: str, loss: float, params: float) -> Option:
     return Option(name, frozenset({block}), loss, {"params": params})
 
@@ -72,6 +83,15 @@ def test_what_differs_in_few_places_is_left_out() -> None:
     assert len(found) > 1
     for one, other in combinations(found, 2):
         assert len(set(one.options) & set(other.options)) <= 1
+
+
+def test_an_option_for_several_blocks_differs_in_all_of_them() -> None:
+    wide = Option("wide", frozenset({0, 1, 2}), 0.0, {"params": -9.0})
+    options = [wide, *(of(block, f"{n}", 1.0 + n, -3.0) for block in range(3) for n in range(2))]
+    first, second = choose(options, {}), choose(options, {}, excluded=[Choice((0,), 0.0, {}, True)], apart=3)
+    assert first is not None
+    assert second is not None
+    assert (first.options, second.options) == ((0,), (1, 3, 5))
 
 
 def test_the_least_there_can_be_of_an_amount() -> None:
