@@ -70,7 +70,9 @@ class LatencyTable:
         """difference() of several candidates for one place, by name: those not known yet are timed in turn."""
         base, chains = self.chains(place, candidates)
         sample = self._sample(self._outer(place)[0])
-        self._calibrate(Piece(base, sample, f"block {place}"))
+        first, end = _span(place)
+        names = [block.name for block in self._chain.blocks[first:end]]
+        self._calibrate(Piece(base, sample, f"block {names[0]}" if len(names) == 1 else f"{names[0]} to {names[-1]}"))
         found = self._stopwatch.differences(base, chains, sample)
         return {name: min(forms, key=lambda one: one.median_ms) for name, forms in found.items()}
 

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill.blocks.chain import copied
-from distill.storage.aliases import memory_of
 
 ALSO_IN_PLACE = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"}
 
@@ -28,7 +27,7 @@ def peak_activations(module: nn.Module, x: Tensor) -> int:
     """Return the bytes of activations, input and output among them, that are alive at once at most while a module in
     use computes `x`, of which only the form counts; it is left alone."""
     imagined = copied(module).eval().to("meta")
-    weights = {memory_of(tensor) for tensor in (*imagined.parameters(), *imagined.buffers())}
+    weights = {_place(tensor) for tensor in (*imagined.parameters(), *imagined.buffers())}
     given = torch.empty_like(x, device="meta")
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation, of which nothing inside is seen
@@ -67,9 +66,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def places(self, values: Any) -> Places:
         """Return where tensors lie, weights left out."""
-        found = {
-            memory_of(one): one.untyped_storage().nbytes() for one in tree_leaves(values) if isinstance(one, Tensor)
-        }
+        found = {_place(one): one.untyped_storage().nbytes() for one in tree_leaves(values) if isinstance(one, Tensor)}
         return {place: size for place, size in found.items() if place not in self._weights}
 
 
@@ -89,3 +86,8 @@ def _peak(steps: Sequence[_Step], given: Places, output: Places) -> int:
         peak = max(peak, sum(alive.values()))
         alive = {place: size for place, size in alive.items() if last[place] > number}
     return peak
+
+
+def _place(tensor: Tensor) -> int:
+    """Return what tensors that share memory, also where it is only imagined, have in common while they exist."""
+    return int(tensor.untyped_storage()._cdata)

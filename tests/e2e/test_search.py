@@ -14,10 +14,14 @@ from tests.e2e.command import distill, metrics
 pytestmark = pytest.mark.jobs
 
 FEW = "search.candidates=[{recipe: skip},{recipe: separable, rank: 1},{recipe: lowrank, form: spatial, ratio: 0.25}]"
+STREAMS = "search.candidates=[{recipe: stream, ratio: 0.5},{recipe: separable, rank: 1, blocks: layer2.*}]"
 SEARCH = (
-    FEW, "blocks.include=[layer2.*,layer3.*]", "search.images=64", "search.judged=2", "plan.cost=flops",
+    FEW, "blocks.include=[layer2.*,layer3.*,linear]", "search.images=64", "search.judged=2", "plan.cost=flops",
     "distill.steps=0", "finetune.epochs=0",
 )  # fmt: skip
+
+
+BLOCKS = ["layer2.0", "layer2.1", "layer2.2", "layer3.0", "layer3.1", "layer3.2"]
 
 
 def teacher_of(run_dir: Path) -> tuple[str, str]:
@@ -31,17 +35,20 @@ def weights_in(run_dir: Path) -> dict[str, bytes]:
 def test_the_student_is_within_the_budget_and_the_search_is_not_done_again(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    job = (*teacher_of(finished[0]), *SEARCH, "search.budget.params=0.4", "search.budget.flops=0.9", "run.dir=run")
+    budgets = "search.budget.params=0.7", "search.budget.flops=0.9", "search.budget.memory=0.85"
+    job = (*teacher_of(finished[0]), *SEARCH, STREAMS, *budgets, "run.dir=run")
     result = distill(*job, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     found = metrics(tmp_path / "run")
     (budget,) = found["search"]["budgets"]
-    assert budget["budget"]["params"]["asked"] == 0.4
+    assert budget["budget"]["params"]["asked"] == 0.7
     assert budget["predicted"]["params"] == budget["measured"]["params"] == found["student"]["params"]
-    assert found["student"]["params"] <= 0.4 * found["teacher"]["params"]
+    assert found["student"]["params"] <= 0.7 * found["teacher"]["params"]
     assert found["student"]["flops"] == budget["predicted"]["flops"] <= 0.9 * found["teacher"]["flops"]
-    assert list(budget["chosen"]) == ["layer2.0", "layer2.1", "layer2.2", "layer3.0", "layer3.1", "layer3.2"]
-    assert len(found["search"]["candidates"]) >= 15
+    assert budget["measured"]["memory"] == budget["predicted"]["memory"] <= budget["budget"]["memory"]["limit"]
+    assert list(budget["chosen"]) == [*BLOCKS, "linear"]
+    assert budget["chosen"]["layer3.0"] == budget["chosen"]["linear"] != "keep"  # a stream runs through all of them
+    assert len(found["search"]["candidates"]) == 3 + 3
     assert "loses most" in result.stdout
     assert sum(one.numel() for one in load_student(tmp_path / "run").parameters()) == found["student"]["params"]
     again = distill(*job, cwd=tmp_path)
@@ -51,7 +58,7 @@ def test_the_student_is_within_the_budget_and_the_search_is_not_done_again(
 
 
 def test_two_ranks_score_and_choose_bitwise_what_one_does(finished: tuple[Path, str], tmp_path: Path) -> None:
-    job = (*teacher_of(finished[0]), *SEARCH, "search.budget.bytes=700kB", "stage=plan")
+    job = (*teacher_of(finished[0]), *SEARCH, STREAMS, "search.budget.bytes=900kB", "stage=plan")
     for ranks in (1, 2):
         result = distill(*job, f"run.dir=run{ranks}", cwd=tmp_path, ranks=ranks)
         assert result.returncode == 0, result.stdout + result.stderr

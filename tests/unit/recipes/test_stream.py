@@ -205,6 +205,19 @@ def test_a_stream_stays_where_a_block_that_has_it_has_another_recipe() -> None:
     assert "another recipe" in kept["layer2.0.conv3"]
 
 
+def test_streams_are_alone_and_with_neighbours_and_whoever_is_left_out_stays() -> None:
+    chain = chain_of("Bottleneck")
+    crossing, every = Crossing.of(modules_of(chain), IMAGES[:2]), dict.fromkeys(range(len(chain.blocks)), HALF)
+    runs = [[*run] for run in crossing.runs()]
+    first = [run[0] for run in runs if len(run) == 1]
+    assert [path.partition(".")[0] for path in first] == ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    assert runs == [first[start:end] for start in range(5) for end in range(start + 1, 6)]
+    second = next(run for run in crossing.runs() if [*run] == first[2:3])
+    changed, _ = crossing.narrowed(every, [number for numbers in second.values() for number in numbers])
+    assert [chain.blocks[block].name for block in changed] == ["layer2.0", "layer3.0"]
+    assert crossing.narrowed(every, crossing.numbers) == crossing.narrowed(every)
+
+
 def test_the_blocks_that_make_a_stream_say_how_wide_it_is() -> None:
     chain = chain_of("Bottleneck")
     stages = {f"layer{stage}": Stream(align=4, ratio=ratio) for stage, ratio in ((1, 0.5), (2, 0.25), (3, 1.0))}

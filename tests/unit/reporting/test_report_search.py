@@ -11,6 +11,7 @@ from distill.reporting.search import search_section
 CANDIDATES = [
     {"block": "a", "candidate": "skip", "params": -90.0, "error": 1.0, "divergence": 0.5},
     {"block": "a", "candidate": "thin ratio=0.5", "params": -50.0, "error": 0.1, "divergence": 0.02},
+    {"block": "a..b<", "blocks": ["a", "b<"], "candidate": "stream", "params": -99.0, "error": 0.2, "divergence": 0.04},
     {"block": "b<", "candidate": "skip", "params": -9.0, "error": 0.3, "divergence": None},
 ]
 BUDGET = {
@@ -30,11 +31,18 @@ def section(**changes: Any) -> str:
 
 def test_it_says_what_was_asked_for_chosen_predicted_and_measured() -> None:
     page = section()
-    for words in ("1k", "1,000", "950", "thin ratio=0.5", "b&lt;", "goes on", "88.50 %", "3 candidates"):
+    for words in ("1k", "1,000", "950", "thin ratio=0.5", "b&lt;", "goes on", "88.50 %", "4 candidates"):
         assert words in page
-    assert page.count("<circle") == 2, "one that has no divergence has no place"
+    assert page.count("<circle") == 3, "one that has no divergence has no place"
     assert page.count('<circle class="run"') == 1
     assert "5.0 % less, divergence 0.02" in page
+
+
+def test_a_candidate_for_several_blocks_is_chosen_in_all_of_them() -> None:
+    page = section(chosen={"a": "stream", "b<": "stream"})
+    assert page.count('<circle class="run"') == 1
+    assert page.count("0.04") == 4, "of both blocks, of its point, and among all candidates"
+    assert section(chosen={"a": "stream", "b<": "skip"}).count('<circle class="run"') == 0
 
 
 @pytest.mark.parametrize("metrics", [{}, {"search": None}, {"search": {}}, {"search": {"budgets": [{}]}}])
