@@ -50,6 +50,9 @@ def test_what_is_chosen_is_told_apart_by_budgets_and_candidates_and_not_by_the_r
     others = ["search.budget.params=0.4", "search.images=9", "search.candidates=[{recipe: thin}]", "search.judged=1"]
     assert all(identity(compose([BUDGET, other])) != one for other in others)
     assert identity(compose([BUDGET, "deploy.batch=1"])) == one
+    held = [BUDGET, "search.budget.memory=0.5"]
+    assert identity(compose([*held, "deploy.batch=1"])) != identity(compose(held))
+    assert identity(compose([*held, "deploy.threads=2"])) == identity(compose(held))
     timed = [BUDGET, "search.budget.latency=0.5"]
     assert identity(compose([*timed, "deploy.batch=1"])) != identity(compose(timed))
     assert identity(compose([*timed, "deploy.programs=[]"])) == identity(compose(timed))

@@ -22,6 +22,7 @@ from distill.search.budgets import Budget, parse, shown
         ("flops", ".3", Budget("flops", share=0.3)),
         ("bytes", "500 kB", Budget("bytes", amount=500_000)),
         ("bytes", "2KiB", Budget("bytes", amount=2048)),
+        ("memory", "3MiB", Budget("memory", amount=3 * 2**20)),
     ],
 )
 def test_a_number_up_to_one_is_a_share_and_an_amount_has_its_unit(name: str, value: object, budget: Budget) -> None:
