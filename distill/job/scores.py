@@ -34,6 +34,7 @@ from distill.student.divergence import log_probabilities, mean_divergence
 from distill.training.losses import relative_error
 
 STAGE = "candidates"
+TOLD_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,13 @@ def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
 
 def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> dict[str, Any]:
     start, cpu = time.monotonic(), time.process_time()
-    runs = shared_out(pool, context.world_size)
-    for number, score in _score_all(context, dataset, teacher, pool, runs[context.rank]):
+    runs, told = shared_out(pool, context.world_size), start
+    own = runs[context.rank]
+    for done, (number, score) in enumerate(_score_all(context, dataset, teacher, pool, own), start=1):
         context.control.set(f"{STAGE}/{number}", score)
+        if time.monotonic() - told > TOLD_EVERY_S:  # large networks take minutes
+            told = time.monotonic()
+            context.say(f"candidates: {done} of this rank's {len(own)} scored, {told - start:.0f} s so far")
     context.control.set(f"{STAGE}/cpu/{context.rank}", time.process_time() - cpu)
     if not context.leads:
         result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="scores of candidates")
