@@ -98,7 +98,8 @@ def _searched(config: JobConfig, found: Found) -> dict[str, Any]:
     if config.search.budget.latency is None:
         return found if config.search.budget.memory is None else {**found, "deploy.batch": config.deploy.batch}
     deploy = dict(_by_path("deploy", asdict(config.deploy)))
-    del deploy["deploy.programs"]  # of what is chosen
+    for name in ("programs", "int8_steps"):  # of what is chosen
+        del deploy[f"deploy.{name}"]
     return {**found, **deploy, "deploy.table": _table(config.deploy.table)}
 
 

@@ -444,12 +444,15 @@ class DeployConfig:
     programs: list[str] = setting(
         list(PROGRAMS), f"programs to write beside the weights, of {', '.join(PROGRAMS)} (docs/deploy.md)"
     )
+    int8_steps: int = setting(
+        50, "steps of training for INT8, of the blocks that lose most by it, where it takes over 0.3 points; 0: none"
+    )
     table: str | None = setting(
         None, "the table that measure.py of a bundle wrote on another device, in the place of measuring here"
     )
 
     def __post_init__(self) -> None:
-        at_least("deploy", self, threads=1, batch=1)
+        at_least("deploy", self, threads=1, batch=1, int8_steps=0)
         for name in self.programs:
             if name not in PROGRAMS:
                 raise ConfigError("deploy.programs", name, one_of(PROGRAMS, name))

@@ -91,7 +91,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         save_student(run.path, student, card)
         exports = _export(context, dataset, teacher, student, card)
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
-        metrics["int8"] = deliver_int8(context, dataset, exports)
+        metrics["int8"] = deliver_int8(context, dataset, student, exports)
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
         if config.search.on:
             metrics["search"] = _search(run.result("search"), run.result("candidates"), metrics)

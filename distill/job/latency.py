@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.config.choices import Precision
 from distill.config.schema import JobConfig
 from distill.deployment.forms import BRANCHES, REPEATED, faster_form, forms_of
 from distill.deployment.measure import Timing, in_turn, piece_key, summary
-from distill.deployment.runtimes import ReadsOnnx, Runtime, Source, runtime_of
+from distill.deployment.runtimes import RUNTIMES, OnnxRuntime, ReadsOnnx, Runtime, Source, runtime_of
 from distill.deployment.stopwatch import Stopwatch
 from distill.deployment.tables import KeptHere, MeasuredElsewhere, Timings
 from distill.job.context import Context
@@ -47,6 +48,26 @@ def table_of_job(config: JobConfig) -> MeasuredElsewhere | None:
 def timings_of_job(config: JobConfig) -> Timings:
     """Return where timings of chains come from: another device's table, or those of this machine."""
     return table_of_job(config) or KeptHere(runtime_of_job(config).environment)
+
+
+def int8_runtime_of_job(config: JobConfig) -> Runtime:
+    """Return what INT8 programs are timed in: the job's runtime where that reads ONNX, else ONNX Runtime."""
+    name = config.deploy.runtime.name if config.deploy.runtime is not None else None
+    reads_onnx = name is not None and issubclass(RUNTIMES[name], ReadsOnnx)
+    chosen = name if reads_onnx else OnnxRuntime.name
+    return runtime_of(chosen, threads=config.deploy.threads, precision="int8", device="cpu")
+
+
+def int8_form(
+    config: JobConfig, student: nn.Module, *, image_shape: tuple[int, ...]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the student in the form that is faster in INT8, and what was found (forms.py). Where INT8 is what it is
+    deployed in, that is the form of student.onnx too."""
+    if config.deploy.precision is Precision.int8:
+        return form_to_export(config, student, image_shape=image_shape)
+    runtime = int8_runtime_of_job(config)
+    stopwatch = Stopwatch(runtime=runtime, timings=KeptHere(runtime.environment))
+    return faster_form(student, stopwatch, image_shape=image_shape, batch=config.deploy.batch)
 
 
 def form_to_export(

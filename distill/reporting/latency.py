@@ -129,9 +129,20 @@ def int8_section(metrics: Mapping[str, Any]) -> Markup:
         elif one:
             times = (show(_mapping(_mapping(found).get(side)).get("median_ms"), "{:.3f}") for _, found in batches)
             top1 = (show(found.get("top1"), "{:.2f} %") for found in (one, whole))
-            rows.append((str(one.get("file")), show(one.get("bytes"), "{:,.0f}"), *top1, *times, ""))
+            rows.append((str(one.get("file")), show(one.get("bytes"), "{:,.0f}"), *top1, *times, _how_made(one)))
     headings = ("", "bytes", "top-1", "in fp32", *(f"ms, batch {size}" for size, _ in batches), "")
     return table(headings, rows, text=(0, len(headings) - 1)) if rows else Markup()
+
+
+def _how_made(program: Mapping[str, Any]) -> str:
+    """Return in words what is special about a program in INT8: its form, and whether blocks were trained for it."""
+    training = _mapping(program.get("training"))
+    said = [str(program["form"])] if "form" in program else []
+    if training.get("validation_top1"):
+        top1 = ", ".join(f"{name} {show(one, '{:.2f} %')}" for name, one in training["validation_top1"].items())
+        blocks = ", ".join(_mapping(training.get("blocks")))
+        said.append(f"{blocks} trained for INT8 (validation images: {top1}); {training.get('kept')} is kept")
+    return "; ".join(said)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

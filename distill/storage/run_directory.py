@@ -39,6 +39,7 @@ STAGES = (
     "assemble",
     "finetune",
     "evaluate",
+    "int8",
     "deliver",
 )  # those that leave a record
 

@@ -24,6 +24,7 @@ from distill.config.load import from_yaml
 from distill.data import decoding
 from distill.data.decoding import Squaring
 from distill.data.digits import open_digits
+from distill.deployment.forms import REPEATED
 from distill.job.data import open_data
 from distill.recipes import RECIPES, replace_convolutions
 from distill.storage.files import read_json
@@ -232,8 +233,18 @@ class TestAgain:
             right = sum(int((guess == wanted.numpy()).sum()) for guess, wanted in zip(guesses, labels, strict=True))
             # Rounding on other numbers of threads moves what lies between two levels: an image or two are guessed anew.
             assert record["top1"] == pytest.approx(100 * right / sum(map(len, labels)), abs=1.5)
+        student = found["student"]
+        assert student["form"] == min(student["ms"], key=student["ms"].__getitem__)
+        kinds = [node.op_type for node in onnx.load(run / "student_int8.onnx").graph.node]
+        assert ("Concat" in kinds) == (student["form"] == REPEATED)
         for one in found["latency"]["batches"].values():
             assert one["ratio"] == pytest.approx(one["student"]["median_ms"] / one["teacher"]["median_ms"])
+        # Some training for INT8 or none, as a few validation images have it; what was trained is told and kept.
+        training = student.get("training", {"blocks": {}})
+        assert (run / "int8.safetensors").exists() == bool(training["blocks"])
+        assert student["validation_top1"] == max(
+            training.get("validation_top1", {"": student["validation_top1"]}).values()
+        )
 
     def test_another_device_s_table_takes_the_place_of_measuring_here(self, run: Path) -> None:
         made = distill_again(run.parent, "latency", "bundle", "run=run", "out=bundle", "deploy.batch=8")

@@ -107,11 +107,16 @@ class TestInt8:
             side: {"file": f"{side}_int8.onnx", "status": "ok", "bytes": size, "top1": top1}
             for side, size, top1 in (("teacher", 2000, 91.5), ("student", 1000, 88.25))
         }
+        training = {"blocks": {"layer1.0": [2e-3, 1e-3]}, "validation_top1": {"as it is": 87.0, "trained": 88.5}}
+        sides["student"] |= {"form": "repeated input", "training": training | {"kept": "trained"}}
         found = run(tmp_path, int8={"images": 512, "latency": {"batches": batches}, **sides})
         words = text_of(run_page(found))
         assert "In INT8" in words
         assert "bytes top-1 in fp32 ms, batch 1 ms, batch 8 ms, batch 64" in words
         assert re.search(r"student_int8.onnx 1,000 88\.25 % \S+ % 0\.400 6\.000 20\.000", words)
+        assert (
+            "repeated input; layer1.0 trained for INT8 (validation images: as it is 87.00 %, trained 88.50 %)" in words
+        )
 
     def test_what_went_wrong_is_told_and_nothing_where_none_was_asked_for(self, tmp_path: Path) -> None:
         failed = {"teacher": {"file": "teacher_int8.onnx", "status": "failed", "reason": "no such operation"}}
