@@ -235,10 +235,15 @@ class SearchConfig:
         [], "what blocks may become: {recipe: NAME, OPTION: VALUE, blocks: PATTERN}; empty: the default pool"
     )
     images: int = setting(256, "validation images on which every candidate is scored in its block's place")
+    steps: int = setting(
+        0, "steps that candidates which stay in the running are trained for before the choice, in three rounds; 0: none"
+    )
     judged: int = setting(4, "choices that are put together, and judged by validation images as whole students")
 
     def __post_init__(self) -> None:
-        at_least("search", self, images=1, judged=1)
+        at_least("search", self, images=1, judged=1, steps=0)
+        if self.steps in (1, 2, 3):
+            raise ConfigError("search.steps", self.steps, "0 (no training before the choice), or 4 or more")
         for number, entry in enumerate(self.candidates):
             self._check(f"search.candidates[{number}]", entry)
         if self.sweep is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from distill.job.blocks import Blocks
 from distill.job.call_memory import memory_of_call
 from distill.job.context import Context
 from distill.job.first_weights import relative_errors
+from distill.job.halving import STAGES as HALVING
 from distill.job.int8 import deliver_int8, tell_int8
 from distill.job.latency import delivered_latency, form_to_export
 from distill.job.reuse import TEACHER
@@ -94,7 +95,8 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         metrics["int8"] = deliver_int8(context, dataset, student, exports)
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
         if config.search.on:
-            metrics["search"] = _search(run.result("search"), run.result("candidates"), metrics)
+            training = [found for stage in HALVING if (found := run.result(stage)) is not None]
+            metrics["search"] = _search(run.result("search"), run.result("candidates"), training, metrics)
             if config.search.budget.memory is not None:
                 called = memory_of_call(student, dataset.image_shape, config.deploy.batch)
                 metrics["search"]["budgets"][0]["measured"]["memory"] = called
@@ -221,9 +223,14 @@ def _block(context: Context, blocks: Blocks, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _search(result: Mapping[str, Any], scoring: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _search(
+    result: Mapping[str, Any],
+    scoring: Mapping[str, Any],
+    training: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
     """What is told of the choice under budgets: what was asked for, what was chosen and predicted, what has come of it,
-    and all candidates with their scores."""
+    all candidates with their scores, and the rounds in which they were trained."""
     measured = {name: metrics["student"][name] for name in ("params", "flops", "bytes", "top1")}
     latency = metrics["latency"]
     called = latency["batches"].get(str(latency["batch"]))
@@ -236,6 +243,10 @@ def _search(result: Mapping[str, Any], scoring: Mapping[str, Any], metrics: Mapp
         "candidates": result["pool"],
         "seconds": result["seconds"],
         "scoring": {name: scoring.get(name) for name in ("images", "seconds", "cpu_seconds", "taken_from")},
+        "training": [
+            {"trained": len(one["trained"]), **{name: one[name] for name in ("steps", "seconds", "cpu_seconds")}}
+            for one in training
+        ],
     }
 
 

@@ -15,7 +15,7 @@ from distill.engine.session import Session, SessionReport
 from distill.job.blocks import Blocks
 from distill.job.cache import Caching, is_cached, students_dtype
 from distill.job.context import Context
-from distill.job.first_weights import find_first_weights
+from distill.job.first_weights import find_first_weights, first_file
 from distill.job.metrics import Readings, latest_readings
 from distill.job.plan import make_plan
 from distill.job.reuse import TEACHER, take_units, unit_identities
@@ -87,7 +87,11 @@ def train_blocks(context: Context, dataset: Dataset, teacher: nn.Module, blocks:
 
 
 def _take_blocks(context: Context, teacher: nn.Module, blocks: Blocks, *, budget: int) -> None:
-    identities = unit_identities(context.identity, blocks=blocks, teacher=teacher, budget=budget)
+    search, trained = context.config.search, {}
+    if search.on and search.steps > 0:
+        files = {number: first_file(number) for number in blocks.units}
+        trained = {number: context.run.digests([file])[file] for number, file in files.items()}
+    identities = unit_identities(context.identity, blocks=blocks, teacher=teacher, budget=budget, trained=trained)
     take_units(context, identities, {number: unit.name for number, unit in blocks.units.items()})
 
 

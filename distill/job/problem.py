@@ -10,8 +10,9 @@ from typing import Any
 
 from distill.config.schema import JobConfig
 from distill.job.pool import KEEP, Pool
-from distill.job.scores import Score
+from distill.job.scores import Score, Standing
 from distill.job.swaps import BETWEEN
+from distill.observability.numbers import show_count
 from distill.search.budgets import shown
 from distill.search.choice import Choice, Option, choices, choose
 
@@ -81,7 +82,7 @@ def found_record(
     config: JobConfig,
     problem: Problem,
     *,
-    scores: Sequence[Score],
+    standings: Sequence[Standing],
     judgements: Sequence[tuple[Choice, Judged]],
     best: int,
 ) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def found_record(
         "teacher": dict(pool.teacher),
         "chosen": problem.labels(choice),
         "predicted": problem.predicted(choice),
-        "losses": {pool.place_name(number): scores[number].divergence for number in chosen},
+        "losses": {pool.place_name(number): standings[number].score.divergence for number in chosen},
         "judged": [
             {"chosen": problem.labels(one), "predicted": problem.predicted(one), "proven": one.proven, **asdict(judged)}
             for one, judged in judgements
@@ -114,8 +115,7 @@ def found_record(
                 "blocks": [names[block] for block in swap.covers],
                 "candidate": swap.label,
                 **pool.more(number),
-                "error": scores[number].error,
-                "divergence": scores[number].divergence,
+                **standings[number].facts,
             }
             for number, swap in enumerate(pool.swaps)
         ],
@@ -130,10 +130,12 @@ def found_record(
 def words(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is said of a choice: what it is, which block loses most, and what a little more would buy."""
     predicted, one = result["predicted"], result["judged"][result["delivered"]]
+    steps = max(one["trained_steps"] for one in result["pool"])
     sizes = ", ".join(f"{name} {shown(name, predicted[name])}" for name in result["budget"])
     yield (
         f"search: {sizes}; of {len(result['judged'])} choices the one with divergence {one['divergence']:.3g} and "
-        f"{one['top1']:.2f} % on {one['images']} validation images, before any training"
+        f"{one['top1']:.2f} % on {one['images']} validation images, "
+        + (f"its candidates trained for up to {show_count(steps, 'step')}" if steps else "before any training")
     )
     for label in dict.fromkeys(result["chosen"].values()):
         yield f"search: {label}: {', '.join(block for block, own in result['chosen'].items() if own == label)}"

@@ -38,6 +38,7 @@ from distill.job.energy import metering
 from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
 from distill.job.failure import MOURNING_S, leave_word, let_peers_know, tell
 from distill.job.finetune import finetune_student, refuse_ranks_without_rows
+from distill.job.first_weights import STAGE as FIRST_WEIGHTS
 from distill.job.latency import runtime_of_job
 from distill.job.logs import HeldBack, log_to
 from distill.job.memory import refuse_too_little
@@ -205,6 +206,8 @@ def _students(
 
 def _searched(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool | None, blocks: Blocks) -> Blocks:
     """Return the students that are chosen under budgets: `blocks`, where an earlier attempt has chosen them."""
+    if context.leads and context.config.search.steps > 0 and context.run.result(FIRST_WEIGHTS) is None:
+        context.run.reopen(SEARCH)  # which alone makes first weights that were trained
     result = context.completed(SEARCH)
     if result is not None:
         found = ", ".join(f"{block} {label}" for block, label in result["chosen"].items())

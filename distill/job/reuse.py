@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,18 +60,26 @@ def tensors_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def unit_identities(facts: Mapping[str, Any], *, blocks: Blocks, teacher: nn.Module, budget: int) -> dict[int, str]:
+def unit_identities(
+    facts: Mapping[str, Any],
+    *,
+    blocks: Blocks,
+    teacher: nn.Module,
+    budget: int,
+    trained: Mapping[int, str] = MappingProxyType({}),
+) -> dict[int, str]:
     """Return what decides the weights of every unit, as digests by its number.
 
     That is the teacher's tensors, the operations up to and in the unit's blocks (which are its inputs, its targets and
     its place, from which first weights are drawn), what is replaced, and the settings of data, students and training.
-    How the user asked for these blocks does not count.
+    How the user asked for these blocks does not count. First weights that were `trained` before count as what they are,
+    by their digests.
     """
     shared = _without(facts, _AFTER_BLOCKS + _BY_EFFECT) | {"budget": budget, "tensors": tensors_digest(teacher)}
     operations, found = _operations(blocks.chain), {}
     for number, unit in blocks.units.items():
         own = {"shared": shared, "operations": operations[: unit.target], **blocks.candidates[number].facts}
-        found[number] = fingerprint(own)
+        found[number] = fingerprint(own | ({"trained": trained[number]} if number in trained else {}))
     return found
 
 

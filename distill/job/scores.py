@@ -24,6 +24,7 @@ from distill.job.context import Context
 from distill.job.first_weights import IMAGES, OnTheWay, Statistics, gathered, made, with_room
 from distill.job.pool import Pool
 from distill.job.reuse import TEACHER, candidates_identity, take_candidates
+from distill.job.sharing import answers_of_all
 from distill.job.streams import chosen_units, with_space
 from distill.job.swaps import Units
 from distill.observability.numbers import show_count
@@ -34,7 +35,6 @@ from distill.student.divergence import log_probabilities, mean_divergence
 from distill.training.losses import relative_error
 
 STAGE = "candidates"
-TOLD_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,45 @@ class Score:
         return cls(one["error"], one["divergence"], units)
 
 
-def weights_file(number: int) -> str:
-    """Return the name of the file of a swap's first weights within the run directory."""
-    return f"candidates/{number:03d}.safetensors"
+@dataclass(frozen=True)
+class Standing:
+    """Where a swap stands before the choice: its score, and the file of its weights; its score `before` these were
+    trained, for so many steps; and where training it further was given up, when and why."""
+
+    score: Score
+    file: str
+    before: Score
+    trained_steps: int = 0
+    dropped: Mapping[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is recorded of it, as JSON values."""
+        now, before = ({"error": one.error, "divergence": one.divergence} for one in (self.score, self.before))
+        return {**now, "trained_steps": self.trained_steps, "before": before, "dropped": self.dropped}
 
 
-def weights_of(context: Context, number: int) -> dict[str, Tensor]:
-    """Return a swap's first weights, those of all its members together, on the CPU."""
-    return load(context.run.read(weights_file(number)))
+def weights_file(number: int, stage: str | None = None) -> str:
+    """Return the name of the file of a swap's weights within the run directory: its first ones, or those that it has
+    after a stage of training."""
+    return f"candidates/{number:03d}{f'_{stage}' if stage else ''}.safetensors"
 
 
-def find_scores(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> list[Score]:
-    """Return the scores of all swaps, the same on every rank. Every rank must call."""
+def weights_in(context: Context, file: str) -> dict[str, Tensor]:
+    """Return a swap's weights, those of all its members together, on the CPU."""
+    return load(context.run.read(file))
+
+
+def find_scores(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> list[Standing]:
+    """Return where all swaps stand with their first weights, the same on every rank. Every rank must call."""
     with context.during(STAGE):
         if context.leads and context.run.result(STAGE) is None:
             _take(context, teacher, pool)
         result = context.completed(STAGE)
         if result is None:
             result = _compute(context, dataset, teacher, pool)
-    return [Score.from_json(one) for one in result["scores"]]
+    scores = [Score.from_json(one) for one in result["scores"]]
+    return [Standing(score, weights_file(number), score) for number, score in enumerate(scores)]
 
 
 def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
@@ -86,32 +106,19 @@ def _take(context: Context, teacher: nn.Module, pool: Pool) -> None:
 
 
 def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> dict[str, Any]:
-    start, cpu = time.monotonic(), time.process_time()
-    runs, told = shared_out(pool, context.world_size), start
-    own = runs[context.rank]
-    for done, (number, score) in enumerate(_score_all(context, dataset, teacher, pool, own), start=1):
-        context.control.set(f"{STAGE}/{number}", score)
-        if time.monotonic() - told > TOLD_EVERY_S:  # large networks take minutes
-            told = time.monotonic()
-            context.say(f"candidates: {done} of this rank's {len(own)} scored, {told - start:.0f} s so far")
-    context.control.set(f"{STAGE}/cpu/{context.rank}", time.process_time() - cpu)
-    if not context.leads:
-        result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose="scores of candidates")
+    start, purpose = time.monotonic(), "scores of candidates"
+    work = partial(_score_all, context, dataset, teacher, pool)
+    found = answers_of_all(context, STAGE, shared_out(pool, context.world_size), work, purpose=purpose, did="scored")
+    if found is None:
+        result: dict[str, Any] = context.control.wait(f"result/{STAGE}", peer=0, purpose=purpose)
         return result
-    scores = [
-        context.control.wait(f"{STAGE}/{number}", peer=rank, purpose="scores of candidates")
-        for rank, run in enumerate(runs)
-        for number in run
-    ]
-    spent = [
-        context.control.wait(f"{STAGE}/cpu/{rank}", peer=rank, purpose="end of scoring") for rank in range(len(runs))
-    ]
+    scores, cpu_s = found
     seconds, images = time.monotonic() - start, len(_images(context, dataset))
-    result = {"scores": scores, "images": images, "seconds": seconds, "cpu_seconds": sum(spent)}
+    result = {"scores": scores, "images": images, "seconds": seconds, "cpu_seconds": cpu_s}
     context.run.complete(STAGE, result, made=[weights_file(number) for number in range(len(scores))], used=[TEACHER])
     context.say(
         f"candidates: {len(scores)} of {show_count(len(pool.blocks), 'block')} scored on "
-        f"{show_count(images, 'validation image')} in {seconds:.1f} s ({sum(spent):.1f} CPU s)"
+        f"{show_count(images, 'validation image')} in {seconds:.1f} s ({cpu_s:.1f} CPU s)"
     )
     context.control.set(f"result/{STAGE}", result)
     return result
@@ -134,7 +141,7 @@ def _score_all(
     context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, own: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Write the first weights of these swaps; yield their numbers and scores."""
-    judge = _Judge(context, dataset, teacher, pool)
+    judge = Judge(context, dataset, teacher, pool)
     fitted = OnTheWay(pool.chain, lambda: dataset.train_batch(context.config.student.statistics_batches).images)
     for numbers in with_room(_by_place(pool, own)):
         statistics = _Statistics(
@@ -191,7 +198,7 @@ def _images(context: Context, dataset: Dataset) -> Tensor:
     return torch.cat([batch.images for batch in batches])[:wanted]
 
 
-class _Judge:
+class Judge:
     """Scores swaps, in the order of their blocks."""
 
     def __init__(self, context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> None:
@@ -211,7 +218,7 @@ class _Judge:
 
     @torch.no_grad()
     def score(self, number: int, modules: Mapping[int, nn.Module]) -> dict[str, Any]:
-        """Return the Score of a swap whose modules, by block, have their first weights, as JSON values."""
+        """Return the Score of a swap by its modules, by block, as JSON values."""
         place = self._pool.swaps[number].covers
         if place != self._place:
             self._place, self._ends = place, self._way.at(place.start, place.stop)

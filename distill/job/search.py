@@ -1,4 +1,4 @@
-"""The search stage: of all candidates, scored without training, the student that is best within the budgets.
+"""The search stage: of all candidates, as they are scored, the student that is best within the budgets.
 
 What the student loses is taken to be the sum of what its blocks lose one by one; the best few choices by that are put
 together, put right as far as closed forms can, and judged as whole students on validation images.
@@ -24,13 +24,14 @@ from distill.job.blocks import Blocks, at_work, cut_chain, refuse_strangers, sam
 from distill.job.candidates import Candidate
 from distill.job.context import Context
 from distill.job.first_weights import take_first_weights
+from distill.job.halving import with_training
 from distill.job.latency import runtime_of_job, timings_of_job
 from distill.job.pool import Pool, parted, refuse_unreachable
 from distill.job.problem import Judged, Problem, found_record, words
 from distill.job.recipes import rebuilt
 from distill.job.reconcile import JUDGED, reconciled
 from distill.job.reuse import TEACHER
-from distill.job.scores import find_scores, weights_file, weights_of
+from distill.job.scores import Standing, find_scores, weights_in
 from distill.search.budgets import shown
 from distill.student.divergence import log_probabilities, mean_divergence
 from distill.student.evaluate import images_at_a_time
@@ -54,17 +55,22 @@ def found_students(
 
 def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool) -> Blocks:
     """Return the student to be trained, the same on every rank. Every rank must call."""
-    scores = find_scores(context, dataset, teacher, pool)
+    standings = find_scores(context, dataset, teacher, pool)
+    pool = pool.with_units({number: one.score.units for number, one in enumerate(standings) if one.score.units})
+    if context.leads:  # clocks and solvers are asked once: all ranks take its word for what there is to train, or judge
+        with context.during(STAGE):
+            pool = timed(context, teacher, pool, standings)
+    standings = with_training(context, dataset, teacher, pool, standings)
     with context.during(STAGE):
         start = time.monotonic()
-        pool = pool.with_units({number: one.units for number, one in enumerate(scores) if one.units})
-        if context.leads:  # clocks and solvers are asked once: all ranks take its word for what there is to judge
-            problem = Problem.of(context.config, timed(context, teacher, pool), scores)
+        if context.leads:
+            problem = Problem.of(context.config, pool, [standing.score for standing in standings])
             few = problem.best_few(context.config.search.judged)
             if not few:  # where all that is left after those whose answers are not finite is too large
                 raise DistillError("search: no choice of the candidates that could be scored keeps to the budgets")
             context.control.set("choices", [problem.swaps(choice) for choice in few])
-        students = context.control.wait("choices", peer=0, purpose="choices of candidates")
+        found = context.control.wait("choices", peer=0, purpose="choices of candidates")
+        students = [{number: standings[number].file for number in numbers} for numbers in found]
         judged = _judged(context, dataset, teacher, pool, students)
         best = min(range(len(students)), key=lambda number: (judged[number].rank, number))
         if judged[best].divergence is None:
@@ -77,15 +83,15 @@ def choose_students(context: Context, dataset: Dataset, teacher: nn.Module, pool
         if context.leads:
             take_first_weights(context, dataset, blocks, _weights(context, pool, students[best]))
             judgements = list(zip(few, judged, strict=True))
-            result = found_record(context.config, problem, scores=scores, judgements=judgements, best=best)
+            result = found_record(context.config, problem, standings=standings, judgements=judgements, best=best)
             result |= {"seconds": time.monotonic() - start}
-            context.run.complete(STAGE, result, used=[TEACHER, *map(weights_file, students[best])])
+            context.run.complete(STAGE, result, used=[TEACHER, *students[best].values()])
             for line in words(result):
                 context.say(line)
     return blocks
 
 
-def timed(context: Context, teacher: nn.Module, pool: Pool) -> Pool:
+def timed(context: Context, teacher: nn.Module, pool: Pool, standings: Sequence[Standing]) -> Pool:
     """Return the pool with latencies, where these have a budget. Raises ConfigError where none is as fast as that."""
     config = context.config
     if config.search.budget.latency is None:
@@ -96,7 +102,7 @@ def timed(context: Context, teacher: nn.Module, pool: Pool) -> Pool:
     )
     more: list[float] = []
     for place, numbers in groupby(range(len(pool.swaps)), key=lambda number: pool.swaps[number].covers):
-        modules = {str(n): pool.module(n, weights_of(context, n)) for n in numbers}
+        modules = {str(n): pool.module(n, weights_in(context, standings[n].file)) for n in numbers}
         found = table.differences((place.start, place.stop), modules)
         more += [found[name].median_ms for name in modules]
     pool = pool.with_amounts("latency", table.teacher.median_ms, more)
@@ -109,9 +115,10 @@ def timed(context: Context, teacher: nn.Module, pool: Pool) -> Pool:
 
 
 def _judged(
-    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, students: Sequence[Sequence[int]]
+    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, students: Sequence[Mapping[int, str]]
 ) -> list[Judged]:
-    """Return how students of these swaps answer on validation images; the ranks take turns."""
+    """Return how students of these swaps, with the weights in their files, answer on validation images; the ranks take
+    turns."""
     own = [number for number in range(len(students)) if number % context.world_size == context.rank]
     size = images_at_a_time(dataset.image_shape)
     batches = list(islice(dataset.validation_batches(size), JUDGED // size)) if own else []
@@ -128,16 +135,16 @@ def _judged(
 
 
 def _put_together(
-    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, swaps: Sequence[int]
+    context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool, swaps: Mapping[int, str]
 ) -> nn.Module:
-    """Return the student of these swaps with their first weights, put right as far as closed forms can."""
+    """Return the student of these swaps with the weights in their files, put right as far as closed forms can."""
     blocks = pool.with_swaps(swaps)
     return reconciled(context, dataset, teacher, blocks, _weights(context, pool, swaps), batches=BATCHES)
 
 
-def _weights(context: Context, pool: Pool, swaps: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-    """Return the first weights of the student of these swaps, by unit."""
-    parts = (parted(pool.alone(number), weights_of(context, number)) for number in swaps)
+def _weights(context: Context, pool: Pool, swaps: Mapping[int, str]) -> dict[int, dict[str, Tensor]]:
+    """Return the weights of the student of these swaps, which are in their files, by unit."""
+    parts = (parted(pool.alone(number), weights_in(context, file)) for number, file in swaps.items())
     weights = {block: state for part in parts for block, state in part.items()}
     return {unit: weights[unit] for unit in pool.with_swaps(swaps).units}
 

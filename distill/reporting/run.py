@@ -19,7 +19,8 @@ from distill.observability.trace import RankTrace
 from distill.observability.trace import read as read_traces
 from distill.storage.files import DamagedFileError, read_bytes, read_json, read_lines
 
-CHOOSING = ("candidates", "search")  # stages of runs that choose recipes under budgets
+TRAINING = ("halving_1", "halving_2", "halving_3")  # stages of runs that train candidates before they choose
+CHOOSING = ("candidates", *TRAINING, "search")  # stages of runs that choose recipes under budgets
 STAGES = ("teacher", *CHOOSING, "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
 MARKS = ("resolved.yaml", "identity.json", "ledger.jsonl", "metrics.json")  # any of them makes a run directory
 EXPECTED = "a run directory (the one that the run printed, with resolved.yaml in it) or a folder with some below it"
@@ -97,7 +98,8 @@ class Run:
     def order(self) -> tuple[str, ...]:
         """The stages that the run has, in their order."""
         searched = any(value is not None for name, value in self.settings.items() if name.startswith("search.budget."))
-        return tuple(stage for stage in STAGES if searched or stage not in CHOOSING)
+        left_out = () if searched and finite(self.settings.get("search.steps")) else TRAINING if searched else CHOOSING
+        return tuple(stage for stage in STAGES if stage not in left_out)
 
     @cached_property
     def stages(self) -> dict[str, dict[str, Any]]:

@@ -104,23 +104,33 @@ def _judged(budget: Mapping[str, Any]) -> Markup:
         predicted = _mapping(one.get("predicted")).get("divergence")
         figures = show(predicted, "{:.3g}"), show(one.get("divergence"), "{:.3g}"), show(one.get("top1"), "{:.2f} %")
         rows.append((f"choice {number + 1}", *figures, mark))
-    headings = ("put together", "sum of divergences", "divergence", "validation top-1, before training", "")
+    headings = ("put together", "sum of divergences", "divergence", "validation top-1, before the distill stage", "")
     return table(headings, rows, text=(0, 4), kind="sorts") if rows else Markup()
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> Markup:
     names = [name for name in UNITS if name in teacher]
+    trained = any(one.get("trained_steps") for one in candidates)
     rows = [
         (
             str(one.get("block")),
             str(one.get("candidate")),
             *(show(one.get(name), _form(name)) for name in names),
             *(show(one.get(name), "{:.3g}") for name in ("error", "divergence")),
+            *(_training(one) if trained else ()),
         )
         for one in candidates
     ]
     headings = ("block", "candidate", *(f"{UNITS[name]}, more" for name in names), "relative error", "divergence")
+    headings += ("before training", "steps", "dropped") if trained else ()
     return table(headings, rows, text=(0, 1), tall=True, kind="sorts")
+
+
+def _training(candidate: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Its divergence before it was trained, for how many steps, and before which round it was dropped."""
+    before, dropped = _mapping(candidate.get("before")), _mapping(candidate.get("dropped"))
+    steps = show(candidate.get("trained_steps"), "{:.0f}")
+    return show(before.get("divergence"), "{:.3g}"), steps, str(dropped.get("stage", ""))
 
 
 def _form(name: str) -> str:

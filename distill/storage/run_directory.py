@@ -33,6 +33,9 @@ FOLDERS = ("logs", "metrics", "stages")  # that a claim makes
 STAGES = (
     "teacher",
     "candidates",
+    "halving_1",
+    "halving_2",
+    "halving_3",
     "search",
     "first_weights",
     "distill",

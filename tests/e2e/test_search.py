@@ -25,8 +25,8 @@ def teacher_of(run_dir: Path) -> tuple[str, str]:
     return f"teacher.weights={run_dir / 'teacher.safetensors'}", "teacher.fit.epochs=0"
 
 
-def weights_in(run_dir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run_dir / "candidates").iterdir())}
+def weights_in(run_dir: Path, folder: str = "candidates") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / folder).iterdir())}
 
 
 def test_the_student_is_within_the_budget_and_the_search_is_not_done_again(
@@ -55,7 +55,7 @@ def test_the_student_is_within_the_budget_and_the_search_is_not_done_again(
 
 
 def test_two_ranks_score_and_choose_bitwise_what_one_does(finished: tuple[Path, str], tmp_path: Path) -> None:
-    job = (*teacher_of(finished[0]), *SEARCH, STREAMS, "search.budget.bytes=900kB", "stage=plan")
+    job = (*teacher_of(finished[0]), *SEARCH, STREAMS, "search.budget.bytes=900kB", "search.steps=4", "stage=plan")
     for ranks in (1, 2):
         result = distill(*job, f"run.dir=run{ranks}", cwd=tmp_path, ranks=ranks)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -63,12 +63,18 @@ def test_two_ranks_score_and_choose_bitwise_what_one_does(finished: tuple[Path, 
     assert one.result("candidates")["scores"] == two.result("candidates")["scores"]
     assert {**one.result("search"), "seconds": 0} == {**two.result("search"), "seconds": 0}
     assert weights_in(one.path) == weights_in(two.path)
-    (one.path / "stages" / "search.json").write_text("{")
+    pool = one.result("search")["pool"]
+    assert any(found["trained_steps"] for found in pool)
+    assert all(found["divergence"] < found["before"]["divergence"] for found in pool if found["trained_steps"])
+    assert any(found["dropped"] for found in pool)
+    (one.path / "stages" / "first_weights.json").write_text("{")  # trained ones, which the search alone can make
     damaged = distill(*job, "run.dir=run1", cwd=tmp_path)
     assert damaged.returncode == 0, damaged.stdout + damaged.stderr
-    assert "stage search is done again" in damaged.stdout + damaged.stderr
+    assert "stage first_weights is done again" in damaged.stdout + damaged.stderr
     assert "scored on" not in damaged.stdout
+    assert "halving_" not in damaged.stdout
     assert {**one.result("search"), "seconds": 0} == {**two.result("search"), "seconds": 0}
+    assert weights_in(one.path, "first") == weights_in(two.path, "first")
 
 
 def test_several_budgets_are_a_job_each_and_candidates_are_scored_once(

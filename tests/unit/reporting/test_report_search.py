@@ -38,6 +38,15 @@ def test_it_says_what_was_asked_for_chosen_predicted_and_measured() -> None:
     assert "5.0 % less, divergence 0.02" in page
 
 
+def test_candidates_that_were_trained_tell_how_they_began() -> None:
+    assert "before training" not in section()
+    trained = {"trained_steps": 16, "before": {"divergence": 0.0725}, "dropped": {"stage": "halving_3", "why": "it is"}}
+    search = {"budgets": [BUDGET], "candidates": [CANDIDATES[0] | trained, *CANDIDATES[1:]], "teacher": {"params": 9.0}}
+    page = search_section({"search": search})
+    for words in ("before training", "0.0725", "16", "halving_3"):
+        assert words in page
+
+
 def test_a_candidate_for_several_blocks_is_chosen_in_all_of_them() -> None:
     page = section(chosen={"a": "stream", "b<": "stream"})
     assert page.count('<circle class="run"') == 1
