@@ -32,6 +32,7 @@ from distill.job.recipes import rebuilt
 from distill.job.reconcile import JUDGED, reconciled
 from distill.job.reuse import TEACHER
 from distill.job.scores import Standing, find_scores, weights_in
+from distill.job.sharing import TOLD_EVERY_S
 from distill.search.budgets import shown
 from distill.student.divergence import log_probabilities, mean_divergence
 from distill.student.evaluate import images_at_a_time
@@ -96,7 +97,7 @@ def timed(context: Context, teacher: nn.Module, pool: Pool, standings: Sequence[
     config = context.config
     if config.search.budget.latency is None:
         return pool
-    start = time.monotonic()
+    start = told = time.monotonic()
     table = LatencyTable(
         pool.chain, teacher, runtime_of_job(config), batch=config.deploy.batch, timings=timings_of_job(config)
     )
@@ -105,6 +106,9 @@ def timed(context: Context, teacher: nn.Module, pool: Pool, standings: Sequence[
         modules = {str(n): pool.module(n, weights_in(context, standings[n].file)) for n in numbers}
         found = table.differences((place.start, place.stop), modules)
         more += [found[name].median_ms for name in modules]
+        if time.monotonic() - told > TOLD_EVERY_S:
+            told = time.monotonic()
+            context.say(f"latency: {len(more)} of {len(pool.swaps)} candidates timed, {told - start:.0f} s so far")
     pool = pool.with_amounts("latency", table.teacher.median_ms, more)
     context.say(
         f"latency: {len(more)} candidates timed in {table.runtime.name}, batch {table.batch}, in "
