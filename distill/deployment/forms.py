@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from distill.blocks.chain import copied
+from distill.blocks.tracing import UntraceableError, symbolic_graph
 from distill.deployment.graphs import NotExportableError
 from distill.deployment.stopwatch import Piece, Stopwatch
-from distill.recipes.separable import SeparableConv2d
+from distill.recipes.separable import SeparableConv2d, foldable
 
 REPEATED, BRANCHES = "repeated input", "sum of branches"  # of separable convolutions with several filters a channel
 
@@ -23,20 +25,49 @@ def forms_of(network: nn.Module) -> list[nn.Module]:
 
 
 def with_branches(network: nn.Module) -> nn.Module | None:
-    """Return a copy of a network with separable convolutions as sums of branches; None where no form is another."""
+    """Return a copy of a network with separable convolutions as sums of branches; None where no form is another.
+
+    Batch norms behind them are folded in, which runtimes do behind a convolution, but not behind a sum.
+    """
     if not any(_several(network)):
         return None
-    other = copied(network)
+    other = copied(network).eval()
+    norms = _norms_behind(other)
     for path, layer in list(_several(other)):
-        parent, _, name = path.rpartition(".")
-        setattr(other.get_submodule(parent), name, layer.as_branches())
+        norm = norms.get(path)
+        _put(other, path, layer.as_branches(None if norm is None else other.get_submodule(norm)))
+        if norm is not None:
+            _put(other, norm, nn.Identity())
     return other
+
+
+def _put(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
 
 
 def _several(network: nn.Module) -> Iterator[tuple[str, SeparableConv2d]]:
     for path, layer in network.named_modules():
         if isinstance(layer, SeparableConv2d) and layer.rank > 1:
             yield path, layer
+
+
+def _norms_behind(network: nn.Module) -> dict[str, str]:
+    """Return the batch norm that alone reads what a separable convolution gives, and nothing else, by paths; none of
+    networks that cannot be traced."""
+    try:
+        nodes = [node for node in symbolic_graph(network).nodes if node.op == "call_module"]
+    except UntraceableError:
+        return {}
+    calls = Counter(node.target for node in nodes)
+    found = {}
+    for path, _ in _several(network):
+        for node in (one for one in nodes if one.target == f"{path}.pointwise" and calls[one.target] == 1):
+            reader = next(iter(node.users))
+            alone = len(node.users) == 1 and reader.op == "call_module" and calls[reader.target] == 1
+            if alone and foldable(network.get_submodule(str(reader.target))):
+                found[path] = str(reader.target)
+    return found
 
 
 def faster_form(

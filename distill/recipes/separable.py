@@ -41,22 +41,26 @@ class SeparableConv2d(nn.Module):
         result: Tensor = self.pointwise(self.depthwise(repeated))
         return result
 
-    def as_branches(self) -> Branches:
-        """Return the same function as a sum of `rank` pairs of layers, with copies of the weights; in eval mode."""
-        return Branches(self)
+    def as_branches(self, norm: nn.Module | None = None) -> Branches:
+        """Return the same function, with the batch norm behind it if one is given (a foldable() one), as a sum of
+        `rank` pairs of layers, with copies of the weights; in eval mode."""
+        return Branches(self, norm)
 
 
 class Branches(nn.Module):
     """What a SeparableConv2d computes, as a sum over its filters: no input is repeated, which can be faster."""
 
-    def __init__(self, layer: SeparableConv2d) -> None:
+    def __init__(self, layer: SeparableConv2d, norm: nn.Module | None = None) -> None:
         super().__init__()
-        depthwise = layer.depthwise.weight.detach().chunk(layer.rank)
-        pointwise = layer.pointwise.weight.detach().chunk(layer.rank, dim=1)
+        depthwise, bias = layer.depthwise.weight.detach().chunk(layer.rank), layer.pointwise.bias
+        whole = layer.pointwise.weight.detach()
+        if norm is not None:
+            whole, bias = _with_norm(whole, bias, norm)
+        pointwise = whole.chunk(layer.rank, dim=1)
         self.branches = nn.ModuleList(
             nn.Sequential(
                 _with_weights(layer.depthwise, filters, groups=len(filters)),
-                _with_weights(layer.pointwise, weights, bias=layer.pointwise.bias if number == 0 else None),
+                _with_weights(layer.pointwise, weights, bias=bias if number == 0 else None),
             )
             for number, (filters, weights) in enumerate(zip(depthwise, pointwise, strict=True))
         )
@@ -67,6 +71,21 @@ class Branches(nn.Module):
         for branch in others:
             result = result + branch(x_BCHW)
         return result
+
+
+def foldable(norm: nn.Module) -> bool:
+    """Whether a module is a batch norm that, in eval mode, a linear layer before it can take in."""
+    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.affine
+
+
+def _with_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return a convolution's weight (D, ...) and bias with the batch norm behind it."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+    before = -norm.running_mean if bias is None else bias.detach() - norm.running_mean
+    return weight * scale[:, None, None, None], norm.bias.detach() + before * scale
 
 
 def _with_weights(like: nn.Conv2d, weights: Tensor, *, groups: int = 1, bias: Tensor | None = None) -> nn.Conv2d:

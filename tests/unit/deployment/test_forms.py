@@ -20,8 +20,11 @@ from distill.recipes.separable import Branches, SeparableConv2d
 
 def network(rank: int = 2, **options: Any) -> nn.Module:
     torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 2.0)  # type: ignore[arg-type]
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), SeparableConv2d(nn.Conv2d(8, 6, 3, **options), rank), nn.BatchNorm2d(6), nn.Flatten()
+        nn.Conv2d(3, 8, 3), SeparableConv2d(nn.Conv2d(8, 6, 3, **options), rank), norm, nn.Flatten()
     ).eval()
 
 
@@ -39,7 +42,30 @@ def test_a_sum_of_branches_is_the_same_function(rank: int, options: dict[str, An
     assert isinstance(other[1], Branches)
     assert len(other[1].branches) == rank
     assert not any(isinstance(layer, SeparableConv2d) for layer in other.modules())
+    assert isinstance(other[2], nn.Identity), "the batch norm is in the branches"
     assert isinstance(one[1], SeparableConv2d), "the network itself stays as it is"
+    assert isinstance(one[2], nn.BatchNorm2d)
+    torch.testing.assert_close(other(images), one(images), rtol=1e-4, atol=1e-5)
+
+
+class Untraceable(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if float(x.sum()) < torch.inf else x
+
+
+class ReadTwice(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        separated = self[1](self[0](x))
+        return (self[2](separated) + separated).flatten(1)
+
+
+@pytest.mark.parametrize("kind", [Untraceable, ReadTwice])
+@torch.no_grad()
+def test_a_batch_norm_that_may_not_be_alone_behind_stays(kind: type[nn.Sequential]) -> None:
+    one, images = kind(*network()), torch.randn(3, 3, 12, 12)
+    other = with_branches(one.eval())
+    assert other is not None
+    assert isinstance(other[2], nn.BatchNorm2d)
     torch.testing.assert_close(other(images), one(images), rtol=1e-4, atol=1e-5)
 
 
