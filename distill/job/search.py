@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
@@ -25,7 +26,7 @@ from distill.job.candidates import Candidate
 from distill.job.context import Context
 from distill.job.first_weights import take_first_weights
 from distill.job.halving import with_training
-from distill.job.latency import runtime_of_job, timings_of_job
+from distill.job.latency import runtime_of_job, table_of_job, timings_of_job
 from distill.job.pool import Pool, parted, refuse_unreachable
 from distill.job.problem import Judged, Problem, found_record, words
 from distill.job.recipes import rebuilt
@@ -33,7 +34,9 @@ from distill.job.reconcile import JUDGED, reconciled
 from distill.job.reuse import TEACHER
 from distill.job.scores import Standing, find_scores, weights_in
 from distill.job.sharing import TOLD_EVERY_S
+from distill.job.whole_latency import corrected
 from distill.search.budgets import shown
+from distill.student.assemble import assemble
 from distill.student.divergence import log_probabilities, mean_divergence
 from distill.student.evaluate import images_at_a_time
 
@@ -114,8 +117,26 @@ def timed(context: Context, teacher: nn.Module, pool: Pool, standings: Sequence[
         f"latency: {len(more)} candidates timed in {table.runtime.name}, batch {table.batch}, in "
         f"{time.monotonic() - start:.1f} s; the teacher takes {shown('latency', pool.teacher['latency'])}"
     )
+    if table_of_job(config) is None:  # another device times no whole students
+        whole = partial(_whole_ms, context, teacher, pool, table, standings=standings)
+        pool = corrected(config, pool, [one.score for one in standings], whole, context.say)
     refuse_unreachable(config, pool)
     return pool
+
+
+def _whole_ms(
+    context: Context,
+    teacher: nn.Module,
+    pool: Pool,
+    table: LatencyTable,
+    numbers: Sequence[int],
+    *,
+    standings: Sequence[Standing],
+) -> float:
+    """Return the milliseconds of the student of these swaps."""
+    files = {number: standings[number].file for number in numbers}
+    weights = _weights(context, pool, files)
+    return table.measured(assemble(teacher, changed=pool.with_swaps(files).changed, blocks=weights.values()).eval())
 
 
 def _judged(
