@@ -22,7 +22,7 @@ from distill.job.context import Context
 from distill.job.first_weights import relative_errors
 from distill.job.halving import STAGES as HALVING
 from distill.job.int8 import deliver_int8, tell_int8
-from distill.job.latency import delivered_latency, form_to_export
+from distill.job.latency import delivered_latency, form_to_export, tell_missed_latency
 from distill.job.reuse import TEACHER
 from distill.job.teacher import architecture_of
 from distill.launch import provenance
@@ -117,6 +117,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             )
     _tell_exports(context, metrics.get("exports", {}))
     tell_int8(context, metrics)
+    tell_missed_latency(metrics)
     context.say(f"student: {run.path / 'student.safetensors'}")
     context.say(f"report:  {run.path / 'report.html'}")
 

@@ -25,6 +25,7 @@ from distill.storage.paths import expanded
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 64)  # that everybody asks about, besides deploy.batch
+MISSED = 0.03  # of the teacher's time, beyond a budget: more than measurements differ by
 FILES = {"teacher": "teacher.onnx", "student": "student.onnx"}
 INT8_FILES = {"teacher": "teacher_int8.onnx", "student": "student_int8.onnx"}
 
@@ -137,6 +138,21 @@ def _looked_up(elsewhere: MeasuredElsewhere, sources: list[Source], size: int) -
     teacher, student = (piece_key(source.key, size) for source in sources)
     known = elsewhere.known(teacher), elsewhere.known(student)
     return None if None in known else facts(*known)  # type: ignore[arg-type]
+
+
+def tell_missed_latency(metrics: Mapping[str, Any]) -> None:
+    """Warn where the delivered student takes more of the teacher's time than its budget."""
+    for one in (metrics.get("search") or {}).get("budgets", []):
+        latency, measured = one["budget"].get("latency"), one["measured"]
+        if latency is None or "latency" not in measured:
+            continue
+        allowed = latency["limit"] / metrics["search"]["teacher"]["latency"]
+        found = measured["latency"] / measured["latency_of_teacher"]
+        if found > allowed + MISSED:
+            log.warning(
+                "search.budget.latency=%s: the delivered student takes %.3f of its teacher's time, %.3f was asked for",
+                latency["asked"], found, allowed,
+            )  # fmt: skip
 
 
 def facts(teacher: Timing, student: Timing) -> dict[str, Any]:

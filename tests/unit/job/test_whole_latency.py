@@ -9,6 +9,7 @@ import torch
 
 from distill.config.compose import compose
 from distill.errors import ConfigError
+from distill.job.latency import tell_missed_latency
 from distill.job.pool import Pool, find_pool, refuse_unreachable
 from distill.job.problem import Problem
 from distill.job.scores import Score
@@ -80,3 +81,18 @@ def test_where_savings_are_not_even_in_proportion_it_comes_close() -> None:
 def test_what_is_out_of_reach_as_a_whole_is_refused_with_the_least_that_can_be_had() -> None:
     with pytest.raises(ConfigError, match=r"search\.budget\.latency: got .*; expected at least [0-9.]+ ms: the least"):
         outcome(lambda saved: 0.4 * saved)
+
+
+@pytest.mark.parametrize(("student_ms", "told"), [(5.0, 0), (5.2, 0), (5.5, 1)])
+def test_a_student_that_missed_its_latency_is_told(
+    student_ms: float, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = {"latency": student_ms, "latency_of_teacher": 10.0}
+    budget = {"latency": {"asked": "10ms", "limit": 10.0}}  # half of what the teacher took when it was chosen
+    tell_missed_latency(
+        {"search": {"teacher": {"latency": 20.0}, "budgets": [{"budget": budget, "measured": measured}]}}
+    )
+    tell_missed_latency({"search": {"teacher": {}, "budgets": [{"budget": {"params": {}}, "measured": {}}]}})
+    tell_missed_latency({})
+    words = "search.budget.latency=10ms: the delivered student takes 0.550 of its teacher's time, 0.500 was asked for"
+    assert [record.getMessage() for record in caplog.records] == [words] * told
