@@ -163,19 +163,24 @@ def _digits() -> Any:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    heads = ["network", "recipe", "ratio", "parameters", "FLOP", "error of blocks", "of logits"]
-    heads += ["teacher, %", "student, %", "CPU s"]
+    """Return a row for every network: the share of parameters that each student keeps, and its top-1."""
+    kinds = sorted({(row["recipe"], row["ratio"]) for row in rows}, reverse=True)
+    heads = ["network", "teacher, %", *(f"{recipe} {ratio:g}" for recipe, ratio in kinds), "CPU s of a command"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    for row in rows:
-        cells = [row["network"], row["recipe"], f"{row['ratio']:g}"]
-        if "refused" in row:
-            cells += [row["refused"], *[""] * (len(heads) - 4)]
-        else:
-            cells += [f"{row[key]:.3f}" for key in ("params_ratio", "flops_ratio")]
-            cells += [f"{row[key]:.3f}" for key in ("mean_relative_error_of_blocks", "relative_error_of_logits")]
-            cells += [f"{row['teacher_top1']:.1f}", f"{row['student_top1']:.1f}", f"{row['cpu_seconds']:.0f}"]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        found = {(row["recipe"], row["ratio"]): row for row in rows if row["network"] == network}
+        made = [row for row in found.values() if "refused" not in row]
+        cells = [network, f"{made[0]['teacher_top1']:.1f}" if made else "", *(_cell(found.get(kind)) for kind in kinds)]
+        seconds = [row["cpu_seconds"] for row in made]
+        cells.append(f"{min(seconds):.0f} to {max(seconds):.0f}" if made else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not run"
+    return "refused" if "refused" in row else f"{row['params_ratio']:.2f}: {row['student_top1']:.1f} %"
 
 
 if __name__ == "__main__":
