@@ -115,10 +115,8 @@ def _lead(context: Context, session: Session, blocks: Blocks, trainers: list[Any
     context.run.complete("distill", result, made=ledger.files, used=[TEACHER])
     if caching is not None:
         caching.remove()
-    context.say(
-        f"distill stage: {report.makespan_s:.1f} s, predicted {plan.predicted_makespan_s:.1f} s, "
-        f"{images / report.makespan_s:.0f} images/s"
-    )
+    speed = f", {images / report.makespan_s:.0f} images/s" if images else ""
+    context.say(f"distill stage: {report.makespan_s:.1f} s, predicted {plan.predicted_makespan_s:.1f} s{speed}")
 
 
 def _result(
@@ -135,7 +133,7 @@ def _result(
         "resumed": resumed,
         "seconds": report.makespan_s,
         "makespan_predicted_s": plan.predicted_makespan_s,
-        "images_per_second": images / report.makespan_s,
+        "images_per_second": images / report.makespan_s if images else None,
         "teacher_passes": sum(rank.teacher_passes for rank in report.ranks.values())
         + (cache or {}).get("teacher_passes", 0),
         "teacher_seconds": sum(rank.teacher_s for rank in report.ranks.values()),

@@ -107,6 +107,7 @@ def _tiles(run: Run) -> list[Markup]:
     distill = run.part("distill")
     a, b = finite(teacher.get("top1")), finite(student.get("top1"))
     loss = "-" if a is None or b is None else f"{b - a:+.2f} points"
+    speed = distill.get("images_per_second")
     tiles = [
         _tile("top-1 accuracy", show(b, "{:.2f} %"), f"teacher {show(a, '{:.2f} %')}", loss),
         *(_latency(one, eager=not in_runtime(run.metrics)) for one in speeds(run.metrics)),
@@ -116,7 +117,7 @@ def _tiles(run: Run) -> list[Markup]:
               _smaller(student.get("flops"), teacher.get("flops"), "fewer", "more")),
         _tile("distill stage", show_seconds(distill.get("seconds")),
               f"predicted {show_seconds(distill.get('makespan_predicted_s'))}",
-              f"{show_short(distill.get('images_per_second'))} images/s"),
+              "no step was taken" if speed is None else f"{show_short(speed)} images/s"),
     ]  # fmt: skip
     joules = job_joules(run.energy)
     if joules is not None:

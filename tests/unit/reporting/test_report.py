@@ -142,6 +142,13 @@ class TestFinishedRun:
         assert words.index("3.00 ms instead of 2.00 ms (1.50x slower)") < words.index("25.0 % of the parameters")
         assert "15.00 ms instead of 30.00 ms (2.00x faster)" in words
 
+    def test_a_run_without_a_step_has_no_speed(self, tmp_path: Path) -> None:
+        told = metrics()
+        told["distill"]["images_per_second"] = None
+        words = drawn(run_directory(tmp_path, told)).words
+        assert "no step was taken" in words
+        assert "images/s" not in words
+
     def test_the_page_says_when_where_and_by_what_it_was_made(self, tmp_path: Path) -> None:
         made = {"command": "python -m distill 'data.root=/a b'", "finished_at": "2026-01-02 03:04:05+00:00",
                 "started_at": "2026-01-02 03:00:00+00:00", "duration_s": 245.0}  # fmt: skip
