@@ -2,7 +2,7 @@
 
     python benchmarks/families.py SCRATCH [--recipes thin] [--ratios 0.5] [--names resnet50 ...]
 
-Networks are those of torchvision and timm, trained for a few epochs on digits of 64 pixels: enough for weights and
+Networks are those of torchvision and timm, trained for --epochs on digits of 64 pixels: enough for weights and
 activations to have the structure that random ones lack, of which nothing can be left out. What is measured is whether a
 student is made, how many parameters it keeps, how far its blocks and its logits are from the teacher's on held-out
 images, and both accuracies. Seconds are the processor's, of the whole command on one thread. A network of which nothing
@@ -29,7 +29,7 @@ from distill.teachers import build_architecture
 from distill.training.losses import relative_error
 
 SIZE = 64  # pixels
-EPOCHS, RATE = 5, 1e-3  # of AdamW, the rate falling by a cosine
+RATE = 1e-3  # of AdamW, falling by a cosine
 NETWORKS: dict[str, dict[str, dict[str, int]]] = {  # with the arguments of their architectures
     "torchvision": {
         "resnet50": {}, "vgg16_bn": {}, "mobilenet_v2": {}, "mobilenet_v3_small": {}, "efficientnet_b0": {},
@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--epochs", type=int, default=5, help="of training a network before")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--names", nargs="+", default=[name for names in NETWORKS.values() for name in names])
     args = parser.parse_args()
@@ -81,7 +82,7 @@ def _write(rows: list[dict[str, Any]]) -> None:
 
 def _rows(args: argparse.Namespace, source: str, name: str, options: dict[str, int]) -> list[dict[str, Any]]:
     scratch = args.scratch.absolute()
-    teacher = _teacher(scratch, source, name, options)
+    teacher = _teacher(scratch, source, name, options, args.epochs)
     given = [f"+teacher.options.{key}={value}" for key, value in options.items()]
     rows = []
     for recipe in args.recipes:
@@ -93,6 +94,7 @@ def _rows(args: argparse.Namespace, source: str, name: str, options: dict[str, i
             )  # fmt: skip
             begin = resource.getrusage(resource.RUSAGE_CHILDREN)
             row: dict[str, Any] = {"network": name, "recipe": recipe, "ratio": ratio, "commit": MACHINE["commit"]}
+            row |= {"epochs": args.epochs}
             try:
                 run(*command, run_dir=run_dir, OMP_NUM_THREADS="1")
             except SystemExit as failure:
@@ -123,7 +125,7 @@ def _found(run_dir: Path, teacher: nn.Module) -> dict[str, Any]:
     }
 
 
-def _teacher(scratch: Path, source: str, name: str, options: dict[str, int]) -> nn.Module:
+def _teacher(scratch: Path, source: str, name: str, options: dict[str, int], epochs: int) -> nn.Module:
     """Return a network that has been trained a little; it is written for the commands, and read where it is written."""
     torch.manual_seed(0)
     network = build_architecture(source=source, name=name, num_classes=10, options=options).train()
@@ -132,7 +134,7 @@ def _teacher(scratch: Path, source: str, name: str, options: dict[str, int]) -> 
         network.load_state_dict(load_file(path))
         return network.eval()
     with _digits() as dataset:
-        steps = EPOCHS * dataset.steps_per_epoch
+        steps = epochs * dataset.steps_per_epoch
         optimizer = torch.optim.AdamW(network.parameters(), RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for step in range(steps):
@@ -170,7 +172,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for network in dict.fromkeys(row["network"] for row in rows):
         found = {(row["recipe"], row["ratio"]): row for row in rows if row["network"] == network}
         made = [row for row in found.values() if "refused" not in row]
-        cells = [network, f"{made[0]['teacher_top1']:.1f}" if made else "", *(_cell(found.get(kind)) for kind in kinds)]
+        epochs = {row.get("epochs", 5) for row in found.values()}
+        named = network if epochs == {5} else f"{network} ({max(epochs)} epoch)"
+        cells = [named, f"{made[0]['teacher_top1']:.1f}" if made else "", *(_cell(found.get(kind)) for kind in kinds)]
         seconds = [row["cpu_seconds"] for row in made]
         cells.append(f"{min(seconds):.0f} to {max(seconds):.0f}" if made else "")
         lines.append("| " + " | ".join(cells) + " |")
