@@ -36,5 +36,8 @@ def _named(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def _shown(key: str, facts: Mapping[str, Any]) -> str:
+    """The value as it is typed on the command line."""
     value = facts.get(key)
-    return str(value) if "content" in str(value) else repr(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) if "content" in str(value) else repr(value)

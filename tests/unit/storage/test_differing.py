@@ -14,8 +14,8 @@ HERE = {"results": 2, "seed": 0, "data.root (training images)": "4 images of 2 c
         (HERE | {"data.root (training images)": "3 images of 2 classes (cat, dog), content 12"},
          "differing: the training images under data.root: 3 images of 2 classes (cat, dog), content 12 there, "
          "4 images of 2 classes (bus, car), content 77 here"),
-        (HERE | {"teacher.weights": "content 12"}, "differing: the file teacher.weights: content 12 there, None here"),
-        (HERE | {"teacher.weights": "DEFAULT"}, "differing: teacher.weights='DEFAULT' there, None here"),
+        (HERE | {"teacher.weights": "content 12"}, "differing: the file teacher.weights: content 12 there, null here"),
+        (HERE | {"teacher.weights": "DEFAULT"}, "differing: teacher.weights='DEFAULT' there, null here"),
         (HERE | {"results": 1}, "differing: the version of what distill computes: 1 there, 2 here"),
         (HERE | dict.fromkeys("abcdef", 1), "; and 2 more"),
         ({"seed": 0}, "of an earlier version of distill"),
