@@ -35,6 +35,7 @@ from distill.student.divergence import log_probabilities, mean_divergence
 from distill.training.losses import relative_error
 
 STAGE = "candidates"
+WEIGHTS = 20  # blocks that run on the images of a score while a candidate gets its first weights (ResNet-20)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def _compute(context: Context, dataset: Dataset, teacher: nn.Module, pool: Pool)
 def shared_out(pool: Pool, world_size: int) -> list[range]:
     """Return for every rank the run of swaps that it scores, of about the same cost."""
     last = len(pool.chain.blocks)
-    # What is behind a block runs for each of its candidates; what is before it, and its statistics, once.
-    costs = [1.0 + last - swap.first for swap in pool.swaps]
+    # What is behind a block runs for each of its candidates; most of the time goes into its first weights, though.
+    costs = [float(WEIGHTS + last - swap.first) for swap in pool.swaps]
     total, done, ends = sum(costs), 0.0, [0]
     for number, cost in enumerate(costs):
         done += cost
