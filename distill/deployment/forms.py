@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.blocks.chain import copied
+from distill.blocks.chain import copied, share_tensors
 from distill.blocks.tracing import UntraceableError, symbolic_graph
 from distill.deployment.graphs import NotExportableError
 from distill.deployment.stopwatch import Piece, Stopwatch
@@ -56,17 +56,18 @@ def _norms_behind(network: nn.Module) -> dict[str, str]:
     """Return the batch norm that alone reads what a separable convolution gives, and nothing else, by paths; none of
     networks that cannot be traced."""
     try:
-        nodes = [node for node in symbolic_graph(network).nodes if node.op == "call_module"]
+        # of a copy: what the network's code keeps of a trace shall not be exported
+        nodes = [node for node in symbolic_graph(share_tensors(network)).nodes if node.op == "call_module"]
     except UntraceableError:
         return {}
     calls = Counter(node.target for node in nodes)
+    layers = {f"{path}.pointwise": path for path, _ in _several(network)}
     found = {}
-    for path, _ in _several(network):
-        for node in (one for one in nodes if one.target == f"{path}.pointwise" and calls[one.target] == 1):
-            reader = next(iter(node.users))
-            alone = len(node.users) == 1 and reader.op == "call_module" and calls[reader.target] == 1
-            if alone and foldable(network.get_submodule(str(reader.target))):
-                found[path] = str(reader.target)
+    for node in (one for one in nodes if one.target in layers and calls[one.target] == 1 and len(one.users) == 1):
+        (reader,) = node.users
+        called_once = reader.op == "call_module" and calls[reader.target] == 1
+        if called_once and foldable(network.get_submodule(str(reader.target))):
+            found[layers[node.target]] = str(reader.target)
     return found
 
 

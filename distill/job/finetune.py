@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -21,7 +20,7 @@ from distill.job.outside import objective_for
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit, usual_rate
+from distill.training.finetune import Epoch, FitOptions, Team, fit, steps_of, usual_rate
 from distill.training.objective import TeacherHere
 
 log = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
 
 
 def _fit_options(config: FinetuneConfig, steps_per_epoch: int) -> FitOptions:
-    rate = usual_rate(math.ceil(config.epochs * steps_per_epoch)) if config.lr is None else config.lr
+    rate = usual_rate(steps_of(config.epochs, steps_per_epoch)) if config.lr is None else config.lr
     return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay)
 
 

@@ -202,5 +202,7 @@ def _largest(pool: Pool) -> list[int]:
 
 def parted(blocks: Blocks, state: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """Return the weights of several candidates, which are one state dict, by the candidate's number."""
+    if len(blocks.candidates) == 1:  # all are its own: nothing has to be built to tell
+        return {number: dict(state) for number in blocks.candidates}
     names = {number: blocks.build(number).state_dict() for number in blocks.candidates}
     return {number: {name: state[name] for name in own if name in state} for number, own in names.items()}

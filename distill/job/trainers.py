@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -22,6 +21,7 @@ from distill.profiling.block_costs import (
     Students,
 )  # fmt: skip
 from distill.storage.checkpoint import CheckpointFolder, unit_name
+from distill.training.finetune import steps_of
 from distill.training.optim import TrainerOptions
 from distill.training.trainer import BlockTrainer
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def step_budget(config: JobConfig, dataset: Dataset) -> int:
     """Return the steps of every block."""
     if config.distill.epochs is not None:
-        return math.ceil(config.distill.epochs * dataset.steps_per_epoch)
+        return steps_of(config.distill.epochs, dataset.steps_per_epoch)
     return config.distill.steps or 0
 
 

@@ -49,6 +49,11 @@ class Team:
         return len(range(self.rank, batch_size, self.world_size)) / batch_size
 
 
+def steps_of(epochs: float, steps_per_epoch: int) -> int:
+    """Return the steps of so many epochs, the last of which may be a part of one."""
+    return math.ceil(epochs * steps_per_epoch)
+
+
 def usual_rate(steps: int) -> float:
     """Return the peak rate of so many steps of distillation: few cannot repair what a high rate undoes of a good start,
     so it grows with the root of their number, up to where it stays (measured on CIFAR-10: docs/results.md)."""
@@ -57,19 +62,12 @@ def usual_rate(steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """SGD with Nesterov momentum 0.9, linear warm-up, then a cosine to zero over all steps.
-
-    `epochs` may end in a part of one, whose steps are rounded up.
-    """
+    """SGD with Nesterov momentum 0.9, linear warm-up, then a cosine to zero over all steps."""
 
     epochs: float
     lr: float
     weight_decay: float
     warmup_epochs: float = 0.0
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Return the steps of all epochs."""
-        return math.ceil(self.epochs * steps_per_epoch)
 
 
 def fit(
@@ -279,7 +277,7 @@ def _epoch(
     seed: int,
 ) -> float:
     """Return the mean loss of an epoch's batches, the same on all ranks."""
-    per_epoch, total = dataset.steps_per_epoch, options.steps(dataset.steps_per_epoch)
+    per_epoch, total = dataset.steps_per_epoch, steps_of(options.epochs, dataset.steps_per_epoch)
     steps = range(epoch * per_epoch, min((epoch + 1) * per_epoch, total))
     losses = torch.zeros(())
     batches = dataset.train_batches(steps.start, steps.stop, part=team.rank, num_parts=team.world_size)

@@ -59,13 +59,21 @@ class ReadTwice(nn.Sequential):
         return (self[2](separated) + separated).flatten(1)
 
 
-@pytest.mark.parametrize("kind", [Untraceable, ReadTwice])
+class ReadByNobody(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self[0](x)
+        self.seen = self[1](first)  # and what is kept of a trace must not be exported
+        return first.flatten(1)
+
+
+@pytest.mark.parametrize("kind", [Untraceable, ReadTwice, ReadByNobody])
 @torch.no_grad()
 def test_a_batch_norm_that_may_not_be_alone_behind_stays(kind: type[nn.Sequential]) -> None:
     one, images = kind(*network()), torch.randn(3, 3, 12, 12)
     other = with_branches(one.eval())
     assert other is not None
     assert isinstance(other[2], nn.BatchNorm2d)
+    assert not isinstance(getattr(other, "seen", None), torch.fx.Proxy)
     torch.testing.assert_close(other(images), one(images), rtol=1e-4, atol=1e-5)
 
 
