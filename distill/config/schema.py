@@ -424,13 +424,16 @@ class FinetuneConfig:
     options: dict[str, Any] = setting({}, "arguments of an objective from outside")
     temperature: float = setting(4.0, "temperature of the soft targets")
     soft_weight: float = setting(0.9, "weight of the soft targets; the labels get the rest")
+    patience: int | None = setting(
+        None, "epochs in a row without a better one on validation images after which it ends; null: it never ends early"
+    )
 
     def __post_init__(self) -> None:
         OBJECTIVE.check(self.objective)
         if self.options and self.objective in OBJECTIVE.own:
             allowed = f"none with finetune.objective={self.objective}, which has finetune.temperature and soft_weight"
             raise ConfigError("finetune.options", self.options, allowed)
-        at_least("finetune", self, epochs=0, lr=0, weight_decay=0)
+        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, patience=1)
         between("finetune", self, 0.0, 1.0, "soft_weight")
         if not 0 < self.temperature < math.inf:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")

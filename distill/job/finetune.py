@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -20,10 +21,14 @@ from distill.job.outside import objective_for
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit, steps_of, usual_rate
+from distill.training.finetune import Epoch, FitOptions, fit
+from distill.training.horizon import Horizon, steps_of, usual_rate
 from distill.training.objective import TeacherHere
+from distill.training.team import Team
 
 log = logging.getLogger(__name__)
+
+SETBACKS = 3  # halvings of the rate, after losses that are not finite
 
 
 def refuse_ranks_without_rows(config: JobConfig, *, world_size: int) -> None:
@@ -53,7 +58,9 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 
 
 def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> Epoch:
-    fit_options = _fit_options(context.config.finetune, dataset.steps_per_epoch)
+    config = context.config.finetune
+    fit_options = _fit_options(config, dataset.steps_per_epoch)
+    horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
     student = load_student_state(context, "recalibrated", teacher, blocks)
     origin = context.run.origin(TEACHER, "recalibrated.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
@@ -83,6 +90,9 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             )
         if context.leads and best_epoch(course) == number:
             save_network(context, "finetuned", student)
+        if is_exhausted(course, config.patience) and epoch["steps"] < horizon.total:
+            horizon.total = epoch["steps"]
+            context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
 
     objective = objective_for(context.config, student, teacher, dataset.image_shape)
     course = fit(
@@ -90,6 +100,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         dataset,
         objective,
         teacher=TeacherHere(teacher, objective.taps),
+        horizon=horizon,
         options=fit_options,
         team=_team(context),
         device=context.device,
@@ -116,7 +127,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
 
 def _fit_options(config: FinetuneConfig, steps_per_epoch: int) -> FitOptions:
     rate = usual_rate(steps_of(config.epochs, steps_per_epoch)) if config.lr is None else config.lr
-    return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay)
+    return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay, setbacks=SETBACKS)
 
 
 def best_epoch(course: Sequence[Epoch]) -> int | None:
@@ -124,6 +135,15 @@ def best_epoch(course: Sequence[Epoch]) -> int | None:
     judged = [epoch for epoch in course if epoch.get("validation_top1") is not None]
     best = max(judged, key=lambda epoch: (epoch["validation_top1"], epoch["epoch"]), default={"epoch": None})
     return best["epoch"]
+
+
+def is_exhausted(course: Sequence[Epoch], patience: int | None) -> bool:
+    """Return whether so many epochs in a row have not been better on validation images than the best before them."""
+    if patience is None or len(course) <= patience:
+        return False
+    before, last = course[:-patience], course[-patience:]
+    top1 = [-math.inf if epoch.get("validation_top1") is None else epoch["validation_top1"] for epoch in before]
+    return all((epoch.get("validation_top1") or 0.0) <= max(top1) for epoch in last)
 
 
 def _team(context: Context) -> Team:

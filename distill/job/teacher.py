@@ -35,8 +35,9 @@ from distill.teachers import (
     load_teacher_weights,
     options_for_weights,
 )
-from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.finetune import Epoch, FitOptions, fit
 from distill.training.objective import Labels
+from distill.training.team import Team
 
 log = logging.getLogger(__name__)
 
