@@ -39,6 +39,7 @@ from distill.config.choices import (
     Stop,
     Strategy,
     TeacherSource,
+    TrainingAmp,
     WireDtype,
 )  # fmt: skip
 from distill.config.outside import DATA, LOSS, OBJECTIVE, RECIPE
@@ -424,6 +425,17 @@ class FinetuneConfig:
     options: dict[str, Any] = setting({}, "arguments of an objective from outside")
     temperature: float = setting(4.0, "temperature of the soft targets")
     soft_weight: float = setting(0.9, "weight of the soft targets; the labels get the rest")
+    amp: TrainingAmp = setting(
+        TrainingAmp.auto,
+        "precision of passes; auto: bf16 where timed steps show it to be faster (docs/finetuning.md)",
+    )
+    views: int | None = setting(
+        None,
+        "fixed augmentations of every image, of which the teacher's logits are kept; null: fresh ones in every epoch",
+    )
+    ema: float | None = setting(
+        None, "decay of a moving average of the weights, which is judged and delivered in their place; null: none"
+    )
     patience: int | None = setting(
         None, "epochs in a row without a better one on validation images after which it ends; null: it never ends early"
     )
@@ -433,10 +445,12 @@ class FinetuneConfig:
         if self.options and self.objective in OBJECTIVE.own:
             allowed = f"none with finetune.objective={self.objective}, which has finetune.temperature and soft_weight"
             raise ConfigError("finetune.options", self.options, allowed)
-        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, patience=1)
+        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, patience=1, views=1)
         between("finetune", self, 0.0, 1.0, "soft_weight")
         if not 0 < self.temperature < math.inf:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError("finetune.ema", self.ema, "a number between 0 and 1, or null")
 
 
 @dataclass(kw_only=True)

@@ -17,10 +17,13 @@ from distill.job.assemble import load_student_state, save_network
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
+from distill.job.kept_logits import with_kept_logits
 from distill.job.outside import objective_for
+from distill.job.pace import find_pace
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
+from distill.training.averaged import Averaged
 from distill.training.finetune import Epoch, FitOptions, fit
 from distill.training.horizon import Horizon, steps_of, usual_rate
 from distill.training.objective import TeacherHere
@@ -60,10 +63,15 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> Epoch:
     config = context.config.finetune
     fit_options = _fit_options(config, dataset.steps_per_epoch)
+    dataset = dataset.with_views(config.views)
     horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
     student = load_student_state(context, "recalibrated", teacher, blocks)
     origin = context.run.origin(TEACHER, "recalibrated.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
+    objective = objective_for(context.config, student, teacher, dataset.image_shape)
+    pace = find_pace(context, dataset, student, teacher, objective, steps=horizon.total)
+    source = pace.outputs(TeacherHere(teacher, objective.taps))
+    source = with_kept_logits(context, dataset, source, objective, _team(context, "kept logits"))
     context.say(
         f"finetune: {show_count(fit_options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}, "
         f"peak rate {fit_options.lr:.3g}"
@@ -94,15 +102,16 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             horizon.total = epoch["steps"]
             context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
 
-    objective = objective_for(context.config, student, teacher, dataset.image_shape)
     course = fit(
         student,
         dataset,
         objective,
-        teacher=TeacherHere(teacher, objective.taps),
+        teacher=source,
+        companions=[] if config.ema is None else [Averaged(student, config.ema)],
+        computing=pace.computing(student, objective.taps, context.device),
         horizon=horizon,
         options=fit_options,
-        team=_team(context),
+        team=_team(context, "finetune"),
         device=context.device,
         seed=derive_seed(context.config.seed, "finetune"),
         checkpoints=checkpoints,
@@ -146,11 +155,11 @@ def is_exhausted(course: Sequence[Epoch], patience: int | None) -> bool:
     return all((epoch.get("validation_top1") or 0.0) <= max(top1) for epoch in last)
 
 
-def _team(context: Context) -> Team:
+def _team(context: Context, purpose: str) -> Team:
     return Team(
         rank=context.rank,
         world_size=context.world_size,
-        store=context.control.store_for("finetune") if context.world_size > 1 else None,
+        store=context.control.store_for(purpose) if context.world_size > 1 else None,
         backend=context.roll_call.wire_backend,
         timeout_s=context.config.plan.timeout_s,
     )

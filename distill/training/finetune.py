@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from distill.storage.checkpoint import Checkpoint, CheckpointFolder
 from distill.training.companions import Companion, all_judged
 from distill.training.horizon import Horizon, rate_of, steps_of
 from distill.training.objective import Objective, Tapped, TeacherOutputs
-from distill.training.team import Learner, Lesson, Team, learner
+from distill.training.team import Computing, Learner, Lesson, Team, learner
 from distill.training.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def fit(
     teacher: TeacherOutputs | None = None,
     in_eval: Collection[str] = (),
     companions: Sequence[Companion] = (),
+    computing: Computing = nullcontext,
     horizon: Horizon | None = None,
     options: FitOptions,
     team: Team,
@@ -71,7 +73,8 @@ def fit(
 
     The objective sees the outputs of `teacher`; its own parameters (with the same values on all ranks) learn with the
     network. Modules with the paths `in_eval` stay in eval mode: batch norms keep their statistics there. `companions`
-    go along, in their order. `horizon` has the steps in all, by default those of the options' epochs.
+    go along, in their order. The network's passes are made inside what `computing` returns. `horizon` has the steps in
+    all, by default those of the options' epochs.
     `report` is called after each epoch with the records so far, the same on all ranks, to the last of which it may add,
     and with the weights that companions want to be judged, which the network has in the end too.
     Then rank 0 writes the checkpoint `name`, from which a later call goes on. An epoch whose loss is not finite, after
@@ -97,7 +100,9 @@ def fit(
     fitting.begin()
     share = team.share(dataset.batch_size)
     tapped = Tapped(network, objective.taps)
-    lesson = Lesson(trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed)
+    lesson = Lesson(
+        trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed, computing=computing
+    )
     with learner(lesson) as learn:
         for course in fitting.epochs(learn):
             with all_judged(companions):

@@ -7,7 +7,7 @@ where rows count, and knows no batch norms that share their statistics on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from distill.data import Batch
 from distill.distributed.transport import Averager, Store
 from distill.training.objective import Address, Seen, Tapped, TeacherOutputs
+from distill.training.precision import widened
 from distill.training.shared_norms import SharedStatistics
 from distill.training.trained import Trained
 
 # This rank's rows of a batch, and its step -> the loss of the whole, the gradients being found
 Learner = Callable[[Batch, int], Tensor]
+Computing = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,8 @@ class Team:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """How the gradients of a batch are found from this rank's `share` of its rows."""
+    """How the gradients of a batch are found from this rank's `share` of its rows; the network's passes are made inside
+    `computing`."""
 
     trained: Trained
     tapped: Tapped
@@ -61,12 +64,15 @@ class Lesson:
     team: Team
     share: float
     seed: int
+    computing: Computing = nullcontext
 
     def differentiate(self, batch: Batch, step: int) -> Tensor:
         """Add this rank's share of the gradients of both losses to what weights have; return that of the network's."""
         objective = self.trained.objective
         address = Address(self.seed, step, self.team.rank, self.team.world_size)
-        seen = Seen(self.tapped(batch.images), batch, address, self.teacher)
+        with self.computing():
+            outputs = self.tapped(batch.images)
+        seen = Seen(widened(outputs), batch, address, self.teacher)
         value: Tensor = self.share * objective(seen)
         own = objective.own_loss(seen.detached())
         value.backward()  # type: ignore[no-untyped-call]

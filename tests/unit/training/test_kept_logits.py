@@ -1,0 +1,60 @@
+"""Logits of fixed views: those that the teacher gives for a batch, whichever rank has which of its rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distill.config.compose import compose
+from distill.errors import ConfigError
+from distill.job.kept_logits import refuse_unkept
+from distill.training import kept_logits
+from distill.training.kept_logits import keep_logits, most_bytes
+from distill.training.objective import Address, TeacherHere
+from distill.training.precision import InBf16
+from distill.training.team import Team
+from tests.opened import opened
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 144, 10)).eval()
+
+
+def test_what_is_kept_is_what_the_teacher_gives(teacher: nn.Module) -> None:
+    with opened() as fresh:
+        dataset = fresh.with_views(2)
+        source = TeacherHere(teacher, ())
+        kept = keep_logits(dataset, source, Team())
+        assert kept.nbytes == 2 * dataset.num_train * 10 * 4 == most_bytes(dataset)
+        rounded = keep_logits(dataset, InBf16(source), Team())
+        assert rounded.nbytes == kept.nbytes // 2, "numbers of bf16 need no more"
+        per_epoch = dataset.steps_per_epoch
+        for step, part, parts in ((0, 0, 1), (per_epoch + 3, 1, 3), (2 * per_epoch + 1, 0, 2)):
+            batch, address = dataset.train_batch(step, part, parts), Address(9, step, part, parts)
+            for keeper, own, tolerance in ((kept, source, 1e-4), (rounded, InBf16(source), 2e-2)):
+                found = keeper.outputs(batch, address).logits
+                assert found.dtype is torch.float32
+                torch.testing.assert_close(found, own.outputs(batch, address).logits, rtol=tolerance, atol=tolerance)
+
+
+def test_ranks_find_a_share_each_and_have_the_bits_of_one(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[torch.Tensor] = []
+    with opened() as fresh:
+        dataset = fresh.with_views(2)
+        alone = keep_logits(dataset, TeacherHere(teacher, ()), Team())
+        monkeypatch.setattr(kept_logits, "_add_up", lambda logits, *_: shares.append(logits.clone()))
+        for rank in range(3):
+            keep_logits(dataset, TeacherHere(teacher, ()), Team(rank=rank, world_size=3))
+        assert torch.equal(sum(shares), alone._logits)
+
+
+def test_too_many_views_are_refused_by_name() -> None:
+    config = compose(["finetune.views=3", "finetune.epochs=4", "cache.max_gib=0.0002", "data.augment=crop_flip"])
+    with opened() as dataset:
+        with pytest.raises(ConfigError, match=r"finetune\.views: got 3; .* cache\.max_gib >= 0\.000289: .* 2 ranks"):
+            refuse_unkept(config, dataset, ranks_here=2)
+        config.finetune.epochs = 3  # no view is seen twice, so that none is kept
+        refuse_unkept(config, dataset, ranks_here=2)
