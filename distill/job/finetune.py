@@ -124,6 +124,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
     record = {
         "epochs": course,
         "peak_lr": fit_options.lr,
+        "computed_in": str(pace),
         "seconds": sum(epoch["seconds"] for epoch in course),
         "kept_epoch": kept,
     }

@@ -131,7 +131,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
         made_trainable(network),
         dataset,
         Labels(),
-        options=options_of(FitOptions, options, epochs=epochs, warmup_epochs=1.0),
+        options=options_of(FitOptions, options, epochs=epochs, warmup_epochs=1.0, setbacks=0),
         team=Team(),
         device=context.device,
         seed=derive_seed(context.config.seed, "teacher", "fit"),

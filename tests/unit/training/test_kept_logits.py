@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from distill.config.compose import compose
 from distill.errors import ConfigError
-from distill.job.kept_logits import refuse_unkept
+from distill.job.kept_logits import refuse_unkept, with_kept_logits
 from distill.training import kept_logits
 from distill.training.kept_logits import keep_logits, most_bytes
-from distill.training.objective import Address, TeacherHere
+from distill.training.objective import Address, Distillation, TeacherHere
 from distill.training.precision import InBf16
 from distill.training.team import Team
 from tests.opened import opened
@@ -58,3 +60,27 @@ def test_too_many_views_are_refused_by_name() -> None:
             refuse_unkept(config, dataset, ranks_here=2)
         config.finetune.epochs = 3  # no view is seen twice, so that none is kept
         refuse_unkept(config, dataset, ranks_here=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "taps", "told"),
+    [
+        (["finetune.epochs=1"], (), "1 fixed view, whose logits are not kept: no view is seen twice"),
+        (
+            ["finetune.epochs=2"],
+            ("1",),
+            "1 fixed view, whose logits are not kept: the objective sees activations too (1)",
+        ),
+        (["finetune.soft_weight=0"], (), "1 fixed view, whose logits are not kept: the teacher is not asked"),
+    ],
+)
+def test_what_cannot_be_kept_or_need_not_is_told(overrides: list[str], taps: tuple[str, ...], told: str) -> None:
+    said: list[str] = []
+    context = SimpleNamespace(config=compose(["finetune.views=1", *overrides]), say=said.append)
+    objective = Distillation(temperature=4.0, soft_weight=0.9)
+    objective.taps = taps
+    source = TeacherHere(nn.Identity(), ())
+    with opened() as fresh:
+        found = with_kept_logits(context, fresh.with_views(1), source, objective, Team())  # type: ignore[arg-type]
+    assert found is source
+    assert said == [f"finetune: {told}"]
