@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 # The usual evaluation of ImageNet networks: shorter side to 256, centre crop of 224; other sizes in proportion.
 EVALUATION_RESIZE = 256 / 224
@@ -106,12 +104,18 @@ def evaluation_view(image: Image.Image, squaring: Squaring) -> Image.Image:
 
 def crop_view(image: Image.Image, squaring: Squaring, box: tuple[int, int, int, int]) -> Image.Image:
     """Return the box (top, left, height, width) of the image, resized to image_size x image_size."""
+    from torchvision.transforms import InterpolationMode  # here: images that have their size need it not, and
+    from torchvision.transforms.v2 import functional  # importing it takes seconds
+
     size, mode = [squaring.image_size] * 2, InterpolationMode(squaring.interpolation)
     view: Image.Image = functional.resized_crop(image, *box, size=size, interpolation=mode)
     return view
 
 
 def _resize_and_crop(image: Image.Image, squaring: Squaring, side: int) -> Image.Image:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
     sides = [side, side] if squaring.squash else [side]
     resized = functional.resize(image, sides, interpolation=InterpolationMode(squaring.interpolation))
     view: Image.Image = functional.center_crop(resized, [squaring.image_size] * 2)

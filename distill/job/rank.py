@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from distill.config.choices import Device, Stage
-from distill.config.compose import compose
 from distill.config.fingerprint import identity, run_directory
 from distill.config.load import from_yaml, to_yaml
 from distill.config.outside import make_importable
@@ -131,11 +130,17 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
     """Rank 0 composes (or reads what the launcher composed) and everybody else takes that: one answer to ${now:}."""
     if control.rank == 0:
         path = os.environ.get(CONFIG_VARIABLE)
-        config = from_yaml(Path(path).read_text(encoding="utf-8")) if path else compose(overrides)
+        config = from_yaml(Path(path).read_text(encoding="utf-8")) if path else _composed(overrides)
         control.set("config", to_yaml(config))
         return config
     text = control.wait("config", peer=0, purpose="configuration")
     return from_yaml(text)
+
+
+def _composed(overrides: Sequence[str]) -> JobConfig:
+    from distill.config.compose import compose  # here: importing Hydra takes half a second, which the launcher has paid
+
+    return compose(overrides)
 
 
 def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> Path:
