@@ -60,7 +60,7 @@ def _digest(module: nn.Module, sample: Tensor) -> str:
         digest.update(f"{path} {type(part).__module__}.{type(part).__qualname__} {options}\n".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
