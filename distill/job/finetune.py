@@ -93,8 +93,9 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         epoch["validation_top1"] = top1
         if context.leads:
             context.scalars.add("epochs/finetune_loss", loss, number)
+            in_all = round(horizon.total / dataset.steps_per_epoch, 2)
             context.say(
-                f"finetune: epoch {number} of {round(horizon.total / dataset.steps_per_epoch, 2):g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
+                f"finetune: epoch {number} of {in_all:g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
                 f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}"
             )
         if context.leads and best_epoch(course) == number:
