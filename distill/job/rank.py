@@ -241,7 +241,7 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         return
     with context.during("assemble"):
         students = assemble_student(context, dataset, teacher, blocks)
-    context = with_epochs(context, dataset, teacher)
+    context = with_epochs(context, dataset)
     with context.during("finetune"):
         students += finetune_student(context, dataset, teacher, blocks)
     with context.during("evaluate"):

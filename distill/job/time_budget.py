@@ -58,10 +58,11 @@ def with_block_steps(context: Context, dataset: Dataset, teacher: nn.Module, blo
         passes = _measured(context, dataset, teacher, blocks)
 
         def work() -> dict[str, Any]:
-            after_s = _assembling_s(context, dataset, passes) + _after_s(context, dataset, teacher, passes)
+            export_s = _export_s(context, dataset, teacher)
+            after_s = _assembling_s(context, dataset, passes) + _after_s(context, dataset, passes, export_s)
             training_s = _left(context) - context.world_size * after_s
             steps = block_steps(training_s, passes.step, context.world_size)
-            return {"steps": steps, "training_s": training_s, "after_s": after_s, "passes": asdict(passes)}
+            return {"steps": steps, "training_s": training_s, "export_s": export_s, "passes": asdict(passes)}
 
         found = context.lead(BLOCKS, work)
         context.say(
@@ -72,14 +73,14 @@ def with_block_steps(context: Context, dataset: Dataset, teacher: nn.Module, blo
     return replace(context, config=replace(context.config, distill=distill))
 
 
-def with_epochs(context: Context, dataset: Dataset, teacher: nn.Module) -> Context:
+def with_epochs(context: Context, dataset: Dataset) -> Context:
     """Return the context with the epochs of fine-tuning that what is left of budget.seconds gives, as it is without a
     budget. Every rank must call it, after with_block_steps()."""
     if context.config.budget.seconds is None:
         return context
     found = context.completed(EPOCHS)
     if found is None:
-        found = context.lead(EPOCHS, lambda: _epochs(context, dataset, teacher))
+        found = context.lead(EPOCHS, lambda: _epochs(context, dataset))
         deadline = found["deadline_s"]
     else:
         deadline = None  # of another attempt: its steps are taken as they were
@@ -87,9 +88,10 @@ def with_epochs(context: Context, dataset: Dataset, teacher: nn.Module) -> Conte
     return replace(context, config=replace(context.config, finetune=finetune), deadline_s=deadline)
 
 
-def _epochs(context: Context, dataset: Dataset, teacher: nn.Module) -> dict[str, Any]:
-    passes, ranks = Passes(**context.run.result(BLOCKS)["passes"]), context.world_size
-    after_s = _after_s(context, dataset, teacher, passes)
+def _epochs(context: Context, dataset: Dataset) -> dict[str, Any]:
+    known, ranks = context.run.result(BLOCKS), context.world_size
+    passes = Passes(**known["passes"])
+    after_s = _after_s(context, dataset, passes, known["export_s"])
     left_s = _left(context) / ranks - after_s
     step_s, epoch_s = passes.step / ranks, validation_s(context, dataset, passes)
     per_epoch = dataset.steps_per_epoch
@@ -133,18 +135,17 @@ def _assembling_s(context: Context, dataset: Dataset, passes: Passes) -> float:
     return batches * passes.student
 
 
-def _after_s(context: Context, dataset: Dataset, teacher: nn.Module, passes: Passes) -> float:
+def _after_s(context: Context, dataset: Dataset, passes: Passes, export_s: float) -> float:
     """Return the seconds from the end of training to the end of the command."""
     tested = dataset.num_test / dataset.batch_size * (passes.teacher + STATES * passes.student) / context.world_size
     judged = STATES * validation_s(context, dataset, passes)
-    return tested + judged + _delivery_s(context, dataset, teacher, passes)
+    return tested + judged + _delivery_s(context, dataset, passes, export_s)
 
 
-def _delivery_s(context: Context, dataset: Dataset, teacher: nn.Module, passes: Passes) -> float:
+def _delivery_s(context: Context, dataset: Dataset, passes: Passes, export_s: float) -> float:
     wanted = context.config.deploy.programs
     if not wanted:
         return TIMED_S / 3
-    export_s = _export_s(context, dataset, teacher)
     exports = ("pt2" in wanted) + 2 * ("onnx" in wanted)  # the student in both forms; the teacher's is made already
     seconds = export_s * exports + TIMED_S
     if "int8" in wanted:
@@ -155,9 +156,6 @@ def _delivery_s(context: Context, dataset: Dataset, teacher: nn.Module, passes: 
 
 def _export_s(context: Context, dataset: Dataset, teacher: nn.Module) -> float:
     """Return the seconds of an export: by that of the teacher, which is delivered too and so is made only once."""
-    found = context.run.result(BLOCKS)
-    if found is not None and "export_s" in found:
-        return float(found["export_s"])
     layers = sum(1 for module in teacher.modules() if not any(module.children()))
     if "onnx" not in context.config.deploy.programs:
         return A_LAYER_S * layers
