@@ -38,6 +38,7 @@ STATES = 3  # of the student, that are evaluated: assembled, reconciled, fine-tu
 FORMS = 4  # of the assembled student, that validation images choose from
 TRAINING_PASS = 1.3  # passes in eval mode that one costs in which batch norms look at their batch
 TIMED_S = 12.0  # for which programs and networks are timed in the end
+ENDING = 0.5  # of the seconds of the start, up to the run directory: the report, and until all processes have ended
 INT8 = 1.5  # exports that the programs in INT8 cost
 A_LAYER_S = 0.05  # of an export, where none could be tried
 
@@ -139,7 +140,8 @@ def _after_s(context: Context, dataset: Dataset, passes: Passes, export_s: float
     """Return the seconds from the end of training to the end of the command."""
     tested = dataset.num_test / dataset.batch_size * (passes.teacher + STATES * passes.student) / context.world_size
     judged = STATES * validation_s(context, dataset, passes)
-    return tested + judged + _delivery_s(context, dataset, passes, export_s)
+    ending = ENDING * (context.trace.started_s - context.started_s)
+    return tested + judged + _delivery_s(context, dataset, passes, export_s) + ending
 
 
 def _delivery_s(context: Context, dataset: Dataset, passes: Passes, export_s: float) -> float:
