@@ -112,6 +112,20 @@ class TrainingAmp(Choice):
     bf16 = "bf16"
 
 
+class Refine(Choice):
+    """What happens between assembling and fine-tuning."""
+
+    off = "off"
+    progressive = "progressive"
+
+
+class Order(Choice):
+    """In which order blocks are refined."""
+
+    bottom_up = "bottom_up"
+    together = "together"
+
+
 class Stop(Choice):
     steps = "steps"
     plateau = "plateau"

@@ -76,6 +76,8 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
     if config.data.name not in (DataName.imagefolder, DataName.hf):
         del found["data.exif_orientation"]  # what is no file of a picture has none
     found = _searched(config, found)
+    if not config.refine.on:
+        found = {path: value for path, value in found.items() if not path.startswith("refine.")}
     seen = {} if seen is None else seen
     data, teacher = config.data, config.teacher
     for read, arguments in (

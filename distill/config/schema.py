@@ -32,7 +32,9 @@ from distill.config.choices import (
     Init,
     Interpolation,
     OptimizerName,
+    Order,
     Precision,
+    Refine,
     RuntimeName,
     Schedule,
     Stage,
@@ -415,6 +417,30 @@ class AssembleConfig:
 
 
 @dataclass(kw_only=True)
+class RefineConfig:
+    method: Refine = setting(
+        Refine.off,
+        "progressive: after assembling, blocks are trained on what they get in the student (docs/refining.md)",
+    )
+    order: Order = setting(
+        Order.together, "together: all blocks in every step; bottom_up: one after another, with the teacher's above it"
+    )
+    steps: int = setting(100, "steps of every block")
+    lr: float | None = setting(None, "peak learning rate, as finetune.lr; null: 0.02, less for fewer than 800 steps")
+    whole_weight: float = setting(
+        1.0, "weight of the whole network's loss (finetune.temperature, soft_weight) beside those of the blocks"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("refine", self, steps=1, lr=0, whole_weight=0)
+
+    @property
+    def on(self) -> bool:
+        """Whether the assembled student is refined."""
+        return self.method is not Refine.off
+
+
+@dataclass(kw_only=True)
 class FinetuneConfig:
     epochs: float = setting(2.0, "epochs of end-to-end distillation, the last in part if need be; 0 skips it")
     lr: float | None = setting(
@@ -557,6 +583,7 @@ class JobConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     assemble: AssembleConfig = field(default_factory=AssembleConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     deploy: DeployConfig = field(default_factory=DeployConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -55,8 +55,9 @@ def refuse_unfinished(config: JobConfig, facts: Mapping[str, Any], run: RunDirec
         allowed = "the directory of a finished run; the same command without stage=deliver makes one"
         raise ConfigError("run.dir", str(run.path), allowed)
     run.refuse_others(facts)
-    stages = ["teacher", "distill", "assemble", "finetune", "evaluate"]
-    skipped = {"teacher": config.teacher.fit_epochs, "finetune": epochs_of(config, run)}
+    stages = ["teacher", "distill", "assemble", "refine", "finetune", "evaluate"]
+    refined = config.refine.steps if config.refine.on else 0
+    skipped = {"teacher": config.teacher.fit_epochs, "refine": refined, "finetune": epochs_of(config, run)}
     for stage in stages:
         if skipped.get(stage) != 0 and run.result(stage) is None:
             raise DistillError(
@@ -186,6 +187,7 @@ def _metrics(
         "validation": accuracy["validation"],
         "top1_assembled": assembled["top1"],
         "top1_recalibrated": accuracy.get("recalibrated", assembled)["top1"],
+        "top1_refined": accuracy.get("refined", {}).get("top1"),
         "top1_finetuned": accuracy.get("finetuned", {}).get("top1"),
         "replaced_params": _count(student, replaced),
     }
@@ -197,6 +199,7 @@ def _metrics(
         "answers": accuracy.get("answers"),
         "distill": run.result("distill"),
         "assemble": run.result("assemble"),
+        "refine": run.result("refine"),
         "finetune": run.result("finetune"),
         "blocks": [_block(context, blocks, entry) for _, entry in sorted(ledger.entries.items())],
         "data": {

@@ -49,30 +49,33 @@ def refuse_ranks_without_rows(config: JobConfig, *, world_size: int) -> None:
         raise ConfigError("data.batch_size", config.data.batch_size, allowed)
 
 
-def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> list[str]:
-    """Distil the assembled student end to end; write the state after its best epoch on validation images (the later of
-    equals) as finetuned.safetensors. Every rank takes part. Returns that name, or none where no epoch came to an end.
+def finetune_student(
+    context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, *, start: str
+) -> list[str]:
+    """Distil the student from its state `start` end to end; write that after its best epoch on validation images (the
+    later of equals) as finetuned.safetensors. Every rank takes part. Returns that name, or none where no epoch came to
+    an end.
     """
     if context.config.finetune.epochs == 0:
         return []
     record = context.completed("finetune")
     if record is None:
-        record = _finetune(context, dataset, teacher, blocks)
+        record = _finetune(context, dataset, teacher, blocks, start)
     return ["finetuned"] if record["kept_epoch"] is not None else []
 
 
-def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> Epoch:
+def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, start: str) -> Epoch:
     config = context.config.finetune
     fit_options = _fit_options(config, dataset.steps_per_epoch)
     dataset = dataset.with_views(config.views)
     horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
-    student = load_student_state(context, "recalibrated", teacher, blocks)
-    origin = context.run.origin(TEACHER, "recalibrated.safetensors")
+    student = load_student_state(context, start, teacher, blocks)
+    origin = context.run.origin(TEACHER, f"{start}.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
     objective = objective_for(context.config, student, teacher, dataset.image_shape)
     pace = find_pace(context, dataset, student, teacher, objective, steps=horizon.total)
     source = pace.outputs(TeacherHere(teacher, objective.taps))
-    source = with_kept_logits(context, dataset, source, objective, _team(context, "kept logits"))
+    source = with_kept_logits(context, dataset, source, objective, team_of(context, "kept logits"))
     context.say(
         f"finetune: {show_count(fit_options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}, "
         f"peak rate {fit_options.lr:.3g}"
@@ -116,7 +119,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         computing=pace.computing(student, objective.taps, context.device),
         horizon=horizon,
         options=fit_options,
-        team=_team(context, "finetune"),
+        team=team_of(context, "finetune"),
         device=context.device,
         seed=derive_seed(context.config.seed, "finetune"),
         checkpoints=checkpoints,
@@ -135,7 +138,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
     }
     if context.leads:
         made = [] if kept is None else ["finetuned.safetensors"]
-        context.run.complete("finetune", record, made=made, used=[TEACHER, "recalibrated.safetensors"])
+        context.run.complete("finetune", record, made=made, used=[TEACHER, f"{start}.safetensors"])
         checkpoints.remove("finetune")
     return record
 
@@ -161,7 +164,8 @@ def is_exhausted(course: Sequence[Epoch], patience: int | None) -> bool:
     return all((epoch.get("validation_top1") or 0.0) <= max(top1) for epoch in last)
 
 
-def _team(context: Context, purpose: str) -> Team:
+def team_of(context: Context, purpose: str) -> Team:
+    """Return all ranks as those that train one network, for this purpose."""
     return Team(
         rank=context.rank,
         world_size=context.world_size,

@@ -45,6 +45,7 @@ from distill.job.memory import refuse_too_little
 from distill.job.outside import refuse_unusable_block_loss, refuse_unusable_objective
 from distill.job.plan import refuse_impossible
 from distill.job.pool import Pool, find_pool
+from distill.job.refine import refine_student, refuse_unrefinable
 from distill.job.search import STAGE as SEARCH
 from distill.job.search import choose_students, found_students
 from distill.job.streams import with_chosen_streams
@@ -174,6 +175,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack,
             refuse_impossible(config, blocks, world_size=control.world_size)
             refuse_unusable_block_loss(config, blocks, device)
             refuse_unusable_objective(config, teacher, dataset.image_shape)
+            refuse_unrefinable(config, blocks, world_size=control.world_size)
             if control.rank == 0:
                 refuse_too_little(config, blocks, device)
             if is_cached(config):
@@ -241,9 +243,11 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         return
     with context.during("assemble"):
         students = assemble_student(context, dataset, teacher, blocks)
+    students += refine_student(context, dataset, teacher, blocks)
     context = with_epochs(context, dataset)
     with context.during("finetune"):
-        students += finetune_student(context, dataset, teacher, blocks)
+        start = "refined" if "refined" in students else "recalibrated"
+        students += finetune_student(context, dataset, teacher, blocks, start=start)
     with context.during("evaluate"):
         evaluate(context, dataset, teacher, blocks, students)
     with context.during("deliver"):

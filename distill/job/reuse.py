@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was trained here
 
 # What a stage does not depend on; a setting that is not named here is taken to matter.
-_AFTER_BLOCKS = ("assemble.", "finetune.", "deploy.", TEST, TEST_ITEMS, "data.test_split")
+_AFTER_BLOCKS = ("assemble.", "refine.", "finetune.", "deploy.", TEST, TEST_ITEMS, "data.test_split")
 _NOT_THE_TEACHERS = (
     *_AFTER_BLOCKS, "blocks.", "budget.", "student.", "search.", "distill.", "plan.", "cache.", "teacher.amp",
 )  # fmt: skip

@@ -112,7 +112,7 @@ def _accuracies(run: Run, record: Mapping[str, Any]) -> list[Markup]:
     if not course:
         return []
     known = ((run.metrics.get("student") or {}).get("validation") or {}).get("top1") or {}
-    start = finite(known.get("recalibrated"))
+    start = finite(known.get("refined", known.get("recalibrated")))
     course = [*([(0, start)] if start is not None else []), *course]
     values, kept = dict(course), record.get("kept_epoch")
     y = Axis.around(values.values())

@@ -21,7 +21,9 @@ from distill.storage.files import DamagedFileError, read_bytes, read_json, read_
 
 TRAINING = ("halving_1", "halving_2", "halving_3")  # stages of runs that train candidates before they choose
 CHOOSING = ("candidates", *TRAINING, "search")  # stages of runs that choose recipes under budgets
-STAGES = ("teacher", *CHOOSING, "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
+STAGES = (
+    "teacher", *CHOOSING, "first_weights", "plan", "distill", "assemble", "refine", "finetune", "evaluate", "deliver",
+)  # fmt: skip
 MARKS = ("resolved.yaml", "identity.json", "ledger.jsonl", "metrics.json")  # any of them makes a run directory
 EXPECTED = "a run directory (the one that the run printed, with resolved.yaml in it) or a folder with some below it"
 LAST_LINES = 12  # of a log
@@ -99,7 +101,8 @@ class Run:
         """The stages that the run has, in their order."""
         searched = any(value is not None for name, value in self.settings.items() if name.startswith("search.budget."))
         left_out = () if searched and finite(self.settings.get("search.steps")) else TRAINING if searched else CHOOSING
-        return tuple(stage for stage in STAGES if stage not in left_out)
+        refined = self.settings.get("refine.method", "off") != "off"
+        return tuple(stage for stage in STAGES if stage not in left_out and (refined or stage != "refine"))
 
     @cached_property
     def stages(self) -> dict[str, dict[str, Any]]:

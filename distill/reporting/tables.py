@@ -24,7 +24,7 @@ class Size(Protocol):
 
 
 # The states of the student that one is chosen from, in the order in which they come about.
-STUDENTS = {"assembled": "assembled", "recalibrated": "reconciled", "finetuned": "fine-tuned"}
+STUDENTS = {"assembled": "assembled", "recalibrated": "reconciled", "refined": "refined", "finetuned": "fine-tuned"}
 
 
 class Seconds(Protocol):

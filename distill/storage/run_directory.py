@@ -41,6 +41,7 @@ STAGES = (
     "first_weights",
     "distill",
     "assemble",
+    "refine",
     "finetune_epochs",
     "pace",
     "finetune",

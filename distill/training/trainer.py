@@ -302,7 +302,7 @@ class BlockTrainer:
         numbers would depend on what else this process has drawn."""
         self.module.train()
         for part in self.module.modules():
-            if isinstance(part, (nn.modules.dropout._DropoutNd, *_layers_of_torchvision())):
+            if drops(part):
                 part.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -315,11 +315,13 @@ class BlockTrainer:
             return self.module(inputs.bfloat16())  # type: ignore[no-any-return]
 
 
-def _layers_of_torchvision() -> tuple[type[nn.Module], ...]:
-    """Return the layer that drops whole samples. A network has one only where torchvision was imported, which takes
-    seconds."""
+def drops(module: nn.Module) -> bool:
+    """Return whether a layer leaves things out by lot: values, or whole samples. A network has torchvision's layer only
+    where that was imported, which takes seconds."""
     ops = sys.modules.get("torchvision.ops")
-    return () if ops is None else (ops.StochasticDepth,)
+    return isinstance(module, nn.modules.dropout._DropoutNd) or (
+        ops is not None and isinstance(module, ops.StochasticDepth)
+    )
 
 
 def _freed(*_: Tensor) -> list[Tensor]:

@@ -64,7 +64,8 @@ def test_the_output_tells_plan_result_and_where_things_are(finished: tuple[Path,
 def test_energy_is_measured_or_the_reason_is_told_and_nothing_is_zero(finished: tuple[Path, str]) -> None:
     run_dir, printed = finished
     energy = metrics(run_dir)["energy"]
-    assert [*energy["stages"]] == ["teacher", "first_weights", "plan", "distill", "assemble", "finetune", "evaluate"]
+    stages = ["teacher", "first_weights", "plan", "distill", "assemble", "refine", "finetune", "evaluate"]
+    assert [*energy["stages"]] == stages
     assert [*summarize(run_dir)["stages"]][-1] == "deliver", "the files go on after metrics.json is written"
     assert energy["images"] == 4 * 64
     measured = [stage["joules"] for stage in energy["stages"].values()]
@@ -93,7 +94,9 @@ def test_metrics_have_the_names_that_others_rely_on(finished: tuple[Path, str]) 
     assert found["student"]["params"] < 0.3 * found["teacher"]["params"]
     student, validation = found["student"], found["student"]["validation"]
     assert student["top1"] == student[f"top1_{student['delivered']}"]
-    assert [*validation["top1"]] == ["assembled", "recalibrated", "finetuned"]
+    refined = ["refined"] if found["refine"]["kept"] else []
+    assert [*validation["top1"]] == ["assembled", "recalibrated", *refined, "finetuned"]
+    assert found["refine"]["courses"]["all blocks"][-1]["steps"] == 2
     assert validation["top1"][student["delivered"]] == max(validation["top1"].values())
     assert validation["images"] == found["data"]["validation_images"]
     assert validation["standard_error"] > 0

@@ -46,7 +46,17 @@ def test_the_stages_of_a_run_are_in_the_trace(finished: tuple[Path, str]) -> Non
     stages = [event["name"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event.get("cat") == "stage"]
     leading = [
         f"stage {name}"
-        for name in ("teacher", "first_weights", "plan", "distill", "assemble", "finetune", "evaluate", "deliver")
+        for name in (
+            "teacher",
+            "first_weights",
+            "plan",
+            "distill",
+            "assemble",
+            "refine",
+            "finetune",
+            "evaluate",
+            "deliver",
+        )
     ]
     assert list(dict.fromkeys(stages)) == leading
 

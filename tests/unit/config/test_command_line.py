@@ -126,7 +126,10 @@ def test_listed_jobs_of_a_sweep_over_paths_can_be_read_back(capsys: pytest.Captu
         (["reprot", "x"], "got 'reprot'; expected 'report' \\(the nearest\\)"),
         (["~distill.lr"], "got '~distill.lr'; expected distill.lr=VALUE"),
         (["experiment=null"], "experiment: got 'null'; expected a choice; for none, leave experiment= out"),
-        (["lr=0.1"], "lr: this setting does not exist; expected one of teacher.fit.lr, distill.lr, finetune.lr$"),
+        (
+            ["lr=0.1"],
+            "lr: this setting does not exist; expected one of teacher.fit.lr, distill.lr, refine.lr, finetune.lr$",
+        ),
         (["run.dir=\udcff"], "run.dir: got .*; expected a name in UTF-8"),
         (["=3"], "command line: got '=3'"),
         (["seed=a=b"], "seed: got 'a=b'; expected an integer"),

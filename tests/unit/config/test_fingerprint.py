@@ -50,14 +50,14 @@ UNCHANGED = (
     ("device", choices.Device.cpu), ("stage", choices.Stage.plan), ("checkpoint.every", 7),
     ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3), ("plan.teacher_ranks", 2),
     ("plan.strategy", choices.Strategy.auto), ("plan.strategy", choices.Strategy.relay),
-    ("distill.cuda_graphs", False),
+    ("distill.cuda_graphs", False), ("refine.steps", 7),  # without a method
 )  # fmt: skip
 CHANGED = (
     ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", choices.Amp.bf16), ("student.rank", 3),
     ("plan.wire_dtype", choices.WireDtype.bf16), ("data.batch_size", 3),
     ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
     ("assemble.batchnorm_batches", 1), ("plan.strategy", choices.Strategy.ddp), ("teacher.amp", choices.Amp.bf16),
-    ("plan.groups", True),
+    ("plan.groups", True), ("refine.method", choices.Refine.progressive),
 )  # fmt: skip
 
 
@@ -305,8 +305,8 @@ def test_identity_leaves_out_nothing_but_the_listed_settings(default: JobConfig)
     left_out = {path for path, *_ in settings()} - identity(default).keys()
     assert identity(default).keys() - {path for path, *_ in settings()} == {"results"}
     assert left_out
-    search = {path for path in left_out if path.startswith("search.")}  # there is none (test_searched.py)
-    for path in left_out - {"cache.dtype", "data.exif_orientation"} - search:
+    absent = {path for path in left_out if path.startswith(("search.", "refine."))}  # there is none (test_searched.py)
+    for path in left_out - {"cache.dtype", "data.exif_orientation"} - absent:
         named = {path, path.split(".")[0]} & rule._NOT_IN_FINGERPRINT
         assert named or path in dict(rule._NOT_IN_FINGERPRINT_AT), path
 

@@ -16,7 +16,7 @@ from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 
 CONF = Path(config_dir())
-GROUPS = ("teacher", "data", "student", "launch", "experiment")
+GROUPS = ("teacher", "data", "student", "refine", "launch", "experiment")
 # What a choice needs besides its own file: the settings that only the user knows.
 NEEDED = {
     "teacher/torchvision": ["teacher.name=resnet18"],
