@@ -12,12 +12,14 @@ from distill.version import __version__
 
 if TYPE_CHECKING:
     from distill.api import Result, compress, cut, report
+    from distill.storage.packed import load_packed
     from distill.student.files import load_student
 
-__all__ = ["Result", "__version__", "compress", "cut", "load_student", "report"]
+__all__ = ["Result", "__version__", "compress", "cut", "load_packed", "load_student", "report"]
 
 _FROM = dict.fromkeys(("Result", "compress", "cut", "report"), "distill.api")
 _FROM["load_student"] = "distill.student.files"
+_FROM["load_packed"] = "distill.storage.packed"
 
 
 def __getattr__(name: str) -> object:

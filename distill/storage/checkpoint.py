@@ -66,7 +66,7 @@ class CheckpointFolder:
             "generation": self._generation,
             "origin": self._origin,
             # safetensors has no checksum of its own
-            "tensors": _digest(tensors),
+            "tensors": digest_of(tensors),
         }
         path = self.file(checkpoint.name)
         write_bytes(path, save(tensors, {"checkpoint": json.dumps(sealed(facts, path.name), allow_nan=False)}))
@@ -125,12 +125,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         facts, tensors = unsealed(header["__metadata__"]["checkpoint"], path.name), load(content)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DamagedFileError(path, f"damaged ({error})") from error
-    if facts["tensors"] != _digest(tensors):
+    if facts["tensors"] != digest_of(tensors):
         raise DamagedFileError(path, "damaged: its tensors are not those that were written")
     return facts, tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return a checksum of names, types, shapes and values."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

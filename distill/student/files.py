@@ -18,9 +18,11 @@ from distill.recipes import RECIPES, Recipe
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
+from distill.storage.packed import load_packed
 from distill.teachers import build_architecture
 
 FORMAT = 2
+PACKED = "student.packed.safetensors"  # the same weights without the zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +71,31 @@ def load_student(
 ) -> nn.Module:
     """Return a delivered student in eval mode, on the CPU.
 
-    `path` is a run directory, its student.safetensors or its student.json. Nothing that the files name is imported but
-    the registries of architectures: a student of your own network needs its `factory`, which is called with num_classes
-    and teacher.options, and one of a recipe from outside the class in `recipes`, by the name that it had. Raises
-    DistillError where either file is missing, damaged, of another format, or needs what is not given.
+    `path` is a run directory, its student.safetensors or its student.json; or its student.packed.safetensors, whose
+    weights are taken then. Nothing that the files name is imported but the registries of architectures: a student of
+    your own network needs its `factory`, which is called with num_classes and teacher.options, and one of a recipe from
+    outside the class in `recipes`, by the name that it had. Raises DistillError where either file is missing, damaged,
+    of another format, or needs what is not given.
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent
-    card_path, weights = folder / "student.json", folder / "student.safetensors"
+    card_path = folder / "student.json"
+    weights = folder / (PACKED if given.name == PACKED else "student.safetensors")
     for file in (card_path, weights):
         if not file.exists():
             raise DistillError(f"no student at {given}: {file.name} is missing; finished runs have both files")
     try:
-        card, content = read_json(card_path), read_bytes(weights)
+        card = read_json(card_path)
+        content = load_packed(weights) if weights.name == PACKED else read_bytes(weights)
     except DamagedFileError as damage:
-        raise DistillError(f"{damage}; copy student.json and student.safetensors again") from damage
+        raise DistillError(f"{damage}; copy student.json and {weights.name} again") from damage
     if card.get("format") not in (1, FORMAT):
         raise DistillError(f"{card_path}: format {card.get('format')!r}, but this version reads formats 1 and {FORMAT}")
-    if hashlib.sha256(content).hexdigest() != card.get("weights_sha256"):
+    if isinstance(content, bytes) and hashlib.sha256(content).hexdigest() != card.get("weights_sha256"):
         raise DistillError(f"{weights}: damaged, or not the weights that {card_path.name} is about; copy both again")
     student = _build(card, card_path, factory, RECIPES | dict(recipes or {}))
     try:
-        load_state(student, load(content))
+        load_state(student, load(content) if isinstance(content, bytes) else content)
     except (RuntimeError, SafetensorError) as error:
         raise DistillError(f"{weights}: not the weights of {card_path.name}'s network ({error})") from error
     return student.eval()
