@@ -8,6 +8,8 @@ from enum import Enum
 BLOCK_LOSSES = ("normalized_mse", "mse")
 OBJECTIVES = ("distillation",)
 
+SCOPES = ("layer", "global")  # within which weights are compared that are to be zero
+
 
 class Choice(Enum):
     """A setting's choices; a member reads as its name, also in an interpolation such as ${data.name}."""
@@ -175,6 +177,13 @@ class Precision(Choice):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    int8 = "int8"
+
+
+class Packed(Choice):
+    """How values are kept in a packed file."""
+
+    exact = "exact"
     int8 = "int8"
 
 

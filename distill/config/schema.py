@@ -19,6 +19,7 @@ from distill.config.choices import (
     OBJECTIVES,
     PROGRAMS,
     RECIPES,
+    SCOPES,
     Amp,
     AugmentName,
     BudgetName,
@@ -33,6 +34,7 @@ from distill.config.choices import (
     Interpolation,
     OptimizerName,
     Order,
+    Packed,
     Precision,
     Refine,
     RuntimeName,
@@ -465,6 +467,12 @@ class FinetuneConfig:
     patience: int | None = setting(
         None, "epochs in a row without a better one on validation images after which it ends; null: it never ends early"
     )
+    sparsity: float = setting(0.0, "share of the weights that are zero in the end, of matrices and kernels; 0: none")
+    sparsity_scope: str = setting(
+        "global", "within which the smallest weights are chosen: layer (the same share of each) or global"
+    )
+    sparsity_begin: float = setting(0.1, "share of the steps after which weights become zero, more and more of them")
+    sparsity_end: float = setting(0.6, "share of the steps after which all that are to be zero are")
 
     def __post_init__(self) -> None:
         OBJECTIVE.check(self.objective)
@@ -477,6 +485,19 @@ class FinetuneConfig:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError("finetune.ema", self.ema, "a number between 0 and 1, or null")
+        self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        between("finetune", self, 0.0, 1.0, "sparsity", "sparsity_begin", "sparsity_end")
+        if self.sparsity == 1:
+            raise ConfigError("finetune.sparsity", self.sparsity, "a share below 1: something has to be left")
+        if self.sparsity > 0 and self.epochs == 0:
+            raise ConfigError("finetune.sparsity", self.sparsity, "0 with finetune.epochs=0: it is fine-tuning")
+        if self.sparsity_scope not in SCOPES:
+            raise ConfigError("finetune.sparsity_scope", self.sparsity_scope, one_of(SCOPES, self.sparsity_scope))
+        if self.sparsity_end <= self.sparsity_begin:
+            allowed = f"a share above finetune.sparsity_begin={self.sparsity_begin:g}"
+            raise ConfigError("finetune.sparsity_end", self.sparsity_end, allowed)
 
 
 @dataclass(kw_only=True)
@@ -504,6 +525,10 @@ class DeployConfig:
     precision: Precision = setting(Precision.fp32, "precision in which it will run (docs/latency.md)")
     programs: list[str] = setting(
         list(PROGRAMS), f"programs to write beside the weights, of {', '.join(PROGRAMS)} (docs/deploy.md)"
+    )
+    packed: Packed | None = setting(
+        None,
+        "write student.packed.safetensors, without zeros: exact values, or int8; null: exact with finetune.sparsity",
     )
     int8_steps: int = setting(
         50, "steps of training for INT8, of the blocks that lose most by it, where it takes over 0.3 points; 0: none"

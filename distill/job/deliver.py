@@ -24,6 +24,7 @@ from distill.job.first_weights import relative_errors
 from distill.job.halving import STAGES as HALVING
 from distill.job.int8 import deliver_int8, tell_int8
 from distill.job.latency import delivered_latency, form_to_export, tell_missed_latency
+from distill.job.packed import deliver_packed, tell_packed
 from distill.job.reuse import TEACHER
 from distill.job.seconds import seconds_of
 from distill.job.teacher import architecture_of
@@ -37,7 +38,7 @@ from distill.storage.files import read_json, write_json
 from distill.storage.ledger import Entry, Ledger
 from distill.storage.run_directory import RunDirectory
 from distill.student.evaluate import measure_network
-from distill.student.files import StudentCard, save_student
+from distill.student.files import PACKED, StudentCard, save_student
 from distill.student.programs import NOT_WANTED, deliver_programs, deliver_teacher, not_wanted
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         exports = _export(context, dataset, teacher, student, card)
         metrics = _metrics(context, dataset, teacher, student, blocks) | {"exports": exports}
         metrics["int8"] = deliver_int8(context, dataset, student, exports)
+        metrics["student"] |= deliver_packed(context, dataset, student, metrics)
         metrics["latency"] = delivered_latency(context, teacher, student, exports, image_shape=dataset.image_shape)
         if config.search.on:
             training = [found for stage in HALVING if (found := run.result(stage)) is not None]
@@ -111,6 +113,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
         made = ["student.safetensors", "student.json", "metrics.json"]
         written = [*exports.values(), *(metrics["int8"].get(side, {}) for side in ("teacher", "student"))]
         made += [one["file"] for one in written if one.get("status") == "ok"]
+        made += [PACKED] if "packed_bytes" in metrics["student"] else []
         states = [name for name in STUDENTS if name in run.result("evaluate")]  # all: the choice may be another one now
         used = [TEACHER, *(f"{name}.safetensors" for name in states)]
         run.complete(STAGE, {"student": "student.safetensors"}, made=made, used=used)
@@ -123,6 +126,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             )
     _tell_exports(context, metrics.get("exports", {}))
     tell_int8(context, metrics)
+    tell_packed(context, metrics)
     tell_missed_latency(metrics)
     context.say(f"student: {run.path / 'student.safetensors'}")
     context.say(f"report:  {run.path / 'report.html'}")

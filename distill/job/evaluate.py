@@ -81,7 +81,8 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         or held_out_hits(context, name, load_student_state(context, name, teacher, blocks), dataset)
         for name in students
     }
-    delivered = best_of(held_out)
+    sparse = context.config.finetune.sparsity > 0  # which the states before fine-tuning are not
+    delivered = best_of({name: hits for name, hits in held_out.items() if name == "finetuned" or not sparse})
     if delivered is None:
         raise DistillError(
             f"{context.run.path}: no student to deliver: the logits of all of them ({', '.join(students)}) hold nan or "

@@ -12,9 +12,10 @@ from distill.config.choices import Stage
 from distill.config.schema import FinetuneConfig, JobConfig
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
-from distill.errors import ConfigError
+from distill.errors import ConfigError, DistillError
 from distill.job.assemble import load_student_state, save_network
 from distill.job.blocks import Blocks
+from distill.job.companions import companions_for, facts_of, in_words
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
 from distill.job.kept_logits import with_kept_logits
@@ -24,7 +25,6 @@ from distill.job.reuse import TEACHER
 from distill.job.timekeeper import timekeepers
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.averaged import Averaged
 from distill.training.finetune import Epoch, FitOptions, fit
 from distill.training.horizon import Horizon, steps_of, usual_rate
 from distill.training.objective import TeacherHere
@@ -61,6 +61,11 @@ def finetune_student(
     record = context.completed("finetune")
     if record is None:
         record = _finetune(context, dataset, teacher, blocks, start)
+    if record["kept_epoch"] is None and context.config.finetune.sparsity > 0:
+        raise DistillError(
+            f"{context.run.path}: no epoch with finetune.sparsity={context.config.finetune.sparsity:g} came to an end "
+            "with finite logits; try a lower finetune.lr"
+        )
     return ["finetuned"] if record["kept_epoch"] is not None else []
 
 
@@ -93,13 +98,13 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             return
         hits = held_out_hits(context, f"epoch {number}", student, dataset)
         top1 = None if hits.not_finite else hits.percent()["top1"]
-        epoch["validation_top1"] = top1
+        epoch |= {"validation_top1": top1} | facts_of(companions)
         if context.leads:
             context.scalars.add("epochs/finetune_loss", loss, number)
             in_all = round(horizon.total / dataset.steps_per_epoch, 2)
             context.say(
                 f"finetune: epoch {number} of {in_all:g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
-                f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}"
+                f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}{in_words(epoch)}"
             )
         if context.leads and best_epoch(course) == number:
             save_network(context, "finetuned", student)
@@ -107,9 +112,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             horizon.total = epoch["steps"]
             context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
 
-    companions = timekeepers(context, dataset, horizon)
-    if config.ema is not None:
-        companions.append(Averaged(student, config.ema))
+    companions = [*timekeepers(context, dataset, horizon), *companions_for(config, student)]
     course = fit(
         student,
         dataset,
@@ -149,14 +152,20 @@ def _fit_options(config: FinetuneConfig, steps_per_epoch: int) -> FitOptions:
 
 
 def best_epoch(course: Sequence[Epoch]) -> int | None:
-    """Return the number of the best epoch on validation images, the later of equals; None where there is none."""
-    judged = [epoch for epoch in course if epoch.get("validation_top1") is not None]
+    """Return the number of the best epoch on validation images, the later of equals; None where there is none. Epochs
+    after which the student is not yet as it was asked for, such as less sparse, are not considered."""
+    judged = [epoch for epoch in _complete(course) if epoch.get("validation_top1") is not None]
     best = max(judged, key=lambda epoch: (epoch["validation_top1"], epoch["epoch"]), default={"epoch": None})
     return best["epoch"]
 
 
+def _complete(course: Sequence[Epoch]) -> list[Epoch]:
+    return [epoch for epoch in course if epoch.get("complete", True)]
+
+
 def is_exhausted(course: Sequence[Epoch], patience: int | None) -> bool:
     """Return whether so many epochs in a row have not been better on validation images than the best before them."""
+    course = _complete(course)
     if patience is None or len(course) <= patience:
         return False
     before, last = course[:-patience], course[-patience:]

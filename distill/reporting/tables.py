@@ -128,11 +128,26 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         *_accuracies(teacher, student),
         *([row("top-5", "top5", "{:.2f} %")] if teacher.get("top5") is not None else []),
         row("parameters", "params", "{:,.0f}"),
+        *([row("parameters that are not zero", "nonzero_params", "{:,.0f}")] if _is_sparse(student) else []),
         row("parameters of replaced convolutions", "replaced_params", "{:,.0f}"),
         row("bytes", "bytes", "{:,.0f}"),
+        *_packed(teacher, student),
         row("MFLOP per image (2 per multiply-add)", "flops", "{:,.2f}", 1e-6),
         *(_latency(label, speed) for label, speed in latency_rows(metrics)),
     ]
+
+
+def _is_sparse(student: Mapping[str, Any]) -> bool:
+    return "packed_bytes" in student
+
+
+def _packed(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return a row for the file without the zeros, beside the teacher's weights."""
+    if not _is_sparse(student):
+        return []
+    a, b = finite(teacher.get("bytes")), finite(student["packed_bytes"])
+    share = finite(student.get("packed_share"))
+    return [("bytes of the packed file", show(a, "{:,.0f}"), show(b, "{:,.0f}"), show(share, "{:.4f}"))]
 
 
 def _latency(label: str, speed: Speed) -> tuple[str, str, str, str]:

@@ -118,13 +118,14 @@ def first_not_finite(network: nn.Module) -> str | None:
 
 @torch.no_grad()
 def measure_network(network: nn.Module, *, image_shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Return parameters, bytes of the state dict, FLOPs of one image (two per multiply-add) and the median latency in
-    milliseconds at batch 1 and 64, forward only, in the precision of the weights."""
+    """Return parameters, those that are not zero, bytes of the state dict, FLOPs of an image (two a multiply-add) and
+    the median latency in milliseconds at batch 1 and 64, forward only, in the precision of the weights."""
     network.eval()
     image = torch.zeros(1, *image_shape, device=device).to(memory_format=torch.channels_last)
     batch = torch.zeros(64, *image_shape, device=device).to(memory_format=torch.channels_last)
     return {
         "params": sum(parameter.numel() for parameter in network.parameters()),
+        "nonzero_params": sum(int(parameter.count_nonzero()) for parameter in network.parameters()),
         "bytes": sum(tensor.nbytes for tensor in each_once(network.state_dict()).values()),
         "flops": count_flops(lambda: network(image)),
         "latency_ms_batch1": 1000 * measure_seconds(lambda: network(image), device),

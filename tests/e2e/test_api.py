@@ -23,11 +23,11 @@ SMALL = (
 
 
 class Small(nn.Module):
-    def __init__(self, classes: int = 4) -> None:
+    def __init__(self, num_classes: int = 4) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.head = nn.Linear(8, classes)
+        self.head = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.stem(x)).mean((2, 3)))
@@ -48,8 +48,9 @@ def test_a_network_and_loaders_at_hand_become_a_student(model: nn.Module, tmp_pa
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     root = logging.getLogger("distill")
     logged, threads = (root.level, root.propagate, list(root.handlers)), torch.get_num_threads()
+    overrides = (*SMALL, "finetune.sparsity=0.5")
     made = distill.compress(
-        model, DataLoader(images(), batch_size=16), images(40, seed=1), overrides=SMALL, run_dir=tmp_path / "run"
+        model, DataLoader(images(), batch_size=16), images(40, seed=1), overrides=overrides, run_dir=tmp_path / "run"
     )
     assert made.metrics["student"]["params"] < made.metrics["teacher"]["params"]
     assert made.metrics["data"]["test_images"] == 40
@@ -61,13 +62,33 @@ def test_a_network_and_loaders_at_hand_become_a_student(model: nn.Module, tmp_pa
     assert (root.level, root.propagate, list(root.handlers)) == logged
     assert torch.get_num_threads() == threads
     again = distill.compress(
-        model, DataLoader(images(), batch_size=16), images(40, seed=1), overrides=SMALL, run_dir=tmp_path / "run"
+        model, DataLoader(images(), batch_size=16), images(40, seed=1), overrides=overrides, run_dir=tmp_path / "run"
     )
     assert all(torch.equal(a, b) for a, b in zip(again.student.parameters(), made.student.parameters(), strict=True))
     assert distill.report(made.run_dir) == made.run_dir / "report.html"
     other = images(seed=2)
     with pytest.raises(distill.errors.DistillError, match=r"data\.factory"):
-        distill.compress(model, other, images(40, seed=1), overrides=SMALL, run_dir=tmp_path / "run")
+        distill.compress(model, other, images(40, seed=1), overrides=overrides, run_dir=tmp_path / "run")
+    _is_half_zeros(made)
+
+
+def _is_half_zeros(made: distill.Result) -> None:
+    """Assert that half of the matrices' weights are zero, and that the packed file has the same student."""
+    weights = [weight for weight in made.student.parameters() if weight.dim() > 1]
+    sizes, zeros = (
+        sum(map(int, counts)) for counts in zip(*((w.numel(), (w == 0).sum()) for w in weights), strict=True)
+    )
+    assert abs(zeros / sizes - 0.5) < 0.01
+    told, packed = made.metrics["student"], made.run_dir / "student.packed.safetensors"
+    assert told["nonzero_params"] == told["params"] - zeros
+    assert told["packed_bytes"] == packed.stat().st_size
+    assert told["delivered"] == "finetuned"
+    assert made.metrics["finetune"]["epochs"][-1]["complete"]
+    state = distill.load_packed(packed)
+    assert all(torch.equal(state[name], tensor) for name, tensor in made.student.state_dict().items())
+    student = distill.load_student(packed, factory=Small)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(student(x), made.student(x))
 
 
 def test_arguments_that_cannot_be_used_are_refused_by_name(model: nn.Module, tmp_path: Path) -> None:

@@ -51,13 +51,15 @@ UNCHANGED = (
     ("data.root", "/elsewhere"), ("data.num_workers", 0), ("distill.log_every", 3), ("plan.teacher_ranks", 2),
     ("plan.strategy", choices.Strategy.auto), ("plan.strategy", choices.Strategy.relay),
     ("distill.cuda_graphs", False), ("refine.steps", 7),  # without a method
+    ("deploy.packed", choices.Packed.int8),
 )  # fmt: skip
 CHANGED = (
     ("seed", 1), ("distill.lr", 1e-2), ("distill.steps", 7), ("distill.amp", choices.Amp.bf16), ("student.rank", 3),
     ("plan.wire_dtype", choices.WireDtype.bf16), ("data.batch_size", 3),
     ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
     ("assemble.batchnorm_batches", 1), ("plan.strategy", choices.Strategy.ddp), ("teacher.amp", choices.Amp.bf16),
-    ("plan.groups", True), ("refine.method", choices.Refine.progressive),
+    ("plan.groups", True), ("refine.method", choices.Refine.progressive), ("finetune.sparsity", 0.5),
+    ("finetune.sparsity_scope", "layer"), ("finetune.sparsity_begin", 0.2), ("finetune.sparsity_end", 0.7),
 )  # fmt: skip
 
 

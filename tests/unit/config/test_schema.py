@@ -259,6 +259,22 @@ class TestImpossibleValues:
                 lambda: schema.FinetuneConfig(soft_weight=2.0),
                 "finetune.soft_weight: got 2.0; expected a number from 0.0 to 1.0",
             ),
+            (
+                lambda: schema.FinetuneConfig(sparsity=1.0),
+                "finetune.sparsity: got 1.0; expected a share below 1: something has to be left",
+            ),
+            (
+                lambda: schema.FinetuneConfig(sparsity=0.5, epochs=0),
+                "finetune.sparsity: got 0.5; expected 0 with finetune.epochs=0: it is fine-tuning",
+            ),
+            (
+                lambda: schema.FinetuneConfig(sparsity_scope="layers"),
+                "finetune.sparsity_scope: got 'layers'; expected 'layer' (the nearest), or one of layer, global",
+            ),
+            (
+                lambda: schema.FinetuneConfig(sparsity_end=0.1),
+                "finetune.sparsity_end: got 0.1; expected a share above finetune.sparsity_begin=0.1",
+            ),
             (lambda: schema.LaunchConfig(nproc_per_node=0), "launch.nproc_per_node: got 0; expected a number >= 1"),
             (
                 lambda: schema.LaunchConfig(nnodes=2),

@@ -70,6 +70,17 @@ class TestChoosing:
         assert best_epoch([*course[:1], {"epoch": 2, "loss": None}]) == 1
         assert best_epoch([{"epoch": 1, "loss": None}]) is None
 
+    def test_epochs_that_are_not_yet_as_sparse_as_asked_are_not_considered(self) -> None:
+        shares = [(90.0, False), (92.0, False), (80.0, True), (81.0, True), (70.0, True)]
+        course = [
+            {"epoch": number, "validation_top1": top1, "complete": complete}
+            for number, (top1, complete) in enumerate(shares, start=1)
+        ]
+        assert best_epoch(course[:2]) is None
+        assert best_epoch(course) == 4
+        assert not is_exhausted(course[:4], 2)
+        assert is_exhausted(course, 1)
+
     @pytest.mark.parametrize(
         ("accuracies", "patience", "exhausted"),
         [
