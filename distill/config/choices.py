@@ -92,6 +92,13 @@ class Init(Choice):
     random = "random"
 
 
+class ActivationName(Choice):
+    """What is in the place of ReLU in students."""
+
+    keep = "keep"
+    lma = "lma"
+
+
 class OptimizerName(Choice):
     adam = "adam"
     sgd = "sgd"

@@ -48,7 +48,7 @@ _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
     ("finetune.patience", None), ("finetune.views", None), ("finetune.ema", None), ("finetune.amp", "off"),
-    ("finetune.sparsity", 0.0), ("finetune.sparsity_scope", "global"), ("finetune.sparsity_begin", 0.1),
+    ("activation.name", "keep"), ("finetune.sparsity", 0.0), ("finetune.sparsity_scope", "global"), ("finetune.sparsity_begin", 0.1),
     ("finetune.sparsity_end", 0.6),
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
     ("student.options", {}), ("student.per_block", []), ("student.align", None),

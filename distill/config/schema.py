@@ -20,6 +20,7 @@ from distill.config.choices import (
     PROGRAMS,
     RECIPES,
     SCOPES,
+    ActivationName,
     Amp,
     AugmentName,
     BudgetName,
@@ -208,6 +209,13 @@ class StudentConfig:
         if self.recipe == "separable_x2" and self.init is not Init.random:
             allowed = "random: separable_x2 has no initialisation from the teacher"
             raise ConfigError("student.init", self.init.name, allowed)
+
+
+@dataclass(kw_only=True)
+class ActivationConfig:
+    name: ActivationName = setting(
+        ActivationName.keep, "in the place of ReLU in blocks that change: keep, or lma (light multi-segment activation)"
+    )
 
 
 @dataclass(kw_only=True)
@@ -601,6 +609,7 @@ class JobConfig:
     teacher: TeacherConfig = MISSING
     data: DataConfig = MISSING
     student: StudentConfig = MISSING
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     budget: TimeConfig = field(default_factory=TimeConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)

@@ -19,6 +19,7 @@ from distill.config.schema import JobConfig
 from distill.cuda.graphs import cuda_capture
 from distill.cuda.lanes import Lane
 from distill.errors import ConfigError, one_of
+from distill.job.activations import Activations
 from distill.job.candidates import Candidate, propose, propose_streams
 from distill.job.recipes import recipe_of, recipes_of
 from distill.planning.unit import Proposal, Unit, number_units
@@ -75,8 +76,7 @@ class Blocks:
         statistics: Mapping[str, InputStatistics] | None = None,
     ) -> nn.Module:
         """Return a unit's module: with a generator its first weights, without one weights that mean nothing."""
-        one = self.candidates[number]
-        return one.recipe.student(self.chain.block_module(one.input), one.changes, generator, statistics)
+        return self.candidates[number].built(self.chain, generator, statistics)
 
     def teacher_module(self, number: int) -> nn.Module:
         """Return what a unit stands for: a copy of the teacher's blocks between its boundaries."""
@@ -111,6 +111,11 @@ def cut_blocks(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modu
         others, left = propose(chain, teacher, images, alone, first_layer=config.student.first_layer)
         candidates = {one.input: one for one in sorted([*found, *others], key=lambda one: one.input)}
         kept |= left | other_convolutions(teacher)
+        activations = Activations.of(config, chain)
+        if activations is not None and candidates:
+            candidates = {block: activations.candidate(one) for block, one in candidates.items()}
+            kept |= activations.kept(candidates.values())
+            activations.refuse_none(candidates.values())
         if not any(one.trains for one in candidates.values()):
             raise _nothing_to_replace(config, chain, kept)
         if device.type != "meta":
@@ -157,7 +162,7 @@ def refuse_strangers(teacher: nn.Module, chain: Chain, images: Tensor, candidate
 
     def fits(blocks: Sequence[int]) -> bool:
         chosen = {block: candidates[block] for block in blocks}
-        students = {k: one.recipe.student(chain.block_module(k), one.changes) for k, one in chosen.items()}
+        students = {k: one.built(chain) for k, one in chosen.items()}
         weights = [student.state_dict() for student in students.values()]
         changed = [(one.recipe, one.changes) for one in chosen.values()]
         return in_a_row(assemble(teacher, changed=changed, blocks=weights), chain, students, images)

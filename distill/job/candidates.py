@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from distill.blocks.chain import Chain
 from distill.blocks.tracing import UntraceableError
 from distill.blocks.whole import whole_modules
 from distill.job.recipes import Named
+from distill.profiling.statistics import InputStatistics
 from distill.recipes import Changes, Kept, Recipe, Stream, View
+from distill.recipes.activations import made_student
 from distill.recipes.crossing import Crossing
 
 
@@ -28,6 +30,15 @@ class Candidate:
     target: int
     trains: bool = True  # a student without weights, such as a shortcut, is put in its place and never planned
     label: str = ""  # what it is called among several for its block
+
+    def built(
+        self,
+        chain: Chain,
+        generator: torch.Generator | None = None,
+        statistics: Mapping[str, InputStatistics] | None = None,
+    ) -> nn.Module:
+        """Return its module: with a generator its first weights, without one weights that mean nothing."""
+        return made_student(self.recipe, chain.block_module(self.input), self.changes, generator, statistics)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -72,9 +83,10 @@ def try_out(
             if changes is None:
                 yield None, left
                 continue
-            student = one.recipe.student(chain.block_module(block), changes)
+            found = Candidate(one.name, one.recipe, changes, block, block + 1, label=one.label)
+            student = found.built(chain)
             trains = any(True for _ in student.parameters())
-            yield (Candidate(one.name, one.recipe, changes, block, block + 1, trains, one.label), student), left
+            yield (replace(found, trains=trains), student), left
 
 
 @torch.no_grad()
@@ -128,7 +140,7 @@ def try_out_streams(
                 continue  # one of them stays: without it, it is another run
             label = f"{one.label} of {' to '.join(dict.fromkeys([next(iter(run)), next(reversed(run))]))}"
             members = [Candidate(one.name, one.recipe, own, at, at + 1, label=label) for at, own in changed.items()]
-            modules = [each.recipe.student(chain.block_module(each.input), each.changes) for each in members]
+            modules = [each.built(chain) for each in members]
             yield list(zip(members, modules, strict=True))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.blocks.chain import Chain, copied
 from distill.config.schema import JobConfig
 from distill.errors import ConfigError
+from distill.job.activations import Activations
 from distill.job.blocks import (
     Blocks,
     at_work,
@@ -133,7 +134,12 @@ def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modul
         alone = try_out(chain, teacher, images, _of_one_block(tried), first_layer=config.student.first_layer)
         streams = try_out_streams(chain, crossing, tried) if crossing is not None else ()
         found = itertools.chain(([one] for one, _ in alone if one is not None), streams)
+        activations = Activations.of(config, chain)
+        if activations is not None:
+            found = map(activations.pairs, found)
         swaps = tuple(swaps_of(chain, found))
+        if activations is not None:
+            activations.refuse_none(one for swap in swaps for one in swap.members)
         without = {*tried} - {block for swap in swaps for block in swap.covers}
         remarks = (*_remarks(chain, without), *remarks_on(kept))
         pool = Pool(at_work(config, chain, device), swaps, amounts_of(copied(teacher), images[:1]), remarks)

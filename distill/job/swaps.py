@@ -73,7 +73,7 @@ class Swap:
 
     def students(self, chain: Chain) -> dict[int, nn.Module]:
         """Return the modules of its members by block, with weights that mean nothing."""
-        return {one.input: one.recipe.student(chain.block_module(one.input), one.changes) for one in self.members}
+        return {one.input: one.built(chain) for one in self.members}
 
     def with_units(self, units: Units) -> Swap:
         """Return the swap with the units of its streams that stay."""

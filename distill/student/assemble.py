@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.blocks.chain import Chain, agree, copied, made_trainable
 from distill.recipes import Changes, Recipe
+from distill.recipes.activations import install
 from distill.storage.aliases import versioned
 
 
@@ -21,7 +22,7 @@ def assemble(
     """
     student = copied(teacher)
     for recipe, changes in changed:
-        recipe.install(student, changes)
+        install(recipe, student, changes)
     state: dict[str, Tensor] = {}
     for weights in blocks:
         assert not state.keys() & weights.keys(), "two blocks hold the same weights"

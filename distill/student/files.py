@@ -15,6 +15,7 @@ from torch import nn
 from distill.errors import ConfigError, DistillError
 from distill.extensions import named
 from distill.recipes import RECIPES, Recipe
+from distill.recipes.activations import install
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import contiguous
 from distill.storage.files import DamagedFileError, read_bytes, read_json, write_bytes, write_json
@@ -113,7 +114,7 @@ def _build(
                 recipes = {**recipes, name: named("student.recipe", name, recipes, "distill.recipes")}
             if name not in recipes:
                 raise DistillError(f"{path}: made by the recipe {name!r}, whose class load_student(recipes=...) takes")
-            recipes[name](**block["options"]).install(student, block["changes"])
+            install(recipes[name](**block["options"]), student, block["changes"])
     except ConfigError as error:  # its words name settings of the run that made the student
         raise DistillError(f"{path}: the network that it describes cannot be built here: {error}") from error
     except (KeyError, TypeError, AttributeError, AssertionError) as error:

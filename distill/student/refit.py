@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from distill.blocks.chain import Chain
 from distill.profiling.statistics import WIDEST, rows_of
 from distill.recipes.least_squares import matrix, scale_of
+from distill.recipes.segments import segmented
 
 RIDGE = 1e-3  # of the features' mean variance
 TOLERANCE = 1e-4  # relative: to that the layer must enter the output as a sum
@@ -35,7 +36,7 @@ Pair = tuple[Tensor, Tensor]  # of the same images: what the teacher's block get
 # What a block may end with that a least-squares target lies before; each is given its input first.
 ACTIVATIONS = (
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.hardtanh, F.hardswish, F.silu, F.gelu, F.elu, F.mish,
-    torch.relu, torch.relu_,
+    torch.relu, torch.relu_, segmented,
 )  # fmt: skip
 
 

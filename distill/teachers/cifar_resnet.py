@@ -35,17 +35,19 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = PaddedShortcut(in_channels=in_channels, out_channels=out_channels)
+        self.relu2 = nn.ReLU()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, out_channels, H/stride, W/stride)."""
-        out_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
+        out_BCHW = self.relu1(self.bn1(self.conv1(x_BCHW)))
         out_BCHW = self.bn2(self.conv2(out_BCHW))
-        return F.relu(out_BCHW + self.shortcut(x_BCHW))
+        return self.relu2(out_BCHW + self.shortcut(x_BCHW))  # type: ignore[no-any-return]
 
 
 class CifarResNet(nn.Module):
