@@ -135,11 +135,11 @@ def find_pool(config: JobConfig, image_shape: tuple[int, ...], teacher: nn.Modul
         streams = try_out_streams(chain, crossing, tried) if crossing is not None else ()
         found = itertools.chain(([one] for one, _ in alone if one is not None), streams)
         activations = Activations.of(config, chain)
+        swaps = tuple(swaps_of(chain, found if activations is None else map(activations.pairs, found)))
         if activations is not None:
-            found = map(activations.pairs, found)
-        swaps = tuple(swaps_of(chain, found))
-        if activations is not None:
-            activations.refuse_none(one for swap in swaps for one in swap.members)
+            members = [one for swap in swaps for one in swap.members]
+            activations.refuse_none(members)
+            kept |= activations.kept(members)
         without = {*tried} - {block for swap in swaps for block in swap.covers}
         remarks = (*_remarks(chain, without), *remarks_on(kept))
         pool = Pool(at_work(config, chain, device), swaps, amounts_of(copied(teacher), images[:1]), remarks)

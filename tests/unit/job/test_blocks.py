@@ -61,3 +61,34 @@ def test_units_of_a_stream_read_what_those_before_them_give() -> None:
 def test_streams_that_another_block_has_too_stay_and_where_all_do_the_recipe_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"student.recipe: got 'stream'.*conv1.*has another recipe, or none"):
         cut_with("{layer3.1: {recipe: keep}}", "student=stream", "student.align=8")
+
+
+def activations_of(blocks: Blocks) -> dict[str, list[str]]:
+    names = {one.input: blocks.chain.blocks[one.input].name for one in blocks.in_order}
+    return {names[one.input]: one.changes.get("activations", {}).get("lma", []) for one in blocks.in_order}
+
+
+def test_students_of_every_recipe_get_the_activation_that_is_asked_for_and_begin_as_relu() -> None:
+    recipes = "{layer1.1: {recipe: skip}, layer2.1: {recipe: separable_x2, init: random}, layer2.2: {recipe: one_conv}}"
+    teacher, blocks = cut_with(recipes, "activation=lma", "student.first_layer=true")
+    found = activations_of(blocks)
+    assert found["layer1.0"] == ["layer1.0.relu1", "layer1.0.relu2"]
+    assert found["layer1.1"] == []
+    assert len(found["layer2.1"]) == 6
+    assert found["layer2.2"] == ["layer2.2.relu"]
+    _, plain = cut_with(recipes, "student.first_layer=true")
+    x = torch.randn(2, 16, 16, 16)
+    for number in (1, 5):
+        both = [one.build(number, torch.Generator().manual_seed(0)).eval() for one in (blocks, plain)]
+        shape = blocks.chain.boundaries[blocks.units[number].input].shape[1:]
+        inputs = x if number == 1 else torch.randn(2, *shape)
+        assert torch.equal(*(one(inputs) for one in both))
+    modules = {one.input: blocks.build(k, torch.Generator().manual_seed(0)) for k, one in blocks.candidates.items()}
+    weights = [modules[number].state_dict() for number in blocks.units]
+    student = assemble(teacher, changed=blocks.changed, blocks=weights)
+    assert in_a_row(student, blocks.chain, modules, torch.randn(2, 3, 16, 16))
+
+
+def test_an_activation_that_comes_nowhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"activation: got 'lma'; expected keep: no student block has a ReLU that is"):
+        cut_with("{}", "activation=lma", "student.first_layer=true", "blocks.include=[conv1]")
