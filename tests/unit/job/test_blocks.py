@@ -70,19 +70,19 @@ def activations_of(blocks: Blocks) -> dict[str, list[str]]:
 
 def test_students_of_every_recipe_get_the_activation_that_is_asked_for_and_begin_as_relu() -> None:
     recipes = "{layer1.1: {recipe: skip}, layer2.1: {recipe: separable_x2, init: random}, layer2.2: {recipe: one_conv}}"
+    torch.manual_seed(0)
     teacher, blocks = cut_with(recipes, "activation=lma", "student.first_layer=true")
     found = activations_of(blocks)
     assert found["layer1.0"] == ["layer1.0.relu1", "layer1.0.relu2"]
     assert found["layer1.1"] == []
     assert len(found["layer2.1"]) == 6
     assert found["layer2.2"] == ["layer2.2.relu"]
+    torch.manual_seed(0)  # the same teacher
     _, plain = cut_with(recipes, "student.first_layer=true")
-    x = torch.randn(2, 16, 16, 16)
     for number in (1, 5):
-        both = [one.build(number, torch.Generator().manual_seed(0)).eval() for one in (blocks, plain)]
-        shape = blocks.chain.boundaries[blocks.units[number].input].shape[1:]
-        inputs = x if number == 1 else torch.randn(2, *shape)
-        assert torch.equal(*(one(inputs) for one in both))
+        inputs = torch.randn(2, *blocks.chain.boundaries[blocks.units[number].input].shape[1:])
+        one, other = (each.build(number, torch.Generator().manual_seed(0)).eval() for each in (blocks, plain))
+        assert torch.equal(one(inputs), other(inputs))
     modules = {one.input: blocks.build(k, torch.Generator().manual_seed(0)) for k, one in blocks.candidates.items()}
     weights = [modules[number].state_dict() for number in blocks.units]
     student = assemble(teacher, changed=blocks.changed, blocks=weights)
