@@ -70,12 +70,15 @@ def segmented(x: Tensor, lines: Tensor, per_width: Tensor, zero: Tensor) -> Tens
     """Return slope * x + bias of the segment in which each value of `x` is, of any shape; `lines` are all slopes, and
     all biases (2, segments). Segment number `zero` begins at zero, and there are `per_width` to a unit."""
     if has_torch_function_unary(x):
-        return handle_torch_function(segmented, (x,), x, lines, per_width, zero)  # type: ignore[no-any-return]
+        met: Tensor = handle_torch_function(segmented, (x,), x, lines, per_width, zero)
+        return met
     if torch.compiler.is_compiling():  # also where a program is exported: operations alone, each of all values
         numbers = _numbers(_places(x, per_width, zero)).reshape(-1)
         slope, bias = (line.index_select(0, numbers).reshape(x.shape) for line in lines.to(x.dtype))
-        return slope * x + bias
-    return _Segmented.apply(x, lines, per_width, zero)  # type: ignore[no-any-return, no-untyped-call]
+        exported: Tensor = slope * x + bias
+        return exported
+    result: Tensor = _Segmented.apply(x, lines, per_width, zero)
+    return result
 
 
 def _places(x: Tensor, per_width: Tensor, zero: Tensor) -> Tensor:
@@ -148,4 +151,4 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the values of dense tensors of one form, part by part in the order of memory."""
     rows = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     size = AT_A_TIME if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
-    return zip(*(row.split(size) for row in rows), strict=True)
+    return zip(*(torch.split(row, size) for row in rows), strict=True)

@@ -73,7 +73,7 @@ def overall(weights: Sequence[Tensor], share: float) -> list[Tensor]:
     """
     scores = torch.cat([_relative_squares(weight.flatten()) for weight in weights])
     chosen = smallest(scores, round(share * len(scores)))
-    parts = chosen.split([weight.numel() for weight in weights])
+    parts = torch.split(chosen, [weight.numel() for weight in weights])
     return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
@@ -99,6 +99,8 @@ class Sparsity(Companion):
         if not self._weights:
             raise DistillError("finetune.sparsity: the student has no matrices of weights that could be sparse")
         self._ramp, self._choose = ramp, SCOPES[scope]
+        self._asked = 0.0
+        self._gone: dict[str, Tensor] = {}
         self.load({})
 
     @property
