@@ -16,12 +16,11 @@ from distill.job.assemble import load_student_state, save_network
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
-from distill.job.outside import objective_for
+from distill.job.objective import prepared
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.finetune import Epoch, FitOptions, Team, fit, steps_of, usual_rate
-from distill.training.objective import TeacherHere
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +83,12 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         if context.leads and best_epoch(course) == number:
             save_network(context, "finetuned", student)
 
-    objective = objective_for(context.config, student, teacher, dataset.image_shape)
+    objective, outputs = prepared(context, dataset, student, teacher, blocks)
     course = fit(
         student,
         dataset,
         objective,
-        teacher=TeacherHere(teacher, objective.taps),
+        teacher=outputs,
         options=fit_options,
         team=_team(context),
         device=context.device,

@@ -100,7 +100,8 @@ def fit(
     frozen = [network.get_submodule(path) for path in in_eval]
     share = team.share(dataset.batch_size)
     tapped = Tapped(network, objective.taps)
-    lesson = Lesson(trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed)
+    total = steps_of(options.epochs, dataset.steps_per_epoch)
+    lesson = Lesson(trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed, total=total)
     with _learner(lesson) as learn:
         for epoch in range(len(course), math.ceil(options.epochs)):
             start = time.perf_counter()
@@ -209,12 +210,13 @@ class Lesson:
     team: Team
     share: float
     seed: int
+    total: int  # steps of the course
 
     def differentiate(self, batch: Batch, step: int) -> Tensor:
         """Add this rank's share of the gradients of both losses to what weights have; return that of the network's."""
         objective = self.trained.objective
         address = Address(self.seed, step, self.team.rank, self.team.world_size)
-        seen = Seen(self.tapped(batch.images), batch, address, self.teacher)
+        seen = Seen(self.tapped(batch.images), batch, address, self.teacher, progress=step / self.total)
         value: Tensor = self.share * objective(seen)
         own = objective.own_loss(seen.detached())
         value.backward()  # type: ignore[no-untyped-call]
