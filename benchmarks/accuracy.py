@@ -4,15 +4,16 @@ the same student and the same seconds.
     python benchmarks/accuracy.py SCRATCH --data CIFAR10_FOLDER --teachers FOLDER [--rows NAME ...] [--seconds 400]
 
 CIFAR10_FOLDER holds train.parquet and test.parquet; FOLDER, resnet20-12fca82f.th and resnet44-014dd654.th. Rows are in
-benchmarks/accuracy_rows.py. Every row is `python -m distill` with its settings, one thread a rank, no
-programs written unless a row says so, over --seeds. Its CPU seconds are those of all its processes from start to end.
-How many steps fit into them follows from two short commands of the same settings, whose pace is kept in SCRATCH: a
-command that cannot be that short is told and left out. Test images are seen once a row, by the student that validation
-images chose. Torch-Pruning's students get all of the seconds for training; pruning and evaluation come on top.
+benchmarks/accuracy_rows.py. Every row is `python -m distill` with its settings, one thread a rank, no programs written
+unless a row says so, over --seeds. Its CPU seconds are those of all its processes from start to end. How many steps fit
+into them follows from two short commands of the same settings, whose pace is kept in SCRATCH: what a command needs
+without a step has to fit too. Test images are seen once a row, by the student that validation images chose.
+Torch-Pruning's students get all of the seconds for training; pruning and evaluation come on top.
 
 Rows that are in the result file stay there until they are run again. A row that was stopped goes on with the seed that
-it was at. --steps BLOCKS FINETUNE takes so many steps in the place of what fits, --also more settings: for a trial of
-rows, written to the file of --name.
+it was at: what the same command has given is in SCRATCH, with its commit. A row that fails is told at the end.
+--steps BLOCKS FINETUNE takes so many steps in the place of what fits, --also adds settings to all commands: for a trial
+of rows, written to the file of --name.
 """
 
 from __future__ import annotations
@@ -67,15 +68,15 @@ class Bench:
 
     @property
     def scratch(self) -> Path:
-        return self.args.scratch.absolute()
+        return Path(self.args.scratch).absolute()
 
     def task(self, name: str) -> list[str]:
         """Return the overrides of a task, with its folders; its images and its teacher are made where they are not
         there."""
-        task, data = TASKS[name], self.args.data.absolute()
+        task, data = TASKS[name], Path(self.args.data).absolute()
         places: dict[str, Callable[[], Path]] = {
             "{data}": lambda: data,
-            "{teachers}": self.args.teachers.absolute,
+            "{teachers}": lambda: Path(self.args.teachers).absolute(),
             "{noisy}": lambda: with_wrong_labels(data, self.scratch / "wrong_labels"),
             "{mnist}": lambda: mnist(self.scratch / "mnist"),
         }

@@ -66,7 +66,7 @@ BUDGETS = (60, 120, 400, 900, 1800)
 # quarter of its 40 epochs is fine-tuning.
 FIRST_PAPER = (
     "student=separable_x2", "student.init=random", "blocks.granularity=modules",
-    "blocks.modules=['layer*.*.conv1','layer*.*.conv2']", "distill.loss=mse", "distill.optimizer=rmsprop",
+    "blocks.modules=['layer*.*.conv*']", "distill.loss=mse", "distill.optimizer=rmsprop",
     "distill.smoothing=0.9", "distill.lr=2e-3", "distill.schedule=constant", "assemble.batchnorm_batches=0",
     "assemble.refit_images=0", "finetune.soft_weight=0", "finetune.lr=3e-3", "finetune.weight_decay=0",
 )  # fmt: skip
@@ -81,6 +81,7 @@ ROWS = {
     "ours, half of it whole stages": Row(
         overrides=(*SEPARABLE, "blocks.granularity=resolution"), blocks=0.5, seconds=BUDGETS
     ),
+    "ours, divided by the command itself": Row(overrides=(*SEPARABLE, "budget.seconds={seconds}"), seconds=BUDGETS),
     "from scratch, labels alone": Row(overrides=(*FROM_SCRATCH, "finetune.soft_weight=0", "finetune.lr=0.1")),
     "from scratch, soft targets": Row(overrides=(*FROM_SCRATCH, "finetune.lr=0.1")),
     "blocks from random weights": Row(overrides=(*FROM_SCRATCH, "finetune.lr=0.05"), blocks=0.5),
@@ -112,6 +113,10 @@ ROWS = {
         overrides=(*SEPARABLE, "finetune.objective=entropy_temperature", "finetune.soft_weight=0.98")
     ),
     "activations, fading": Row(overrides=(*SEPARABLE, "finetune.feature_weight=1")),
+    "one view, passes in fp32": Row(overrides=(*SEPARABLE, "finetune.amp=off")),
+    "two views whose logits are kept": Row(overrides=(*SEPARABLE, "finetune.views=2")),
+    "weights averaged": Row(overrides=(*SEPARABLE, "finetune.ema=0.99")),
+    "refined progressively": Row(overrides=(*SEPARABLE, "refine=progressive")),
     "wrong labels": Row(task="ResNet-20, 20 % of the labels wrong", overrides=SEPARABLE),
     "wrong labels, fused over 4 views": Row(
         task="ResNet-20, 20 % of the labels wrong",
@@ -119,6 +124,10 @@ ROWS = {
         goal="+1.0 over one view",
     ),
     "separable rank 1": Row(overrides=WEAK),
+    "separable rank 1, multi-segment activations": Row(overrides=(*WEAK, "activation=lma"), goal="+0.5 over rank 1"),
+    "three quarters of the weights zero": Row(
+        overrides=(*SEPARABLE, "finetune.sparsity=0.75"), seconds=(1800,), goal="at most 20k not zero: at least 88.1"
+    ),
 }
 # The same with two ranks: their command takes as many steps as that of one rank.
 TWO_RANKS = ", 2 ranks"

@@ -444,6 +444,9 @@ class FinetuneConfig:
             allowed = "none with finetune.objective=entropy_temperature, which has finetune.options.mu and k"
             raise ConfigError("finetune.temperature", self.temperature, allowed)
         at_least("finetune", self, epochs=0, lr=0, weight_decay=0, fused_views=1)
+        if self.fused_views > 1 and self.soft_weight == 0:
+            allowed = "1 with finetune.soft_weight=0: nothing is made of the teacher's predictions"
+            raise ConfigError("finetune.fused_views", self.fused_views, allowed)
         if not 0 <= self.feature_weight < math.inf:
             raise ConfigError("finetune.feature_weight", self.feature_weight, "a number >= 0")
         between("finetune", self, 0.0, 1.0, "soft_weight")

@@ -230,7 +230,7 @@ class Dataset:
 
     def redrawn(self, step: int, number: int, part: int = 0, num_parts: int = 1) -> Batch:
         """Return the images of train_batch(step, part, num_parts) in another augmentation, the `number`-th (from 1):
-        fresh numbers where its own are, one of the views behind its own where views are fixed."""
+        fresh numbers where its own are, the `number`-th view behind its own where views are fixed."""
         rows, epoch = self._order.rows(step)[part::num_parts], step // self.steps_per_epoch
         size = self._reading.squaring.image_size
         if self._views is None:
@@ -238,7 +238,7 @@ class Dataset:
             draws = draw(batch_size=self.batch_size, image_size=size, seed=seed, step=step).part(part, num_parts)
             name = f"epoch {epoch}, redrawn {number}"
         else:
-            view = epoch % self._views + number
+            view = (epoch + number) % self._views
             draws, name = self._view_draws(rows, view), f"view {view}"
         images_BHWC, labels = self._images.read(self._request(rows, draws, name))
         return self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)

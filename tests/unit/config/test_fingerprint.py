@@ -57,7 +57,7 @@ CHANGED = (
     ("plan.wire_dtype", choices.WireDtype.bf16), ("data.batch_size", 3),
     ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
     ("assemble.batchnorm_batches", 1), ("plan.strategy", choices.Strategy.ddp), ("teacher.amp", choices.Amp.bf16),
-    ("plan.groups", True),
+    ("plan.groups", True), ("finetune.fused_views", 2), ("finetune.feature_weight", 0.5),
 )  # fmt: skip
 
 

@@ -259,6 +259,21 @@ class TestImpossibleValues:
                 lambda: schema.FinetuneConfig(soft_weight=2.0),
                 "finetune.soft_weight: got 2.0; expected a number from 0.0 to 1.0",
             ),
+            (
+                lambda: schema.FinetuneConfig(objective="entropy_temperature", temperature=2.0),
+                "finetune.temperature: got 2.0; expected none with finetune.objective=entropy_temperature, which has "
+                "finetune.options.mu and k",
+            ),
+            (lambda: schema.FinetuneConfig(fused_views=0), "finetune.fused_views: got 0; expected a number >= 1"),
+            (
+                lambda: schema.FinetuneConfig(fused_views=2, soft_weight=0.0),
+                "finetune.fused_views: got 2; expected 1 with finetune.soft_weight=0: nothing is made of the teacher's "
+                "predictions",
+            ),
+            (
+                lambda: schema.FinetuneConfig(feature_weight=float("nan")),
+                "finetune.feature_weight: got nan; expected a number >= 0",
+            ),
             (lambda: schema.LaunchConfig(nproc_per_node=0), "launch.nproc_per_node: got 0; expected a number >= 1"),
             (
                 lambda: schema.LaunchConfig(nnodes=2),

@@ -148,7 +148,7 @@ def test_a_setting_that_cannot_be_honoured_is_named(setting: str, changes: dict[
 
 
 @pytest.mark.parametrize("memory_limit_gib", [4.0, 0.0], ids=["memory", "stream"])
-@pytest.mark.parametrize("views", [None, 2])
+@pytest.mark.parametrize("views", [None, 3])
 def test_redrawn_batches_are_the_same_images_in_other_augmentations(views: int | None, memory_limit_gib: float) -> None:
     dataset = opened(memory_limit_gib=memory_limit_gib).with_views(views)
     step = dataset.steps_per_epoch + 1
