@@ -38,8 +38,10 @@ from distill.storage.checkpoint import CheckpointFolder
 from distill.student.assemble import recalibrate
 from distill.student.evaluate import count_hits
 from distill.student.programs import onnx_program
-from distill.training.finetune import FitOptions, Team, fit, usual_rate
+from distill.training.finetune import FitOptions, fit
+from distill.training.horizon import usual_rate
 from distill.training.objective import Address, Distillation, Outputs, Seen, TeacherHere
+from distill.training.team import Team
 
 BUDGETS = {"latency": 0.5, "params": 0.3}
 BATCHES = (1, 64)  # of which latency is measured

@@ -106,6 +106,12 @@ class Amp(Choice):
     bf16 = "bf16"
 
 
+class TrainingAmp(Choice):
+    auto = "auto"
+    off = "off"
+    bf16 = "bf16"
+
+
 class Stop(Choice):
     steps = "steps"
     plateau = "plateau"

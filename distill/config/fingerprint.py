@@ -47,6 +47,7 @@ _NOT_SEARCHED = {"student.recipe", "student.rank"}
 _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("teacher.amp", "off"), ("distill.views", None), ("data.resize", None), ("data.interpolation", "bilinear"),
     ("data.crop_mode", "centre"), ("finetune.objective", "distillation"), ("finetune.options", {}),
+    ("finetune.patience", None), ("finetune.views", None), ("finetune.ema", None), ("finetune.amp", "off"),
     ("data.factory", None), ("data.options", {}), ("student.statistics_batches", 8),
     ("student.options", {}), ("student.per_block", []), ("student.align", None),
     ("search.budget.params", None), ("search.budget.flops", None), ("search.budget.bytes", None),

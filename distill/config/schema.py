@@ -39,6 +39,7 @@ from distill.config.choices import (
     Stop,
     Strategy,
     TeacherSource,
+    TrainingAmp,
     WireDtype,
 )  # fmt: skip
 from distill.config.outside import DATA, LOSS, OBJECTIVE, RECIPE
@@ -434,6 +435,20 @@ class FinetuneConfig:
     feature_weight: float = setting(
         0.0, "weight of the error of activations between blocks, which fades over the course; 0: none"
     )
+    amp: TrainingAmp = setting(
+        TrainingAmp.auto,
+        "precision of passes; auto: bf16 where timed steps show it to be faster (docs/finetuning.md)",
+    )
+    views: int | None = setting(
+        None,
+        "fixed augmentations of every image, of which the teacher's logits are kept; null: fresh ones in every epoch",
+    )
+    ema: float | None = setting(
+        None, "decay of a moving average of the weights, which is judged and delivered in their place; null: none"
+    )
+    patience: int | None = setting(
+        None, "epochs in a row without a better one on validation images after which it ends; null: it never ends early"
+    )
 
     def __post_init__(self) -> None:
         OBJECTIVE.check(self.objective)
@@ -443,15 +458,20 @@ class FinetuneConfig:
         if self.objective == "entropy_temperature" and self.temperature != USUAL_TEMPERATURE:
             allowed = "none with finetune.objective=entropy_temperature, which has finetune.options.mu and k"
             raise ConfigError("finetune.temperature", self.temperature, allowed)
-        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, fused_views=1)
+        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, fused_views=1, patience=1, views=1)
         if self.fused_views > 1 and self.soft_weight == 0:
             allowed = "1 with finetune.soft_weight=0: nothing is made of the teacher's predictions"
+            raise ConfigError("finetune.fused_views", self.fused_views, allowed)
+        if self.views is not None and self.fused_views not in (1, self.views):
+            allowed = f"1, or all of finetune.views={self.views}, whose logits are known"
             raise ConfigError("finetune.fused_views", self.fused_views, allowed)
         if not 0 <= self.feature_weight < math.inf:
             raise ConfigError("finetune.feature_weight", self.feature_weight, "a number >= 0")
         between("finetune", self, 0.0, 1.0, "soft_weight")
         if not 0 < self.temperature < math.inf:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError("finetune.ema", self.ema, "a number between 0 and 1, or null")
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -16,13 +17,22 @@ from distill.job.assemble import load_student_state, save_network
 from distill.job.blocks import Blocks
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
-from distill.job.objective import prepared
+from distill.job.kept_logits import with_kept_logits
+from distill.job.objective import with_features, with_fused_views
+from distill.job.outside import objective_for
+from distill.job.pace import find_pace
 from distill.job.reuse import TEACHER
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit, steps_of, usual_rate
+from distill.training.averaged import Averaged
+from distill.training.finetune import Epoch, FitOptions, fit
+from distill.training.horizon import Horizon, steps_of, usual_rate
+from distill.training.objective import TeacherHere
+from distill.training.team import Team
 
 log = logging.getLogger(__name__)
+
+SETBACKS = 3  # halvings of the rate, after losses that are not finite
 
 
 def refuse_ranks_without_rows(config: JobConfig, *, world_size: int) -> None:
@@ -52,10 +62,19 @@ def finetune_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
 
 
 def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> Epoch:
-    fit_options = _fit_options(context.config.finetune, dataset.steps_per_epoch)
+    config = context.config.finetune
+    fit_options = _fit_options(config, dataset.steps_per_epoch)
+    dataset = dataset.with_views(config.views)
+    horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
     student = load_student_state(context, "recalibrated", teacher, blocks)
     origin = context.run.origin(TEACHER, "recalibrated.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
+    objective = objective_for(context.config, student, teacher, dataset.image_shape)
+    objective = with_features(context, objective, student, teacher, blocks)
+    pace = find_pace(context, dataset, student, teacher, objective, steps=horizon.total)
+    source = pace.outputs(TeacherHere(teacher, objective.taps))
+    source = with_kept_logits(context, dataset, source, objective, _team(context, "kept logits"))
+    source = with_fused_views(context, dataset, source)
     context.say(
         f"finetune: {show_count(fit_options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}, "
         f"peak rate {fit_options.lr:.3g}"
@@ -82,15 +101,20 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             )
         if context.leads and best_epoch(course) == number:
             save_network(context, "finetuned", student)
+        if is_exhausted(course, config.patience) and epoch["steps"] < horizon.total:
+            horizon.total = epoch["steps"]
+            context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
 
-    objective, outputs = prepared(context, dataset, student, teacher, blocks)
     course = fit(
         student,
         dataset,
         objective,
-        teacher=outputs,
+        teacher=source,
+        companions=[] if config.ema is None else [Averaged(student, config.ema)],
+        computing=pace.computing(student, objective.taps, context.device),
+        horizon=horizon,
         options=fit_options,
-        team=_team(context),
+        team=_team(context, "finetune"),
         device=context.device,
         seed=derive_seed(context.config.seed, "finetune"),
         checkpoints=checkpoints,
@@ -103,6 +127,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
     record = {
         "epochs": course,
         "peak_lr": fit_options.lr,
+        "computed_in": str(pace),
         "seconds": sum(epoch["seconds"] for epoch in course),
         "kept_epoch": kept,
     }
@@ -115,7 +140,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
 
 def _fit_options(config: FinetuneConfig, steps_per_epoch: int) -> FitOptions:
     rate = usual_rate(steps_of(config.epochs, steps_per_epoch)) if config.lr is None else config.lr
-    return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay)
+    return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay, setbacks=SETBACKS)
 
 
 def best_epoch(course: Sequence[Epoch]) -> int | None:
@@ -125,11 +150,20 @@ def best_epoch(course: Sequence[Epoch]) -> int | None:
     return best["epoch"]
 
 
-def _team(context: Context) -> Team:
+def is_exhausted(course: Sequence[Epoch], patience: int | None) -> bool:
+    """Return whether so many epochs in a row have not been better on validation images than the best before them."""
+    if patience is None or len(course) <= patience:
+        return False
+    before, last = course[:-patience], course[-patience:]
+    top1 = [-math.inf if epoch.get("validation_top1") is None else epoch["validation_top1"] for epoch in before]
+    return all((epoch.get("validation_top1") or 0.0) <= max(top1) for epoch in last)
+
+
+def _team(context: Context, purpose: str) -> Team:
     return Team(
         rank=context.rank,
         world_size=context.world_size,
-        store=context.control.store_for("finetune") if context.world_size > 1 else None,
+        store=context.control.store_for(purpose) if context.world_size > 1 else None,
         backend=context.roll_call.wire_backend,
         timeout_s=context.config.plan.timeout_s,
     )

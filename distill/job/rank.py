@@ -39,6 +39,7 @@ from distill.job.evaluate import evaluate, refuse_unjudged, warn_of_few_images
 from distill.job.failure import MOURNING_S, leave_word, let_peers_know, tell
 from distill.job.finetune import finetune_student, refuse_ranks_without_rows
 from distill.job.first_weights import STAGE as FIRST_WEIGHTS
+from distill.job.kept_logits import refuse_unkept
 from distill.job.latency import runtime_of_job
 from distill.job.logs import HeldBack, log_to
 from distill.job.memory import refuse_too_little
@@ -158,6 +159,7 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
     with open_data(config, device, ranks_here=control.local_world_size) as dataset:
         if control.rank == 0 and config.stage is Stage.all:
             refuse_unjudged(config, dataset)
+        refuse_unkept(config, dataset, ranks_here=control.local_world_size)
         teacher = build_teacher(config, dataset, device)
         pool, blocks = _students(config, dataset, teacher, device, run)
         if blocks is not None and run.result("distill") is None:

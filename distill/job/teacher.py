@@ -35,8 +35,9 @@ from distill.teachers import (
     load_teacher_weights,
     options_for_weights,
 )
-from distill.training.finetune import Epoch, FitOptions, Team, fit
+from distill.training.finetune import Epoch, FitOptions, fit
 from distill.training.objective import Labels
+from distill.training.team import Team
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def _fit_teacher(context: Context, dataset: Dataset, network: nn.Module) -> dict
         made_trainable(network),
         dataset,
         Labels(),
-        options=options_of(FitOptions, options, epochs=epochs, warmup_epochs=1.0),
+        options=options_of(FitOptions, options, epochs=epochs, warmup_epochs=1.0, setbacks=0),
         team=Team(),
         device=context.device,
         seed=derive_seed(context.config.seed, "teacher", "fit"),

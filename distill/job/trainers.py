@@ -21,7 +21,7 @@ from distill.profiling.block_costs import (
     Students,
 )  # fmt: skip
 from distill.storage.checkpoint import CheckpointFolder, unit_name
-from distill.training.finetune import steps_of
+from distill.training.horizon import steps_of
 from distill.training.optim import TrainerOptions
 from distill.training.trainer import BlockTrainer
 

@@ -40,6 +40,7 @@ STAGES = (
     "first_weights",
     "distill",
     "assemble",
+    "pace",
     "finetune",
     "evaluate",
     "int8",

@@ -55,7 +55,7 @@ class SharedStatistics(TorchFunctionMode):
     def _batch_norm(self, call: Mapping[str, Any]) -> Tensor:
         inputs, running_mean, running_var = call["input"], call["running_mean"], call["running_var"]
         # The kernel of batch norms, whose variance divides by the count: 12 times as fast as var_mean on a CPU.
-        own_mean, own_var = torch.batch_norm_update_stats(inputs.detach(), None, None, 0.0)
+        own_mean, own_var = torch.batch_norm_update_stats(inputs.detach(), *_remembering(inputs), 0.0)
         means, variances, counts = self._of_all(call, own_mean, own_var, count=inputs.numel() // inputs.shape[1])
         total = int(counts.sum())
         if total < 2:
@@ -121,6 +121,7 @@ class _Normalised(torch.autograd.Function):
         found: _Found = ctx.found
         inverse = torch.rsqrt(found.variance + found.eps)
         mask = [False, True, True]  # the gradient of the inputs is made below: its own kernel here is slow
+        dtype, gradient, inputs = inputs.dtype, _widened(gradient), _widened(inputs)  # arithmetic on both is slow
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, inputs, weight, found.mean, found.variance, found.mean, inverse, False, found.eps, mask
         )
@@ -135,13 +136,26 @@ class _Normalised(torch.autograd.Function):
         owed = torch.addcmul(offset.view(shape), inputs, slope.view(shape))
         by_inputs = owed.neg_().addcmul_(gradient, scale.view(shape))
         _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        return by_inputs, by_weight if needs_weight else None, by_bias if needs_bias else None, None
+        return by_inputs.to(dtype), by_weight if needs_weight else None, by_bias if needs_bias else None, None
 
 
 def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+def _remembering(inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return what statistics of the inputs would be remembered in. In fp32 it makes those of bf16 inputs fp32."""
+    if inputs.dtype is not torch.bfloat16:
+        return None, None
+    return inputs.new_zeros(inputs.shape[1], dtype=torch.float32), inputs.new_zeros(
+        inputs.shape[1], dtype=torch.float32
+    )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype is torch.bfloat16 else tensor
 
 
 @torch.no_grad()

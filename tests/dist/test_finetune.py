@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from distill.data import Batch
 from distill.errors import DistillError
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import Epoch, FitOptions, Team, fit, usual_rate
+from distill.training.companions import Companion
+from distill.training.finetune import Epoch, FitOptions, fit
+from distill.training.horizon import Horizon, usual_rate
 from distill.training.objective import (
     Address,
     Labels,
@@ -30,7 +34,9 @@ from distill.training.objective import (
 from distill.training.objectives.entropy_temperature import EntropyTemperature
 from distill.training.objectives.fading_features import FadingFeatures
 from distill.training.objectives.making import try_out
+from distill.training.precision import in_bf16
 from distill.training.shared_norms import SharedStatistics
+from distill.training.team import Computing, Team
 from tests.dist.ranks import TIMEOUT_S, connect, run_ranks
 
 STEPS, ROWS, CLASSES = 3, 5, 2  # five rows: two ranks have three and two of them
@@ -41,15 +47,16 @@ class Images:
 
     steps_per_epoch, batch_size = STEPS, ROWS
 
-    def __init__(self, spoilt_step: int | None = None) -> None:
+    def __init__(self, spoilt_step: int | None = None, times_spoilt: int = 99) -> None:
         self.asked: list[tuple[int, int, int, int]] = []
-        self.spoilt_step = spoilt_step
+        self.spoilt_step, self.times_spoilt = spoilt_step, times_spoilt
 
     def train_batches(self, start: int, stop: int, part: int = 0, num_parts: int = 1) -> Iterator[Batch]:
         self.asked.append((start, stop, part, num_parts))
         for step in range(start, stop):
             images = torch.randn(ROWS, 3, 4, 4, generator=torch.Generator().manual_seed(step))
-            if step == self.spoilt_step:
+            if step == self.spoilt_step and self.times_spoilt > 0:
+                self.times_spoilt -= 1
                 images[0] = math.nan
             rows = slice(part, None, num_parts)
             yield Batch(images[rows].to(memory_format=torch.channels_last), (torch.arange(ROWS) % CLASSES)[rows])
@@ -160,8 +167,10 @@ class Joint(Labels):
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "plain": Plain, "norms": Norms, "partial": Partial, "adversarial": Plain, "joint": Plain, "fading": Plain
+    "plain": Plain, "norms": Norms, "partial": Partial, "adversarial": Plain, "joint": Plain, "fading": Plain,
+    "bf16": Plain,
 }  # fmt: skip
+COMPUTING: dict[str, Computing] = {"bf16": partial(in_bf16, torch.device("cpu"))}
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "adversarial": Adversarial,
     "joint": Joint,
@@ -194,6 +203,10 @@ def train(
     stop_after: int | None = None,
     lr: float = 0.1,
     epochs: float = 3,
+    setbacks: int = 0,
+    companions: Sequence[Companion] = (),
+    horizon: Horizon | None = None,
+    look: Callable[[Sequence[Epoch]], object] = lambda _: None,
 ) -> tuple[nn.Module, list[Epoch]]:
     """Train a fresh network, for three epochs unless said otherwise; an attempt may be stopped after some."""
     model = model or network(kind)
@@ -203,8 +216,9 @@ def train(
 
     def report(course: Sequence[Epoch]) -> None:
         course[-1]["added"] = 10 * len(course)
+        look(course)
 
-    options = FitOptions(epochs=epochs, lr=lr, weight_decay=0.01, warmup_epochs=1.0)
+    options = FitOptions(epochs=epochs, lr=lr, weight_decay=0.01, warmup_epochs=1.0, setbacks=setbacks)
     checkpoints = StoppingFolder(folder, generation=1)
     checkpoints.stop_after = stop_after
     course = fit(
@@ -213,6 +227,9 @@ def train(
         made,
         teacher=source(teacher) if source else TeacherHere(teacher, made.taps),
         in_eval=in_eval,
+        companions=companions,
+        horizon=horizon,
+        computing=COMPUTING.get(kind, nullcontext),
         options=options,
         team=team or Team(),
         device=torch.device("cpu"),
@@ -298,6 +315,112 @@ def test_an_epoch_without_a_finite_loss_is_the_last_and_leaves_no_checkpoint(tmp
     assert without_times(again) == without_times(course)
 
 
+def test_after_a_loss_that_is_not_finite_the_last_epoch_is_gone_back_to_at_half_the_rate(tmp_path: Path) -> None:
+    spoilt = Images(spoilt_step=STEPS + 1, times_spoilt=2)
+    model, course = train(tmp_path / "spoilt", spoilt, setbacks=3)
+    assert [epoch["loss"] is None for epoch in course] == [False, False, False]
+    assert [epoch.get("setbacks") for epoch in course] == [
+        None, [{"step": 2 * STEPS, "lr": 0.1}, {"step": 2 * STEPS, "lr": 0.05}], None
+    ]  # fmt: skip
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert spoilt.asked[1:4] == [(STEPS, 2 * STEPS, 0, 1)] * 3
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", Images(STEPS + 1, times_spoilt=2), setbacks=3, stop_after=2)
+    resumed, _ = train(tmp_path / "resumed", Images(), setbacks=3)
+    assert same(resumed, model), "the halved rate stays after a break"
+
+
+def test_the_first_epoch_goes_back_to_the_start_and_three_setbacks_are_the_most(tmp_path: Path) -> None:
+    _, course = train(tmp_path / "once", Images(spoilt_step=1, times_spoilt=1), setbacks=3)
+    assert [len(epoch.get("setbacks", [])) for epoch in course] == [1, 0, 0]
+    _, course = train(tmp_path / "always", Images(spoilt_step=1), setbacks=3)
+    (epoch,) = course
+    assert epoch["loss"] is None
+    assert [one["lr"] for one in epoch["setbacks"]] == [0.1, 0.05, 0.025]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in a.state_dict().items())
+
+
+class Noted(Companion):
+    """Counts, in a tensor of its own, and lets weights of nought be judged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.seen = model, torch.zeros(())
+        self.calls: list[tuple[str, int, int, bool]] = []
+
+    def before_step(self, step: int, total: int) -> None:
+        self.before = self.model.get_parameter("head.weight").detach().clone()
+        known = self.model.get_parameter("head.weight").grad is not None
+        self.calls.append(("before", step, total, known))
+
+    def after_step(self, step: int, total: int) -> None:
+        changed = not torch.equal(self.before, self.model.get_parameter("head.weight"))
+        self.calls.append(("after", step, total, changed))
+        self.seen += 1
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        weight = self.model.get_parameter("head.weight").data
+        kept = weight.clone()
+        weight.zero_()
+        yield
+        weight.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": self.seen}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.seen = state["seen"].clone()
+
+
+def test_companions_see_every_step_say_what_is_judged_and_are_checkpointed(tmp_path: Path) -> None:
+    def companion() -> tuple[nn.Module, Noted]:
+        model = network()
+        return model, Noted(model)
+
+    def nought(model: nn.Module) -> bool:
+        return not model.get_parameter("head.weight").any()
+
+    model, noted = companion()
+    judged: list[bool] = []
+    train(tmp_path / "whole", Images(), model=model, companions=[noted], look=lambda _: judged.append(nought(model)))
+    steps = [(name, step, 3 * STEPS, True) for step in range(3 * STEPS) for name in ("before", "after")]
+    assert noted.calls == steps
+    assert judged == [True] * 3
+    assert nought(model), "the network ends as it is judged"
+    resumed, other = companion()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", Images(), model=resumed, companions=[other], stop_after=2)
+    resumed, other = companion()
+    train(tmp_path / "resumed", Images(), model=resumed, companions=[other])
+    assert other.seen == 3 * STEPS
+    assert len(other.calls) == 2 * STEPS
+    assert same(resumed, model)
+
+
+@pytest.mark.parametrize("revised", [STEPS, 2 * STEPS + 1, 4 * STEPS])
+def test_a_horizon_may_be_revised_after_an_epoch_and_is_resumed(tmp_path: Path, revised: int) -> None:
+    def go(folder: Path, stop_after: int | None = None) -> tuple[nn.Module, list[Epoch]]:
+        horizon = Horizon(3 * STEPS)
+
+        def revise(course: Sequence[Epoch]) -> None:
+            if len(course) == 1:
+                horizon.total = revised
+
+        return train(folder, Images(), model=network(), horizon=horizon, look=revise, stop_after=stop_after)
+
+    model, course = go(tmp_path / "whole")
+    assert [epoch["steps"] for epoch in course] == [*range(STEPS, revised, STEPS), revised]
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "resumed", stop_after=1)
+    resumed, again = go(tmp_path / "resumed")
+    assert without_times(again) == without_times(course)
+    assert same(resumed, model)
+
+
 def rank(rank: int, world_size: int, environment: Mapping[str, str], folder: str) -> None:
     control = connect(rank, world_size, environment)
     for kind in NETWORKS:
@@ -330,12 +453,13 @@ def test_two_ranks_train_as_one_would(shared_out: Path, tmp_path: Path, kind: st
     model, course = train(tmp_path / "alone", Images(), kind=kind)
     alone = model.state_dict()
     first, second = (load_file(shared_out / kind / f"{number}.safetensors") for number in range(2))
+    rtol, atol = (0.05, 0.01) if kind == "bf16" else (1e-4, 1e-5)
     for name in alone:
-        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(first[name], alone[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     assert all(torch.equal(first[name], second[name]) for name in first), "the same bits on every rank"
     with safe_open(shared_out / kind / "1.safetensors", framework="pt") as file:
         losses = json.loads(file.metadata()["losses"])
-    assert losses == pytest.approx([epoch["loss"] for epoch in course], rel=1e-4)
+    assert losses == pytest.approx([epoch["loss"] for epoch in course], rel=rtol)
     own = [torch.load(path / "objective.pt") for path in (tmp_path / "alone", *(shared_out / kind / n for n in "01"))]
     for name, tensor in own[0].items():
         torch.testing.assert_close(own[1][name], tensor, rtol=1e-4, atol=1e-5)

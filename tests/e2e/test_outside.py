@@ -39,6 +39,7 @@ JOB = (
     "teacher=custom", f"teacher.factory={TEACHER.name}", "teacher.options.width=8", f"distill.loss={LOSS.name}",
     f"student.recipe={RECIPE.name}", "student.options.ratio=0.3", "blocks.include=['7','8.body']", "plan.cost=flops",
     "finetune.objective=own_critic:Critic", "finetune.options.at=['8']",
+    "finetune.amp=bf16", "finetune.ema=0.9", "finetune.views=1",
 )  # fmt: skip
 
 
@@ -52,6 +53,8 @@ def test_a_job_of_one_s_own_data_teacher_recipe_loss_and_objective(
     done = distill(*job, "run.dir=run", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     run, found = tmp_path / "run", metrics(tmp_path / "run")
+    assert "logits are not kept: the objective sees activations too (8)" in done.stdout
+    assert found["finetune"]["computed_in"] == "bf16"
     assert (found["data"]["name"], found["data"]["test_images"]) == ("custom", COUNT["test"])
     card = json.loads((run / "student.json").read_text())
     assert card["classes"] == ["lying", "standing"]

@@ -26,10 +26,11 @@ from distill.profiling.flops import module_flops
 from distill.recipes import View
 from distill.simulation.simulator import simulate
 from distill.storage.checkpoint import CheckpointFolder
-from distill.training.finetune import FitOptions, Team, fit
+from distill.training.finetune import FitOptions, fit
 from distill.training.losses import block_loss, refuse_unusable_loss
 from distill.training.objective import TeacherHere
 from distill.training.objectives.making import make_objective, try_out
+from distill.training.team import Team
 from tests.documents import ROOT, Example, example, fenced
 from tests.opened import opened
 from tests.stripes import COUNT, write_stripes

@@ -271,6 +271,10 @@ class TestImpossibleValues:
                 "predictions",
             ),
             (
+                lambda: schema.FinetuneConfig(fused_views=3, views=2),
+                "finetune.fused_views: got 3; expected 1, or all of finetune.views=2, whose logits are known",
+            ),
+            (
                 lambda: schema.FinetuneConfig(feature_weight=float("nan")),
                 "finetune.feature_weight: got nan; expected a number >= 0",
             ),

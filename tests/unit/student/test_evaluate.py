@@ -14,7 +14,7 @@ from distill.config.compose import compose
 from distill.data import Batch, Dataset
 from distill.errors import ConfigError
 from distill.job.evaluate import refuse_unjudged, warn_of_few_images
-from distill.job.finetune import best_epoch, refuse_ranks_without_rows
+from distill.job.finetune import best_epoch, is_exhausted, refuse_ranks_without_rows
 from distill.student.evaluate import Hits, best_of, count_hits, first_not_finite, images_at_a_time
 
 
@@ -69,6 +69,19 @@ class TestChoosing:
         assert best_epoch(course) == 3
         assert best_epoch([*course[:1], {"epoch": 2, "loss": None}]) == 1
         assert best_epoch([{"epoch": 1, "loss": None}]) is None
+
+    @pytest.mark.parametrize(
+        ("accuracies", "patience", "exhausted"),
+        [
+            ((80, 70), None, False), ((80, 70), 1, True), ((80, 80), 1, True), ((80, 81), 1, False), ((80,), 1, False),
+            ((80, 70, 79), 2, True), ((80, 70, 79, 81), 2, False), ((80, 70, None), 2, True), ((None, 10), 1, False),
+        ],
+    )  # fmt: skip
+    def test_it_ends_after_epochs_in_a_row_that_improved_nothing(
+        self, accuracies: tuple[float | None, ...], patience: int | None, exhausted: bool
+    ) -> None:
+        course = [{"epoch": number, "validation_top1": top1} for number, top1 in enumerate(accuracies, 1)]
+        assert is_exhausted(course, patience) == exhausted
 
 
 def test_the_first_tensor_that_is_not_finite_is_named() -> None:
