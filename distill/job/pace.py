@@ -69,7 +69,8 @@ def find_pace(
         seconds = _step_seconds(student, teacher, objective, batch, paces)
         found = choice(paces, seconds)
         times = ", ".join(f"{pace} {1000 * one:.0f} ms" for pace, one in seconds.items())
-        context.say(f"finetune: computed in {found}; steps on {show_count(len(batch.labels), 'image')} take: {times}")
+        images = show_count(len(batch.labels), "image")
+        context.say(f"finetune: computed in {found}; a step on {images} takes the device: {times}")
         return {"pace": asdict(found), "step_seconds": {str(pace): one for pace, one in seconds.items()}}
 
     return Pace(**context.lead(STAGE, work)["pace"])

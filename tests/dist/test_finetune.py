@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.data import Batch
 from distill.errors import DistillError
 from distill.storage.checkpoint import CheckpointFolder
+from distill.training.averaged import Averaged
 from distill.training.companions import Companion
 from distill.training.finetune import Epoch, FitOptions, fit
 from distill.training.horizon import Horizon, usual_rate
@@ -399,6 +400,22 @@ def test_companions_see_every_step_say_what_is_judged_and_are_checkpointed(tmp_p
     assert other.seen == 3 * STEPS
     assert len(other.calls) == 2 * STEPS
     assert same(resumed, model)
+
+
+def test_averaged_weights_of_passes_in_bf16_resume_in_the_bits_of_one_go(tmp_path: Path) -> None:
+    def go(folder: Path, stop_after: int | None = None) -> nn.Module:
+        model = network()
+        averaged = [Averaged(model, 0.9)]
+        train(folder, Images(), model=model, kind="bf16", companions=averaged, stop_after=stop_after)
+        return model
+
+    whole = go(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "resumed", stop_after=2)
+    assert same(go(tmp_path / "resumed"), whole)
+    plain, _ = train(tmp_path / "plain", Images(), model=network(), kind="bf16")
+    assert not torch.equal(plain.get_parameter("head.weight"), whole.get_parameter("head.weight"))
+    assert all(tensor.dtype is not torch.bfloat16 for tensor in whole.state_dict().values())
 
 
 @pytest.mark.parametrize("revised", [STEPS, 2 * STEPS + 1, 4 * STEPS])
