@@ -13,7 +13,7 @@ from distill.config.choices import WITHOUT_WIDTHS, CropMode, DataName, Interpola
 from distill.config.errors import explain
 from distill.config.paths import make_absolute
 from distill.config.reference import setting_kinds
-from distill.config.schema import DataConfig, JobConfig, StudentConfig, TeacherConfig
+from distill.config.schema import DataConfig, DistillConfig, FinetuneConfig, JobConfig, StudentConfig, TeacherConfig
 from distill.errors import ConfigError
 from distill.machine.host import channels_at_a_time
 
@@ -34,9 +34,23 @@ def load(cfg: DictConfig) -> JobConfig:
             _refuse_nameless(cfg)
         raise explain(error, setting_kinds()) from error
     _take_over(config.teacher, config.data)
+    if config.budget.seconds is not None:
+        _refuse_other_lengths(config)
     if config.student.align is None and (config.search.on or _has_widths(config.student)):
         config.student.align = channels_at_a_time()
     return config
+
+
+def _refuse_other_lengths(config: JobConfig) -> None:
+    """Raise ConfigError where the length of training is given twice: in time, and in steps or epochs."""
+    usual = {"distill.steps": DistillConfig().steps, "distill.epochs": None, "finetune.epochs": FinetuneConfig().epochs}
+    given = {"distill.steps": config.distill.steps, "distill.epochs": config.distill.epochs}
+    given["finetune.epochs"] = config.finetune.epochs
+    for name, value in given.items():
+        if value != usual[name]:
+            default = "null" if usual[name] is None else usual[name]
+            allowed = f"{default}, its default, where budget.seconds={config.budget.seconds:g} decides that"
+            raise ConfigError(name, value, allowed)
 
 
 def _has_widths(student: StudentConfig) -> bool:

@@ -475,6 +475,19 @@ class FinetuneConfig:
 
 
 @dataclass(kw_only=True)
+class TimeConfig:
+    seconds: float | None = setting(
+        None,
+        "device seconds (of the clock, times ranks) of the whole command, which decide how long blocks and the whole "
+        "student are trained, in the place of distill.steps and finetune.epochs (docs/budget.md)",
+    )
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ConfigError("budget.seconds", self.seconds, "a number > 0, or null")
+
+
+@dataclass(kw_only=True)
 class DeployConfig:
     runtime: RuntimeName | None = setting(
         None,
@@ -559,6 +572,7 @@ class JobConfig:
     data: DataConfig = MISSING
     student: StudentConfig = MISSING
     search: SearchConfig = field(default_factory=SearchConfig)
+    budget: TimeConfig = field(default_factory=TimeConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -11,14 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from distill.data.source import ArraySource, Splits
 from distill.errors import ConfigError
 from distill.storage.paths import expanded
-
-KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def open_cifar(*, name: str, root: str | None, download: bool) -> Splits:
@@ -28,7 +24,9 @@ def open_cifar(*, name: str, root: str | None, download: bool) -> Splits:
     """
     if root is None:
         raise ConfigError("data.root", root, f"the folder that has, or shall have, the files of {name}")
-    kind, folder = KINDS[name], expanded(root)
+    from torchvision import datasets  # here: importing it takes seconds, which other data are not to cost
+
+    kind, folder = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name], expanded(root)
     if not (folder / kind.base_folder).exists():
         _fetch(kind, folder, download=download)
     train, classes = _load(kind, folder, train=True)
@@ -57,6 +55,8 @@ def _load(kind: Any, folder: Path, *, train: bool) -> tuple[ArraySource, tuple[s
 
 def _fetch(kind: Any, folder: Path, *, download: bool) -> None:
     """Put the files into the folder, all at once, so that other ranks never see half of them."""
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
     wanted = f"a folder that holds {kind.base_folder}/ (looked for {folder / kind.base_folder})"
     if not download:
         raise ConfigError("data.root", str(folder), f"{wanted}, or data.download=true to download {kind.url}")

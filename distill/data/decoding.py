@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 # The usual evaluation of ImageNet networks: shorter side to 256, centre crop of 224; other sizes in proportion.
 EVALUATION_RESIZE = 256 / 224
@@ -25,6 +23,8 @@ UPRIGHT: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class UnreadableImageError(Exception):
@@ -106,16 +106,25 @@ def evaluation_view(image: Image.Image, squaring: Squaring) -> Image.Image:
 
 def crop_view(image: Image.Image, squaring: Squaring, box: tuple[int, int, int, int]) -> Image.Image:
     """Return the box (top, left, height, width) of the image, resized to image_size x image_size."""
-    size, mode = [squaring.image_size] * 2, InterpolationMode(squaring.interpolation)
-    view: Image.Image = functional.resized_crop(image, *box, size=size, interpolation=mode)
-    return view
+    top, left, height, width = box
+    cropped = image.crop((left, top, left + width, top + height))
+    return _resized(cropped, (squaring.image_size, squaring.image_size), squaring)
 
 
 def _resize_and_crop(image: Image.Image, squaring: Squaring, side: int) -> Image.Image:
-    sides = [side, side] if squaring.squash else [side]
-    resized = functional.resize(image, sides, interpolation=InterpolationMode(squaring.interpolation))
-    view: Image.Image = functional.center_crop(resized, [squaring.image_size] * 2)
-    return view
+    if squaring.squash:
+        width = height = side
+    else:
+        shorter = min(image.size)
+        width, height = (int(side * length / shorter) for length in image.size)
+    resized, crop = _resized(image, (width, height), squaring), squaring.image_size
+    left, top = (round((length - crop) / 2) for length in resized.size)
+    return resized.crop((left, top, left + crop, top + crop))
+
+
+def _resized(image: Image.Image, size: tuple[int, int], squaring: Squaring) -> Image.Image:
+    """Return the image in this width and height, as torchvision resizes it, whose import takes seconds."""
+    return image if image.size == size else image.resize(size, FILTERS[squaring.interpolation])
 
 
 def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:

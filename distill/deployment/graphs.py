@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import DistillError
-from distill.student.programs import onnx_program, quietly
+from distill.student.onnx_programs import onnx_program
+from distill.student.programs import quietly
 
 MANY = 64  # whole numbers up to which they are taken for a shape
 INPUT, OUTPUT = "images", "logits"  # as in what is delivered

@@ -27,6 +27,7 @@ from distill.student.assemble import assemble, in_a_row
 
 log = logging.getLogger(__name__)
 
+JUDGED, WRITTEN = "assemble/judged", "assemble/written"  # what is said of blocks, and of recalibrated.safetensors
 EXACT = 1e-7  # a relative error that is rounding
 
 State = Mapping[str, Tensor]
@@ -34,16 +35,26 @@ State = Mapping[str, Tensor]
 
 def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> list[str]:
     """Write assembled.safetensors (the blocks as they were trained, or as they began where that was better) and
-    recalibrated.safetensors (fitted to one another, batch norms anew), all on rank 0, so that nothing depends on the
-    ranks. Returns the names of those that differ."""
+    recalibrated.safetensors (fitted to one another, batch norms anew). Every rank must call: each makes some of the
+    forms that the student may have, a form whole, so that nothing depends on the ranks. Returns the names of those that
+    differ."""
+    record = context.completed("assemble")
+    if record is None:
+        record = _assemble(context, dataset, teacher, blocks)
+    return ["assembled", "recalibrated"] if record["chosen"] != AS_IT_IS else ["assembled"]
+
+
+def _assemble(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks) -> dict[str, Any]:
+    start = time.monotonic()
+    weights, errors = _kept_weights(context, dataset, blocks)
+    if context.leads:
+        save_network(context, "assembled", _put_together(dataset, teacher, blocks, weights))
+    best, maker, record = reconcile(context, dataset, teacher, blocks, _starts(context, weights, errors))
+    if best is not None:
+        save_network(context, "recalibrated", best)
 
     def work() -> dict[str, Any]:
-        start = time.monotonic()
-        weights, errors = _kept_weights(context, dataset, blocks)
-        student = _put_together(dataset, teacher, blocks, weights)
-        save_network(context, "assembled", student)
-        best, record = reconcile(context, dataset, teacher, blocks, _starts(context, weights, errors))
-        save_network(context, "recalibrated", best)
+        context.control.wait(WRITTEN, peer=maker, purpose="the reconciled student")
         fitted = "; ".join(f"{name} {show(top1, '{:.2f} %')}" for name, top1 in record["validation_top1"].items())
         context.say(
             f"assembled {show_count(len(weights), 'student block')}, {record['chosen']} is best on validation images "
@@ -52,10 +63,11 @@ def assemble_student(context: Context, dataset: Dataset, teacher: nn.Module, blo
         gone_back = {blocks.units[number].name: pair for number, pair in errors.items() if not pair[1] <= pair[0]}
         return {"seconds": time.monotonic() - start, "gone_back": gone_back, **record}
 
+    if best is not None:
+        context.control.set(WRITTEN, True)
     made = ["assembled.safetensors", "recalibrated.safetensors"]
     used = [TEACHER, *map(unit_file, blocks.units)]
-    record = context.lead("assemble", work, made=made, used=used)
-    return ["assembled", "recalibrated"] if record["chosen"] != AS_IT_IS else ["assembled"]
+    return dict(context.lead("assemble", work, made=made, used=used))
 
 
 def _starts(
@@ -74,31 +86,46 @@ def _kept_weights(
     context: Context, dataset: Dataset, blocks: Blocks
 ) -> tuple[dict[int, State], dict[int, tuple[float, float]]]:
     """Return every unit's weights: those trained, or where these are worse on held-out images, the first ones. And of
-    the units that were trained the errors on these images before and after."""
+    the units that were trained the errors on these images before and after. Rank 0 judges, and all take its word."""
     ledger = Ledger(context.run.path, origin=context.run.origin(TEACHER))
-    kept: dict[int, State] = {}
+    if context.leads:
+        first, errors = _judged(context, dataset, blocks, ledger)
+        context.control.set(JUDGED, {"first": first, "errors": errors})
+    told = context.control.wait(JUDGED, peer=0, purpose="errors of blocks")
+    kept: dict[int, State] = {
+        number: first_weights(context, number) if number in told["first"] else ledger.weights(number)
+        for number in sorted(blocks.units)
+    }
+    return kept, {int(number): (before, after) for number, (before, after) in told["errors"].items()}
+
+
+def _judged(
+    context: Context, dataset: Dataset, blocks: Blocks, ledger: Ledger
+) -> tuple[list[int], dict[int, tuple[float, float]]]:
+    """Return the units that go back to their first weights; and of those that were trained the errors before and
+    after."""
+    first: list[int] = []
     errors: dict[int, tuple[float, float]] = {}
     images = OnTheWay(blocks.chain, lambda: held_out_images(dataset))
     before = relative_errors(context)
     for number, unit in sorted(blocks.units.items()):
-        kept[number] = ledger.weights(number)
         if number not in before or ledger.entries[number].steps == 0:
             continue
         if before[number] < EXACT:  # a block that only gives fewer channels: nothing was to be learnt
-            kept[number] = first_weights(context, number)
+            first.append(number)
             continue
-        module = blocks.student(number, kept[number])
+        module = blocks.student(number, ledger.weights(number))
         to_channels_last(module, context.device)
         error = error_of(blocks, number, module.eval(), images)
         errors[number] = before[number], error
         if not error <= before[number]:
-            kept[number] = first_weights(context, number)
+            first.append(number)
             log.warning(
                 "block %s: training has made it worse on held-out images (relative error %.3g from %.3g): it goes back "
                 "to its first weights; lower distill.lr or raise distill.steps",
                 unit.name, error, before[number],
             )  # fmt: skip
-    return kept, errors
+    return first, errors
 
 
 def _put_together(dataset: Dataset, teacher: nn.Module, blocks: Blocks, weights: Mapping[int, State]) -> nn.Module:

@@ -25,7 +25,9 @@ log = logging.getLogger("distill")
 @dataclass(frozen=True)
 class Context:
     """This rank's place in the job. `roll_call` says where all ranks run; `console` is used by rank 0 only; `identity`
-    is what decides the job's results; `watchers` accompany every stage by its name."""
+    is what decides the job's results; `watchers` accompany every stage by its name. The command began at `started_s`
+    (seconds of the epoch); fine-tuning is to end at `deadline_s`, where a budget in time says so and no earlier attempt
+    has begun it."""
 
     config: JobConfig
     control: Control
@@ -36,7 +38,9 @@ class Context:
     trace: Trace
     scalars: Scalars
     identity: Mapping[str, Any]
+    started_s: float
     watchers: Sequence[Callable[[str], AbstractContextManager[None]]] = ()
+    deadline_s: float | None = None
 
     @property
     def rank(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,7 +25,9 @@ from distill.job.halving import STAGES as HALVING
 from distill.job.int8 import deliver_int8, tell_int8
 from distill.job.latency import delivered_latency, form_to_export, tell_missed_latency
 from distill.job.reuse import TEACHER
+from distill.job.seconds import seconds_of
 from distill.job.teacher import architecture_of
+from distill.job.time_budget import epochs_of
 from distill.launch import provenance
 from distill.machine.host import available_cores
 from distill.observability.energy.joules import joules_per_image, summarize
@@ -53,7 +56,7 @@ def refuse_unfinished(config: JobConfig, facts: Mapping[str, Any], run: RunDirec
         raise ConfigError("run.dir", str(run.path), allowed)
     run.refuse_others(facts)
     stages = ["teacher", "distill", "assemble", "finetune", "evaluate"]
-    skipped = {"teacher": config.teacher.fit_epochs, "finetune": config.finetune.epochs}
+    skipped = {"teacher": config.teacher.fit_epochs, "finetune": epochs_of(config, run)}
     for stage in stages:
         if skipped.get(stage) != 0 and run.result(stage) is None:
             raise DistillError(
@@ -75,6 +78,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
     run, config = context.run, context.config
     if config.stage is Stage.deliver:
         run.reopen(STAGE)
+    start = time.perf_counter()
     if run.result(STAGE) is None:
         student = load_student_state(context, run.result("evaluate")["delivered"], teacher, blocks)
         card = StudentCard(
@@ -100,6 +104,7 @@ def deliver(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bloc
             if config.search.budget.memory is not None:
                 called = memory_of_call(student, dataset.image_shape, config.deploy.batch)
                 metrics["search"]["budgets"][0]["measured"]["memory"] = called
+        metrics["seconds"] = seconds_of(context, **{STAGE: time.perf_counter() - start})
         write_json(run.path / "metrics.json", metrics)
         write_report(run.path)
         made = ["student.safetensors", "student.json", "metrics.json"]
@@ -208,7 +213,7 @@ def _metrics(
             "cores": available_cores(),
             "threads": torch.get_num_threads(),
         },
-        "run": provenance.of_job(context.trace.started_s),
+        "run": provenance.of_job(context.started_s),
         "energy": _energy(context, ledger, batch_size=dataset.batch_size),
         "fingerprint": fingerprint(context.identity),
         "seed": context.config.seed,

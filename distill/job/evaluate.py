@@ -75,8 +75,10 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     """
     if context.completed("evaluate") is not None:
         return
+    counted = _counted(context, dataset)
     held_out = {
-        name: held_out_hits(context, name, load_student_state(context, name, teacher, blocks), dataset)
+        name: counted.get(name)
+        or held_out_hits(context, name, load_student_state(context, name, teacher, blocks), dataset)
         for name in students
     }
     delivered = best_of(held_out)
@@ -101,6 +103,15 @@ def evaluate(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     if context.leads:
         used = [f"{name}.safetensors" for name in ("teacher", *students)]
         context.run.complete("evaluate", results, used=used)
+
+
+def _counted(context: Context, dataset: Dataset) -> dict[str, Hits]:
+    """Return the hits on the validation images that fine-tuning has counted of what it has kept."""
+    record = context.completed("finetune")
+    if record is None or record["kept_epoch"] is None:
+        return {}
+    top1, images = record["epochs"][record["kept_epoch"] - 1]["validation_top1"], dataset.num_validation
+    return {"finetuned": Hits(top1=round(top1 * images / 100), images=images)}
 
 
 def _facts(delivered: str, held_out: Mapping[str, Hits]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from distill.job.objective import with_features, with_fused_views
 from distill.job.outside import objective_for
 from distill.job.pace import find_pace
 from distill.job.reuse import TEACHER
+from distill.job.timekeeper import timekeepers
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.averaged import Averaged
@@ -95,8 +96,9 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         epoch["validation_top1"] = top1
         if context.leads:
             context.scalars.add("epochs/finetune_loss", loss, number)
+            in_all = round(horizon.total / dataset.steps_per_epoch, 2)
             context.say(
-                f"finetune: epoch {number} of {fit_options.epochs:g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
+                f"finetune: epoch {number} of {in_all:g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
                 f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}"
             )
         if context.leads and best_epoch(course) == number:
@@ -105,12 +107,15 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             horizon.total = epoch["steps"]
             context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
 
+    companions = timekeepers(context, dataset, horizon)
+    if config.ema is not None:
+        companions.append(Averaged(student, config.ema))
     course = fit(
         student,
         dataset,
         objective,
         teacher=source,
-        companions=[] if config.ema is None else [Averaged(student, config.ema)],
+        companions=companions,
         computing=pace.computing(student, objective.taps, context.device),
         horizon=horizon,
         options=fit_options,

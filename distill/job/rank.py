@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from distill.config.choices import Device, Stage
-from distill.config.compose import compose
 from distill.config.fingerprint import identity, run_directory
 from distill.config.load import from_yaml, to_yaml
 from distill.config.outside import make_importable
@@ -50,7 +49,9 @@ from distill.job.search import STAGE as SEARCH
 from distill.job.search import choose_students, found_students
 from distill.job.streams import with_chosen_streams
 from distill.job.teacher import build_teacher, train_teacher
+from distill.job.time_budget import with_block_steps, with_epochs
 from distill.launch.launcher import CONFIG_VARIABLE
+from distill.launch.provenance import command_start
 from distill.machine.host import share_of_cores
 from distill.observability.tensorboard import Scalars
 from distill.observability.trace import Trace
@@ -65,6 +66,7 @@ EXCHANGE_S = 600.0  # for the exchange of the configuration, before its own time
 def run_rank(overrides: Sequence[str]) -> int:
     """Run this process's part of the job; return the exit status (0, or 1 after an error that has been told)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the launcher speaks for all ranks
+    started_s = command_start()
     rank, world_size, local_rank, local_world_size = ranks_of(os.environ)
     address = StoreAddress(rank=rank, world_size=world_size, environment=os.environ, timeout_s=EXCHANGE_S)
     control = Control(
@@ -76,7 +78,7 @@ def run_rank(overrides: Sequence[str]) -> int:
         local_world_size=local_world_size,
     )
     with ExitStack() as ending:
-        return _run_and_tell(control, overrides, ending)
+        return _run_and_tell(control, overrides, ending, started_s)
 
 
 def run_alone(config: JobConfig) -> Path:
@@ -92,7 +94,7 @@ def run_alone(config: JobConfig) -> Path:
     held = HeldBack()
     with ExitStack() as ending:
         try:
-            return _run(config, control, ending, held)
+            return _run(config, control, ending, held, time.time())
         finally:
             held.hand_on()
             for handler in set(logger.handlers) - set(before[2]):
@@ -101,13 +103,13 @@ def run_alone(config: JobConfig) -> Path:
             torch.set_num_threads(threads)
 
 
-def _run_and_tell(control: Control, overrides: Sequence[str], ending: ExitStack) -> int:
+def _run_and_tell(control: Control, overrides: Sequence[str], ending: ExitStack, started_s: float) -> int:
     """Run this process's part of the job; `ending` is what is left to do after all ranks have left."""
     rank, held = control.rank, HeldBack()
     try:
         config = _agree_on_config(control, overrides)
         control.timeout_s = config.plan.timeout_s
-        _run(config, control, ending, held)
+        _run(config, control, ending, held, started_s)
     except DistillError as error:
         held.hand_on()
         if isinstance(error, LeaderFailedError) and rank != 0:
@@ -131,14 +133,20 @@ def _agree_on_config(control: Control, overrides: Sequence[str]) -> JobConfig:
     """Rank 0 composes (or reads what the launcher composed) and everybody else takes that: one answer to ${now:}."""
     if control.rank == 0:
         path = os.environ.get(CONFIG_VARIABLE)
-        config = from_yaml(Path(path).read_text(encoding="utf-8")) if path else compose(overrides)
+        config = from_yaml(Path(path).read_text(encoding="utf-8")) if path else _composed(overrides)
         control.set("config", to_yaml(config))
         return config
     text = control.wait("config", peer=0, purpose="configuration")
     return from_yaml(text)
 
 
-def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack) -> Path:
+def _composed(overrides: Sequence[str]) -> JobConfig:
+    from distill.config.compose import compose  # here: importing Hydra takes half a second, which the launcher has paid
+
+    return compose(overrides)
+
+
+def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack, started_s: float) -> Path:
     """Run the stages that the configuration asks for; return the run directory."""
     make_importable(config.run.code)
     if config.search.budgets:
@@ -170,7 +178,8 @@ def _run(config: JobConfig, control: Control, ending: ExitStack, held: HeldBack)
                 refuse_too_little(config, blocks, device)
             if is_cached(config):
                 refuse_too_large(config, dataset, blocks)
-        context = _claim(config, control, device, facts, run)  # only now is anything written: the job can run
+        # only now is anything written: the job can run
+        context = _claim(config, control, device, facts, run, started_s=started_s)
         held.hand_on()
         context.say(f"run directory: {context.run.path} (attempt {control.generation})")
         for damage in run.mended:
@@ -226,11 +235,13 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
         context.say(remark)
     if not context.config.search.on:  # which has chosen them before it scored the blocks that have them
         blocks = with_chosen_streams(context, dataset, teacher, blocks)
+    context = with_block_steps(context, dataset, teacher, blocks)
     train_blocks(context, dataset, teacher, blocks)
     if context.config.stage not in (Stage.all, Stage.deliver):
         return
     with context.during("assemble"):
         students = assemble_student(context, dataset, teacher, blocks)
+    context = with_epochs(context, dataset)
     with context.during("finetune"):
         students += finetune_student(context, dataset, teacher, blocks)
     with context.during("evaluate"):
@@ -249,7 +260,13 @@ def _agree_on_identity(config: JobConfig, control: Control) -> tuple[dict[str, A
 
 
 def _claim(
-    config: JobConfig, control: Control, device: torch.device, facts: dict[str, Any], run: RunDirectory
+    config: JobConfig,
+    control: Control,
+    device: torch.device,
+    facts: dict[str, Any],
+    run: RunDirectory,
+    *,
+    started_s: float,
 ) -> Context:
     """Rank 0 takes the run directory; everybody learns this attempt's generation."""
     if control.rank == 0:
@@ -260,7 +277,7 @@ def _claim(
     trace = Trace(control.rank, control.generation, device_clock=clock)
     scalars = Scalars(run.path / "tensorboard" / f"rank{control.rank}")
     roll_call = call_roll(control, device)
-    context = Context(config, control, run, device, roll_call, console(), trace, scalars, facts)
+    context = Context(config, control, run, device, roll_call, console(), trace, scalars, facts, started_s)
     log_to(context)
     return context
 

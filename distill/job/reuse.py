@@ -35,10 +35,13 @@ TEACHER = "teacher.safetensors"  # of the run directory, where the teacher was t
 
 # What a stage does not depend on; a setting that is not named here is taken to matter.
 _AFTER_BLOCKS = ("assemble.", "finetune.", "deploy.", TEST, TEST_ITEMS, "data.test_split")
-_NOT_THE_TEACHERS = (*_AFTER_BLOCKS, "blocks.", "student.", "search.", "distill.", "plan.", "cache.", "teacher.amp")
+_NOT_THE_TEACHERS = (
+    *_AFTER_BLOCKS, "blocks.", "budget.", "student.", "search.", "distill.", "plan.", "cache.", "teacher.amp",
+)  # fmt: skip
 # What is in a block's identity by what it comes to: the teacher's tensors, the operations, what is replaced, the steps.
 _BY_EFFECT = (
     "blocks.", "search.", "teacher.fit.", "teacher.weights", "student.first_layer", "distill.steps", "distill.epochs",
+    "budget.seconds",
 )  # fmt: skip
 
 

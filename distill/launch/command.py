@@ -11,10 +11,12 @@ from distill.config.schema import SearchConfig
 from distill.errors import DistillError
 from distill.launch.launcher import launch
 from distill.launch.multirun import multirun
+from distill.launch.provenance import process_start
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that the command line describes; return the exit status."""
+    started_s = process_start()
     try:
         config = compose(arguments)
     except DistillError as error:
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if config.search.budgets:
         return multirun([*arguments, *spread(config.search)])
-    outcome = launch(config, command=shlex.join(["python", "-m", "distill", *arguments]))
+    outcome = launch(config, command=shlex.join(["python", "-m", "distill", *arguments]), started_s=started_s)
     if outcome.stopped:
         sys.stderr.write("distill: stopped; the same command goes on where this run was\n")
     return outcome.status

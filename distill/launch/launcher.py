@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from distill.config.load import to_yaml
 from distill.config.schema import JobConfig
-from distill.launch.provenance import COMMAND_VARIABLE
+from distill.launch.provenance import COMMAND_VARIABLE, STARTED_VARIABLE
 from distill.launch.signals import Stop, Stopper, stoppable
 from distill.machine.host import share_of_cores
 
@@ -32,12 +33,13 @@ class Outcome:
     stopped: bool = False
 
 
-def launch(config: JobConfig, *, command: str) -> Outcome:
+def launch(config: JobConfig, *, command: str, started_s: float | None = None) -> Outcome:
     """Start this node's ranks, wait for them and return how the job ended. Told to stop, the ranks end first.
 
-    `command` is what the user typed, for the record.
+    `command` is what the user typed, for the record; it began at `started_s` (seconds of the epoch), by default now.
     """
     os.environ[COMMAND_VARIABLE] = command
+    os.environ[STARTED_VARIABLE] = str(started_s or time.time())
     try:
         with stoppable() as stopper, tempfile.TemporaryDirectory(prefix="distill-") as scratch:
             return _launch(config, Path(scratch), stopper)
@@ -46,6 +48,7 @@ def launch(config: JobConfig, *, command: str) -> Outcome:
     finally:
         os.environ.pop(CONFIG_VARIABLE, None)
         os.environ.pop(COMMAND_VARIABLE, None)
+        os.environ.pop(STARTED_VARIABLE, None)
 
 
 def _launch(config: JobConfig, scratch: Path, stopper: Stopper) -> Outcome:

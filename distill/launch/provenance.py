@@ -15,8 +15,22 @@ from typing import Any
 
 from distill.version import __version__
 
+STARTED_VARIABLE = "DISTILL_STARTED"  # when that was, in seconds of the epoch
 COMMAND_VARIABLE = "DISTILL_COMMAND"  # what the user typed, for the ranks that a launcher starts
 CPU_FACTS = Path("/proc/cpuinfo")
+
+
+def process_start() -> float:
+    """Return when this process began, in seconds of the epoch; to be asked early, when it has done nothing but import.
+
+    Waiting for a disk is not seen.
+    """
+    return time.time() - time.process_time()
+
+
+def command_start() -> float:
+    """Return when the command of this rank began, as its launcher says, in seconds of the epoch."""
+    return float(os.environ.get(STARTED_VARIABLE) or process_start())
 
 
 def of_job(started_s: float) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.utils.tensorboard import SummaryWriter
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 FLUSH_S = 10
 
@@ -19,6 +21,8 @@ class Scalars:
     def add(self, tag: str, value: float, step: int) -> None:
         """Add a point to the curve `tag` (group/name)."""
         if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # here: importing it takes half a second
+
             self._writer = SummaryWriter(str(self._folder), flush_secs=FLUSH_S)
         self._writer.add_scalar(tag, value, step)
 

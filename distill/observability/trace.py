@@ -101,6 +101,7 @@ class Trace:
         self._kept = _Sample()
         self._totals: dict[str, dict[str, float]] = {}
         self._saved = time.monotonic()
+        self.stages: dict[str, float] = {}  # seconds of those that have ended
 
     @contextmanager
     def span(self, kind: str, name: str, step: int | None = None, *, on_device: bool = False) -> Iterator[None]:
@@ -121,8 +122,10 @@ class Trace:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Record a stage of the job."""
+        start = time.perf_counter()
         with self.span("stage", name):
             yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self, kind: str) -> float:
         """Return the seconds spent on a kind so far, in all threads."""

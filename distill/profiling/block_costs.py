@@ -25,7 +25,7 @@ from distill.training.trainer import BlockTrainer
 
 REPEAT_S = 0.4  # timing one call stops after this long, but not before three repetitions
 LONG_S = 2.0  # or fewer that took this long together: 64 images of 224 pixels take a ResNet50 10 s on a CPU core
-BUDGET_S = 4.0  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds,
+BUDGET_S = 1.5  # measuring all blocks stops after this long, but not before MIN_ROUNDS rounds,
 LONGEST_S = 12.0  # or after up to this long where that is
 _TINY_S = 1e-6
 WORTH = 0.02  # of the seconds of all steps one after another, which a better plan may save

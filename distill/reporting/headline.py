@@ -186,7 +186,7 @@ def _strip(run: Run) -> Markup:
     """Return the stages in order, each with its state and its seconds."""
     seconds = run.stage_seconds
     longest = max(seconds.values(), default=0.0)
-    skipped = {"finetune"} if run.settings.get("finetune.epochs") == 0 else set()
+    skipped = {"finetune"} if run.finetune_epochs == 0 else set()
     items = []
     for stage in run.order:
         if stage in skipped:

@@ -108,6 +108,12 @@ class Run:
         return {stage: _mapping(record.get("result")) for stage, record in found.items() if record}
 
     @cached_property
+    def finetune_epochs(self) -> Any:
+        """The epochs of fine-tuning that were asked for, or that a budget in time gave."""
+        given = _mapping(self._json("stages/finetune_epochs.json").get("result"))
+        return given.get("epochs", self.settings.get("finetune.epochs"))
+
+    @cached_property
     def attempts(self) -> int:
         return int(finite(self._json("generation.json").get("generation")) or 1)
 

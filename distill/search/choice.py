@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+
+if TYPE_CHECKING:  # where it is used it is imported: that takes half a second, and jobs without a search use none
+    from scipy.optimize import LinearConstraint
+    from scipy.sparse import csr_array
 
 TINY = 1e-30
 ROUNDING = 1e-12  # of sums of amounts, as a share
@@ -53,6 +56,8 @@ def choose(
 
     At least one of its options trains. At least `apart` blocks have something else than in each of `excluded`.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     blocks = blocks_of(options)
     covering = _covering(options, blocks)
     rules = [LinearConstraint(covering, 1, 1)]
@@ -80,6 +85,8 @@ def choose(
 def _within(options: Sequence[Option], covering: csr_array, name: str, limit: float) -> LinearConstraint:
     """Return the rule that a sum of amounts, with the peak of whichever block it is, keeps to a limit. A block has one
     option, so the sum of the peaks of its options that are taken is that one's."""
+    from scipy.optimize import LinearConstraint
+
     rows = np.array([[option.amounts[name] for option in options]])
     if any(name in option.peaks for option in options):
         rows = rows + covering.toarray() * np.array([option.peaks[name] for option in options])
@@ -89,12 +96,16 @@ def _within(options: Sequence[Option], covering: csr_array, name: str, limit: fl
 
 def _another(options: Sequence[Option], taken: Sequence[int], apart: int) -> LinearConstraint:
     """Return the rule that some blocks, so many at least, have something else than these options."""
+    from scipy.optimize import LinearConstraint
+
     row = np.zeros(len(options))
     row[list(taken)] = [len(options[number].covers) for number in taken]
     return LinearConstraint(row[None], 0, row.sum() - apart)
 
 
 def _covering(options: Sequence[Option], blocks: Sequence[int]) -> csr_array:
+    from scipy.sparse import csr_array
+
     row_of = {block: row for row, block in enumerate(blocks)}
     entries = [(row_of[block], column) for column, option in enumerate(options) for block in option.covers]
     rows, columns = zip(*entries, strict=True)

@@ -26,12 +26,12 @@ from distill.blocks.chain import copied
 from distill.errors import DistillError, install
 from distill.storage.files import write_bytes
 from distill.student.files import StudentCard
+from distill.student.onnx_programs import Named, onnx_program
 
 CARD = "student.json"  # the name under which the card travels inside both files
 TOLERANCE = 1e-3  # largest difference of a logit in fp32 that rounding may explain,
 RELATIVE = 1e-4  # or this share of the largest logit, where those are large
 BATCHES = (1, 7)  # tried besides the images as they come, because an exporter may fix the size it has seen
-ONNX_BYTES = 2**31 - 2**24  # of weights: protobuf ends at 2 GiB, and the graph needs room too
 NOT_WANTED = "not asked for"  # status of a program
 NOISY = ("torch", "onnxscript", "onnx_ir")  # loggers of the exporters
 
@@ -59,18 +59,6 @@ class Form:
 
 class NotInstalledError(Exception):
     """A package that a form needs is absent."""
-
-
-class _Named(nn.Module):
-    """The student with the input's name that both programs show."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.student(images)
-        return logits
 
 
 def deliver_programs(
@@ -113,7 +101,7 @@ def deliver_teacher(folder: Path, teacher: nn.Module, card: StudentCard, batches
 
 
 def _on_cpu(network: nn.Module) -> nn.Module:
-    return _Named(contiguous_copy(network)).eval().requires_grad_(False)
+    return Named(contiguous_copy(network)).eval().requires_grad_(False)
 
 
 def contiguous_copy(network: nn.Module) -> nn.Module:
@@ -197,40 +185,11 @@ def _load_pt2(content: bytes) -> Program:
 
 
 def _make_onnx(module: nn.Module, images: Tensor, card: str) -> bytes:
-    proto = _onnx(module, _sample(images))
+    proto = importlib.import_module("onnx").load_from_string(onnx_program(module, _sample(images)))
     entry = proto.metadata_props.add()
     entry.key, entry.value = CARD, card
     content: bytes = proto.SerializeToString()
     return content
-
-
-def onnx_program(module: nn.Module, sample: Tensor) -> bytes:
-    """Return a network in eval mode as an ONNX program from images, any number of them, to logits.
-
-    `sample` are two images or more: a batch of one would be taken for a constant. Needs the extra onnx.
-    """
-    content: bytes = _onnx(module, sample).SerializeToString()
-    return content
-
-
-def _onnx(module: nn.Module, sample: Tensor) -> Any:
-    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
-    if weights > ONNX_BYTES:
-        raise DistillError(f"{weights / 2**30:.1f} GiB of weights: an ONNX file without external data ends at 2 GiB")
-    program = torch.onnx.export(
-        module,
-        (sample,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:
-        del node.metadata_props[:]  # paths of the machine that exported it
-    return proto
 
 
 def load_onnx(content: bytes) -> Program:

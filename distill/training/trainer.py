@@ -6,13 +6,13 @@ Knows nothing of other blocks, ranks or files. Losses stay on the device and are
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from distill.cuda.graphs import Captured, Work, cuda_capture
 from distill.cuda.lanes import Lane
@@ -302,7 +302,7 @@ class BlockTrainer:
         numbers would depend on what else this process has drawn."""
         self.module.train()
         for part in self.module.modules():
-            if isinstance(part, (nn.modules.dropout._DropoutNd, StochasticDepth)):
+            if isinstance(part, (nn.modules.dropout._DropoutNd, *_layers_of_torchvision())):
                 part.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -313,6 +313,13 @@ class BlockTrainer:
             return self.module(inputs.float())  # type: ignore[no-any-return]
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             return self.module(inputs.bfloat16())  # type: ignore[no-any-return]
+
+
+def _layers_of_torchvision() -> tuple[type[nn.Module], ...]:
+    """Return the layer that drops whole samples. A network has one only where torchvision was imported, which takes
+    seconds."""
+    ops = sys.modules.get("torchvision.ops")
+    return () if ops is None else (ops.StochasticDepth,)
 
 
 def _freed(*_: Tensor) -> list[Tensor]:

@@ -162,6 +162,15 @@ def test_importing_it_does_not_import_torch(module: str) -> None:
     assert done.stdout == "False"
 
 
+def test_a_rank_starts_without_what_few_jobs_use() -> None:
+    heavy = ("torchvision", "scipy", "hydra", "torch._dynamo", "torch.utils.tensorboard", "onnx", "onnxruntime", "timm")
+    program = f"import sys, distill.job; sys.stdout.write(' '.join(n for n in {heavy} if n in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == ""
+
+
 def test_the_version_is_the_package_s() -> None:
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     assert answer(["--version"]) == f"distill {project['version']}\n"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.student import programs
+from distill.student import onnx_programs, programs
 from distill.student.files import StudentCard
 from distill.student.programs import CARD, FORMS, TOLERANCE, compare, deliver_programs
 
@@ -247,7 +247,7 @@ class TestFailures:
     def test_more_weights_than_one_onnx_file_holds_is_a_failure(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(programs, "ONNX_BYTES", 100)
+        monkeypatch.setattr(onnx_programs, "ONNX_BYTES", 100)
         record = deliver(tmp_path)["onnx"]
         assert record["status"] == "failed"
         assert "ends at 2 GiB" in str(record["reason"])
