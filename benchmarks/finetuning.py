@@ -174,12 +174,13 @@ def main() -> None:
         bench = Bench(args, dataset, to_channels_last(teacher_network(args.teachers).requires_grad_(False)))
         for seconds in args.seconds:
             for name in args.students:
-                rows[f"{name}, {seconds:g} s"] = _row(bench, name, seconds)
+                rows[f"{name}, {seconds:g} s"] = row(bench, name, seconds)
                 what = "CIFAR-10 test top-1 of students of ResNet-20 after so many CPU seconds of fine-tuning"
                 write("finetuning", {"what": what, "budgets": BUDGETS, "rows": rows})
 
 
-def _row(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
+def row(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
+    """Return what a student comes to after so many CPU seconds of fine-tuning."""
     student = STUDENTS[name](bench, seconds)
     found = [_trained(bench, student, seconds, rate) for rate in ([None] if name == "chosen" else bench.args.rates)]
     best = max(found, key=lambda one: one["validation_top1"])

@@ -12,13 +12,12 @@ re-estimates its batch norms.
 from __future__ import annotations
 
 import argparse
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MACHINE, RESULTS, read, run, summary, write
+from measure import MACHINE, RESULTS, children_cpu_seconds, read, run, summary, write
 from pruning import IMPORTANCES, cifar10, narrowed_until, params, teacher_network
 
 from distill.data import open_dataset
@@ -110,7 +109,7 @@ def _row(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def _measured(args: argparse.Namespace, row: Row, run_dir: Path, seed: int) -> dict[str, float]:
-    cpu = _cpu_seconds()
+    cpu = children_cpu_seconds()
     wall = run(
         f"teacher={row.teacher}",
         f"teacher.weights={args.teachers.absolute() / TEACHERS[row.teacher]}",
@@ -135,15 +134,9 @@ def _measured(args: argparse.Namespace, row: Row, run_dir: Path, seed: int) -> d
         "first_weights_seconds": stages["first_weights"]["seconds"],
         "assemble_seconds": stages["assemble"]["seconds"],
         "command_seconds": wall,
-        "command_cpu_seconds": _cpu_seconds() - cpu,
+        "command_cpu_seconds": children_cpu_seconds() - cpu,
         "mean_relative_error_of_blocks": sum(errors) / len(errors),
     }
-
-
-def _cpu_seconds() -> float:
-    """Return what all processes that have been waited for have taken of the processors."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _one_shot(args: argparse.Namespace, seed: int, share: float) -> dict[str, float]:

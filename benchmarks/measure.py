@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def run(*overrides: str, run_dir: Path, **environment: str) -> float:
     begin = time.monotonic()
     finish(start(*overrides, run_dir=run_dir, **environment), run_dir)
     return time.monotonic() - begin
+
+
+def children_cpu_seconds() -> float:
+    """Return what all processes that have been waited for have taken of the processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def process_tree(pid: int) -> set[int]:

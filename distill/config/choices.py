@@ -6,7 +6,7 @@ from enum import Enum
 
 # Settings with other values too: see outside.py.
 BLOCK_LOSSES = ("normalized_mse", "mse")
-OBJECTIVES = ("distillation",)
+OBJECTIVES = ("distillation", "entropy_temperature")
 
 SCOPES = ("layer", "global")  # within which weights are compared that are to be zero
 

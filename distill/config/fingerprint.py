@@ -54,7 +54,7 @@ _NOT_IN_FINGERPRINT_AT: tuple[tuple[str, Any], ...] = (
     ("student.options", {}), ("student.per_block", []), ("student.align", None),
     ("search.budget.params", None), ("search.budget.flops", None), ("search.budget.bytes", None),
     ("search.budget.memory", None), ("search.budget.latency", None), ("search.sweep", None), ("search.budgets", []),
-    ("search.steps", 0), ("budget.seconds", None),
+    ("search.steps", 0), ("budget.seconds", None), ("finetune.fused_views", 1), ("finetune.feature_weight", 0.0),
 )  # fmt: skip
 
 TRAIN, TEST = "data.root (training images)", "data.root (test images)"

@@ -54,6 +54,8 @@ from distill.planning import plan as planning
 from distill.planning.plan import STRATEGIES
 from distill.search.budgets import UNITS, Budget, parse
 
+USUAL_TEMPERATURE = 4.0
+
 
 @dataclass(kw_only=True)
 class FitConfig:
@@ -458,9 +460,17 @@ class FinetuneConfig:
     )
     weight_decay: float = setting(1e-4, "weight decay")
     objective: str = setting("distillation", f"what it is trained for: {', '.join(OBJECTIVES)}, or from outside")
-    options: dict[str, Any] = setting({}, "arguments of an objective from outside")
-    temperature: float = setting(4.0, "temperature of the soft targets")
+    options: dict[str, Any] = setting(
+        {}, "arguments of an objective from outside; of entropy_temperature: mu and k (docs/accuracy.md)"
+    )
+    temperature: float = setting(USUAL_TEMPERATURE, "temperature of the soft targets")
     soft_weight: float = setting(0.9, "weight of the soft targets; the labels get the rest")
+    fused_views: int = setting(
+        1, "augmentations of an image over which the teacher's prediction is averaged, each a pass of the teacher"
+    )
+    feature_weight: float = setting(
+        0.0, "weight of the error of activations between blocks, which fades over the course; 0: none"
+    )
     amp: TrainingAmp = setting(
         TrainingAmp.auto,
         "precision of passes; auto: bf16 where timed steps show it to be faster (docs/finetuning.md)",
@@ -484,10 +494,21 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         OBJECTIVE.check(self.objective)
-        if self.options and self.objective in OBJECTIVE.own:
+        if self.options and self.objective == "distillation":
             allowed = f"none with finetune.objective={self.objective}, which has finetune.temperature and soft_weight"
             raise ConfigError("finetune.options", self.options, allowed)
-        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, patience=1, views=1)
+        if self.objective == "entropy_temperature" and self.temperature != USUAL_TEMPERATURE:
+            allowed = "none with finetune.objective=entropy_temperature, which has finetune.options.mu and k"
+            raise ConfigError("finetune.temperature", self.temperature, allowed)
+        at_least("finetune", self, epochs=0, lr=0, weight_decay=0, fused_views=1, patience=1, views=1)
+        if self.fused_views > 1 and self.soft_weight == 0:
+            allowed = "1 with finetune.soft_weight=0: nothing is made of the teacher's predictions"
+            raise ConfigError("finetune.fused_views", self.fused_views, allowed)
+        if self.views is not None and self.fused_views not in (1, self.views):
+            allowed = f"1, or all of finetune.views={self.views}, whose logits are known"
+            raise ConfigError("finetune.fused_views", self.fused_views, allowed)
+        if not 0 <= self.feature_weight < math.inf:
+            raise ConfigError("finetune.feature_weight", self.feature_weight, "a number >= 0")
         between("finetune", self, 0.0, 1.0, "soft_weight")
         if not 0 < self.temperature < math.inf:
             raise ConfigError("finetune.temperature", self.temperature, "a number > 0")
@@ -641,6 +662,9 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.search.on or self.search.budgets:
             self._check_searched()
+        if self.finetune.fused_views > 1 and not self._varies:
+            allowed = "1 with data.augment=none: an image looks the same every time"
+            raise ConfigError("finetune.fused_views", self.finetune.fused_views, allowed)
         if self.distill.stop is Stop.plateau and self.plan.shares_batches:
             setting, value = ("plan.groups", True) if self.plan.groups else ("plan.strategy", self.plan.strategy.name)
             raise ConfigError(setting, value, "no sharing of batches with distill.stop=plateau: ranks could disagree")
@@ -649,6 +673,11 @@ class JobConfig:
         elif self.cache.dtype is not WireDtype.fp32:
             allowed = "fp32 with teacher.cache=off: nothing is recorded; plan.wire_dtype=bf16 rounds activations"
             raise ConfigError("cache.dtype", self.cache.dtype.name, allowed)
+
+    @property
+    def _varies(self) -> bool:
+        """Whether training images may look otherwise in another epoch."""
+        return self.data.augment is not AugmentName.none or self.data.name is DataName.custom
 
     def _check_searched(self) -> None:
         for name in ("options", "per_block"):
@@ -660,8 +689,7 @@ class JobConfig:
 
     def _check_cached(self) -> None:
         cache = self.teacher.cache.name
-        varies = self.data.augment is not AugmentName.none or self.data.name is DataName.custom
-        if varies and self.distill.views is None:
+        if self._varies and self.distill.views is None:
             allowed = "off while every epoch is augmented afresh; or distill.views=N, or data.augment=none"
             raise ConfigError("teacher.cache", cache, allowed)
         if self.plan.strategy not in (Strategy.broadcast, Strategy.auto):  # the default, and what leaves it open

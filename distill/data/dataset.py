@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.addressing import TrainOrder, split_rows
+from distill.data.addressing import TrainOrder, derive_seed, split_rows
 from distill.data.augment import Augment, Draws, crop_and_flip, draw, normalise
 from distill.data.bad_images import SkippedImages
 from distill.data.cifar import open_cifar
@@ -227,6 +227,21 @@ class Dataset:
         for step, (images_BHWC, labels) in zip(steps, self._images.read_many(requests), strict=True):
             draws = self._draws(step, part, num_parts)
             yield self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
+
+    def redrawn(self, step: int, number: int, part: int = 0, num_parts: int = 1) -> Batch:
+        """Return the images of train_batch(step, part, num_parts) in another augmentation, the `number`-th (from 1):
+        fresh numbers where its own are, the `number`-th view behind its own where views are fixed."""
+        rows, epoch = self._order.rows(step)[part::num_parts], step // self.steps_per_epoch
+        size = self._reading.squaring.image_size
+        if self._views is None:
+            seed = derive_seed(self._seed, "redrawn", number)
+            draws = draw(batch_size=self.batch_size, image_size=size, seed=seed, step=step).part(part, num_parts)
+            name = f"epoch {epoch}, redrawn {number}"
+        else:
+            view = (epoch + number) % self._views
+            draws, name = self._view_draws(rows, view), f"view {view}"
+        images_BHWC, labels = self._images.read(self._request(rows, draws, name))
+        return self._batch(crop_and_flip(images_BHWC, draws, self._reading.augment), labels)
 
     def measure_start(self) -> float:
         """Return the seconds from train_batches() to its first batch, for which processes start that decode streamed

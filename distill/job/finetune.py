@@ -19,6 +19,7 @@ from distill.job.companions import companions_for, facts_of, in_words
 from distill.job.context import Context
 from distill.job.evaluate import held_out_hits
 from distill.job.kept_logits import with_kept_logits
+from distill.job.objective import with_features, with_fused_views
 from distill.job.outside import objective_for
 from distill.job.pace import find_pace
 from distill.job.reuse import TEACHER
@@ -78,9 +79,11 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
     origin = context.run.origin(TEACHER, f"{start}.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
     objective = objective_for(context.config, student, teacher, dataset.image_shape)
+    objective = with_features(context, objective, student, teacher, blocks)
     pace = find_pace(context, dataset, student, teacher, objective, steps=horizon.total)
     source = pace.outputs(TeacherHere(teacher, objective.taps))
     source = with_kept_logits(context, dataset, source, objective, team_of(context, "kept logits"))
+    source = with_fused_views(context, dataset, source)
     context.say(
         f"finetune: {show_count(fit_options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}, "
         f"peak rate {fit_options.lr:.3g}"

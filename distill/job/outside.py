@@ -13,7 +13,8 @@ from distill.data import Batch
 from distill.data.addressing import derive_seed
 from distill.job.blocks import Blocks
 from distill.training.losses import refuse_unusable_loss
-from distill.training.objective import Objective, make_objective, try_out
+from distill.training.objective import Objective
+from distill.training.objectives.making import make_objective, try_out
 
 ROWS = 2
 
@@ -31,9 +32,9 @@ def refuse_unusable_block_loss(config: JobConfig, blocks: Blocks, device: torch.
 
 
 def refuse_unusable_objective(config: JobConfig, teacher: nn.Module, image_shape: tuple[int, ...]) -> None:
-    """Raise ConfigError on finetune.objective unless one from outside can train, here a copy of the teacher."""
-    trains = config.stage is Stage.all and config.finetune.epochs > 0
-    if trains and config.finetune.objective not in OBJECTIVE.own:
+    """Raise ConfigError on finetune.objective or its options unless they can be had, and unless one from outside can
+    train, here a copy of the teacher."""
+    if config.stage is Stage.all and config.finetune.epochs > 0:
         objective_for(config, made_trainable(copied(teacher)).eval(), teacher, image_shape)
 
 

@@ -98,10 +98,15 @@ def fit(
         name=name,
     )
     fitting.begin()
-    share = team.share(dataset.batch_size)
-    tapped = Tapped(network, objective.taps)
     lesson = Lesson(
-        trained=trained, tapped=tapped, teacher=teacher, team=team, share=share, seed=seed, computing=computing
+        trained=trained,
+        tapped=Tapped(network, objective.taps),
+        teacher=teacher,
+        team=team,
+        share=team.share(dataset.batch_size),
+        seed=seed,
+        horizon=fitting.horizon,
+        computing=computing,
     )
     with learner(lesson) as learn:
         for course in fitting.epochs(learn):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.data import Batch, Dataset
+from distill.training.fused_views import fused
 from distill.training.objective import Address, Outputs, TeacherOutputs
 from distill.training.team import Team
 
@@ -22,6 +23,13 @@ class KeptLogits:
     def outputs(self, batch: Batch, address: Address) -> Outputs:
         places = self._dataset.fixed_places(address.step)[address.part :: address.num_parts]
         return Outputs(self._logits[places].float().to(batch.labels.device), {})
+
+    def fused(self, temperature: float) -> KeptLogits:
+        """Return the same with the logits of the mean prediction over all views, softened, in the place of each."""
+        views = self._dataset.num_views
+        of_each = self._logits.float().view(views, -1, self._logits.shape[1])
+        of_all = fused(of_each.unbind(), temperature=temperature)
+        return KeptLogits(self._dataset, of_all.repeat(views, 1))
 
     @property
     def nbytes(self) -> int:

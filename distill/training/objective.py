@@ -22,9 +22,9 @@ beside the student, are checkpointed with it, and are no part of what is deliver
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 from distill.data import Batch
 from distill.errors import ConfigError, one_of
-from distill.extensions import called, named, reason, takes
-from distill.training.losses import refuse_no_loss, soft_target_loss
+from distill.training.losses import soft_target_loss
 
 SETTING = "finetune.objective"
 
@@ -78,6 +77,7 @@ class Seen:
     batch: Batch
     address: Address
     source: TeacherOutputs | None = None
+    progress: float = 0.0  # the share of the course's steps that lies behind this one, as far as its end is known
 
     @cached_property
     def teacher(self) -> Outputs:
@@ -86,7 +86,7 @@ class Seen:
 
     def detached(self) -> Seen:
         """Return the same with a student that gets no gradients."""
-        seen = Seen(self.student.detached(), self.batch, self.address, self.source)
+        seen = replace(self, student=self.student.detached())
         if "teacher" in self.__dict__:
             seen.__dict__["teacher"] = self.teacher
         return seen
@@ -141,19 +141,6 @@ class Distillation(Labels):
         return self.soft_weight * soft + (1 - self.soft_weight) * super().forward(seen)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"distillation": Distillation}
-
-
-def make_objective(name: str, *, options: Mapping[str, object], settings: Mapping[str, object]) -> Objective:
-    """Return the objective that finetune.objective names, made of its own `options`, and of those of the `settings`
-    that it takes. Raises ConfigError on finetune.objective or finetune.options."""
-    kind: Callable[..., Objective] = named(SETTING, name, OBJECTIVES, "distill.objectives")
-    if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise ConfigError(SETTING, name, "a class that derives from distill.training.objective.Objective")
-    taken = {key: value for key, value in settings.items() if takes(kind, key) and key not in options}
-    return called("finetune.options", kind, options=options, **taken)
-
-
 class Tapped:
     """A network whose passes, through this, also give what the modules at `taps` return."""
 
@@ -199,25 +186,3 @@ class TeacherHere:
     @torch.no_grad()
     def outputs(self, batch: Batch, address: Address) -> Outputs:
         return self._tapped(batch.images)
-
-
-def try_out(objective: Objective, name: str, *, student: nn.Module, teacher: nn.Module, batch: Batch) -> None:
-    """Let the objective called `name` make its parameters, and see that it can train: one pass of both networks as they
-    are, which stay so but for gradients of the student's. Raises ConfigError on finetune.objective."""
-    source, tapped = TeacherHere(teacher, objective.taps), Tapped(student, objective.taps)
-    address = Address(seed=0, step=0)
-    try:
-        seen = Seen(tapped(batch.images), batch, address, source)
-        objective.prepare(seen.detached().student, seen.teacher)
-        objective.to(batch.images.device)
-        loss, own = objective(seen), objective.own_loss(seen.detached())
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever stands in the user's class
-        raise ConfigError(SETTING, name, f"an objective that runs on a batch ({reason(error)})") from error
-    refuse_no_loss(SETTING, name, loss)
-    if own is not None:
-        refuse_no_loss(SETTING, f"{name}.own_loss", own)
-    weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if all(found is None for found in torch.autograd.grad(loss, weights, allow_unused=True)):
-        raise ConfigError(SETTING, name, "a loss that depends on the student's outputs")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distill.data import Batch
+from distill.training.horizon import Horizon
 from distill.training.objective import Objective, Tapped, TeacherOutputs
 from distill.training.team import Computing, Lesson, Team
 from distill.training.trained import Trained
@@ -47,6 +48,7 @@ def step_seconds(network: nn.Module, objective: Objective, batch: Batch, ways: M
                 team=Team(),
                 share=1.0,
                 seed=0,
+                horizon=Horizon(1),
                 computing=way.computing,
             )
             try:

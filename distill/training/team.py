@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.data import Batch
 from distill.distributed.transport import Averager, Store
+from distill.training.horizon import Horizon
 from distill.training.objective import Address, Seen, Tapped, TeacherOutputs
 from distill.training.precision import widened
 from distill.training.shared_norms import SharedStatistics
@@ -64,6 +65,7 @@ class Lesson:
     team: Team
     share: float
     seed: int
+    horizon: Horizon
     computing: Computing = nullcontext
 
     def differentiate(self, batch: Batch, step: int) -> Tensor:
@@ -72,7 +74,8 @@ class Lesson:
         address = Address(self.seed, step, self.team.rank, self.team.world_size)
         with self.computing():
             outputs = self.tapped(batch.images)
-        seen = Seen(widened(outputs), batch, address, self.teacher)
+        progress = step / self.horizon.total
+        seen = Seen(widened(outputs), batch, address, self.teacher, progress)
         value: Tensor = self.share * objective(seen)
         own = objective.own_loss(seen.detached())
         value.backward()  # type: ignore[no-untyped-call]

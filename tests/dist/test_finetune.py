@@ -31,8 +31,10 @@ from distill.training.objective import (
     Seen,
     TeacherHere,
     TeacherOutputs,
-    try_out,
 )
+from distill.training.objectives.entropy_temperature import EntropyTemperature
+from distill.training.objectives.fading_features import FadingFeatures
+from distill.training.objectives.making import try_out
 from distill.training.precision import in_bf16
 from distill.training.shared_norms import SharedStatistics
 from distill.training.team import Computing, Team
@@ -166,10 +168,15 @@ class Joint(Labels):
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "plain": Plain, "norms": Norms, "partial": Partial, "adversarial": Plain, "joint": Plain, "bf16": Plain
+    "plain": Plain, "norms": Norms, "partial": Partial, "adversarial": Plain, "joint": Plain, "fading": Plain,
+    "bf16": Plain,
 }  # fmt: skip
 COMPUTING: dict[str, Computing] = {"bf16": partial(in_bf16, torch.device("cpu"))}
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"adversarial": Adversarial, "joint": Joint}
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "adversarial": Adversarial,
+    "joint": Joint,
+    "fading": lambda: FadingFeatures(EntropyTemperature(soft_weight=0.5), ["body"], weight=1.0),
+}
 
 
 def network(kind: str = "plain") -> nn.Module:
@@ -292,6 +299,14 @@ def test_resumed_after_any_epoch_weights_and_records_are_those_of_one_go(tmp_pat
     assert without_times(course) == without_times(expected)
     assert [epoch["added"] for epoch in course] == [10, 20, 30]
     assert not all(torch.equal(tensor, whole[name]) for name, tensor in fresh().state_dict().items())
+
+
+def test_a_weight_that_fades_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path / "whole", Images(), kind="fading")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", Images(), kind="fading", stop_after=1)
+    resumed, _ = train(tmp_path / "resumed", Images(), kind="fading")
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_an_epoch_without_a_finite_loss_is_the_last_and_leaves_no_checkpoint(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_blocks_have_the_recipes_that_patterns_give_them(finished: tuple[Path, s
     recipes = "{layer1.*: {recipe: keep}, layer3.0: {recipe: one_conv}, layer3.2: {recipe: outside:Centred}}"
     result = distill(
         f"teacher.weights={finished[0] / 'teacher.safetensors'}", "teacher.fit.epochs=0", "plan.cost=flops",
-        "run.dir=run", "student.options.rank=1", f"student.per_block={recipes}", cwd=tmp_path, ranks=2,
+        "run.dir=run", "student.options.rank=1", f"student.per_block={recipes}",
+        "finetune.objective=entropy_temperature", "finetune.options.k=0.5", "finetune.fused_views=2",
+        "finetune.feature_weight=0.5", cwd=tmp_path, ranks=2,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     card = json.loads((tmp_path / "run" / "student.json").read_text())
@@ -58,6 +60,7 @@ def test_blocks_have_the_recipes_that_patterns_give_them(finished: tuple[Path, s
     ]
     assert card["blocks"][0]["options"]["rank"] == 1
     assert "statistics: of the inputs of 10 layers, over 8 batches" in result.stdout
+    assert "beside the logits, what leaves layer2.0, layer2.1, layer2.2, layer3.0, layer3.1, layer3.2" in result.stdout
     with pytest.raises(DistillError, match="outside:Centred"):
         load_student(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["student.per_block"]

@@ -28,7 +28,8 @@ from distill.simulation.simulator import simulate
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.finetune import FitOptions, fit
 from distill.training.losses import block_loss, refuse_unusable_loss
-from distill.training.objective import TeacherHere, make_objective, try_out
+from distill.training.objective import TeacherHere
+from distill.training.objectives.making import make_objective, try_out
 from distill.training.team import Team
 from tests.documents import ROOT, Example, example, fenced
 from tests.opened import opened

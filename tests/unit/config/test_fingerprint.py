@@ -60,6 +60,7 @@ CHANGED = (
     ("assemble.batchnorm_batches", 1), ("plan.strategy", choices.Strategy.ddp), ("teacher.amp", choices.Amp.bf16),
     ("plan.groups", True), ("refine.method", choices.Refine.progressive), ("finetune.sparsity", 0.5),
     ("finetune.sparsity_scope", "layer"), ("finetune.sparsity_begin", 0.2), ("finetune.sparsity_end", 0.7),
+    ("finetune.fused_views", 2), ("finetune.feature_weight", 0.5),
 )  # fmt: skip
 
 

@@ -275,6 +275,25 @@ class TestImpossibleValues:
                 lambda: schema.FinetuneConfig(sparsity_end=0.1),
                 "finetune.sparsity_end: got 0.1; expected a share above finetune.sparsity_begin=0.1",
             ),
+            (
+                lambda: schema.FinetuneConfig(objective="entropy_temperature", temperature=2.0),
+                "finetune.temperature: got 2.0; expected none with finetune.objective=entropy_temperature, which has "
+                "finetune.options.mu and k",
+            ),
+            (lambda: schema.FinetuneConfig(fused_views=0), "finetune.fused_views: got 0; expected a number >= 1"),
+            (
+                lambda: schema.FinetuneConfig(fused_views=2, soft_weight=0.0),
+                "finetune.fused_views: got 2; expected 1 with finetune.soft_weight=0: nothing is made of the teacher's "
+                "predictions",
+            ),
+            (
+                lambda: schema.FinetuneConfig(fused_views=3, views=2),
+                "finetune.fused_views: got 3; expected 1, or all of finetune.views=2, whose logits are known",
+            ),
+            (
+                lambda: schema.FinetuneConfig(feature_weight=float("nan")),
+                "finetune.feature_weight: got nan; expected a number >= 0",
+            ),
             (lambda: schema.LaunchConfig(nproc_per_node=0), "launch.nproc_per_node: got 0; expected a number >= 1"),
             (
                 lambda: schema.LaunchConfig(nnodes=2),

@@ -145,3 +145,17 @@ def test_a_setting_that_cannot_be_honoured_is_named(setting: str, changes: dict[
     with pytest.raises(ConfigError) as caught:
         opened(**changes)
     assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize("memory_limit_gib", [4.0, 0.0], ids=["memory", "stream"])
+@pytest.mark.parametrize("views", [None, 3])
+def test_redrawn_batches_are_the_same_images_in_other_augmentations(views: int | None, memory_limit_gib: float) -> None:
+    dataset = opened(memory_limit_gib=memory_limit_gib).with_views(views)
+    step = dataset.steps_per_epoch + 1
+    own, first, second = dataset.train_batch(step), *(dataset.redrawn(step, number) for number in (1, 2))
+    assert torch.equal(own.labels, first.labels)
+    assert len({tensor.sum().item() for tensor in (own.images, first.images, second.images)}) == 3
+    assert same(first, dataset.redrawn(step, 1))
+    for part in range(3):
+        rows = slice(part, None, 3)
+        assert same(dataset.redrawn(step, 1, part, 3), Batch(first.images[rows], first.labels[rows]))

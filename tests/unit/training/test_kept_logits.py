@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from distill.config.compose import compose
+from distill.data import Batch
 from distill.errors import ConfigError
 from distill.job.kept_logits import refuse_unkept, with_kept_logits
 from distill.training import kept_logits
+from distill.training.fused_views import FusedViews
 from distill.training.kept_logits import keep_logits, most_bytes
 from distill.training.objective import Address, Distillation, TeacherHere
 from distill.training.precision import InBf16
@@ -40,6 +42,21 @@ def test_what_is_kept_is_what_the_teacher_gives(teacher: nn.Module) -> None:
                 found = keeper.outputs(batch, address).logits
                 assert found.dtype is torch.float32
                 torch.testing.assert_close(found, own.outputs(batch, address).logits, rtol=tolerance, atol=tolerance)
+
+
+def test_fused_they_are_what_is_fused_view_by_view(teacher: nn.Module) -> None:
+    with opened() as fresh:
+        dataset, source = fresh.with_views(2), TeacherHere(teacher, ())
+        kept = keep_logits(dataset, source, Team()).fused(4.0)
+
+        def redrawn(address: Address, number: int) -> Batch:
+            return dataset.redrawn(address.step, number, address.part, address.num_parts)
+
+        one_by_one = FusedViews(source, redrawn, num_views=2, temperature=4.0)
+        for step in (3, dataset.steps_per_epoch + 5):
+            batch, address = dataset.train_batch(step, 1, 3), Address(9, step, 1, 3)
+            found = (keeper.outputs(batch, address).logits.softmax(1) for keeper in (kept, one_by_one))
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_ranks_find_a_share_each_and_have_the_bits_of_one(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from distill.config import choices
 from distill.data import Batch
 from distill.errors import ConfigError
-from distill.training.objective import (
-    OBJECTIVES,
-    Address,
-    Distillation,
-    Labels,
-    Seen,
-    Tapped,
-    TeacherHere,
-    make_objective,
-    try_out,
-)
+from distill.training.objective import Address, Distillation, Labels, Seen, Tapped, TeacherHere
+from distill.training.objectives.making import OBJECTIVES, make_objective, try_out
 
 BATCH = Batch(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1]))
 SETTINGS = {"temperature": 4.0, "soft_weight": 0.9}

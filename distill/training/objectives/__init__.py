@@ -1,0 +1,1 @@
+"""What fine-tuning may be for, one file an idea, on the base in distill/training/objective.py."""
