@@ -22,6 +22,7 @@ SMALL = (
     "launch.threads_per_rank=1",
     "deploy.programs=[]",  # to export them takes longer than all else
 )
+FINISHED = ("refine=progressive", "refine.steps=2")  # after SMALL: the run that many look at
 ONE_BLOCK = (  # after SMALL: long enough to be stopped in
     "blocks.include=[layer3.2]",
     "distill.steps=400",

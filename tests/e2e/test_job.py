@@ -16,6 +16,7 @@ import distill as package
 from distill.observability.energy.joules import describe, summarize
 from distill.student.evaluate import count_hits
 from tests.e2e.command import (
+    FINISHED,
     LIMIT_S,
     SMALL,
     bits,
@@ -125,7 +126,7 @@ def test_the_same_command_again_trains_nothing_and_prints_the_result_again(
 ) -> None:
     run_dir, _ = finished
     before = {name: (run_dir / name).stat().st_mtime_ns for name in ("student.safetensors", "ledger.jsonl")}
-    again = distill(*plan, cwd=run_dir.parents[2], ranks=1)
+    again = distill(*FINISHED, *plan, cwd=run_dir.parents[2], ranks=1)
     assert again.returncode == 0, again.stderr
     assert "distill stage: complete since an earlier attempt; no block is trained again\n" in again.stdout
     assert "teacher against student" in again.stdout

@@ -16,7 +16,7 @@ from distill.config.schema import JobConfig
 from distill.errors import ConfigError
 
 CONF = Path(config_dir())
-GROUPS = ("teacher", "data", "student", "refine", "launch", "experiment")
+GROUPS = ("teacher", "data", "student", "refine", "activation", "launch", "experiment")
 # What a choice needs besides its own file: the settings that only the user knows.
 NEEDED = {
     "teacher/torchvision": ["teacher.name=resnet18"],
@@ -27,6 +27,7 @@ NEEDED = {
     "data/custom": ["data.factory=package.module:function"],
     "experiment/cifar10_resnet20": ["data.root=/images"],
     "experiment/paper_resnet50_imagenet": ["data.root=/images"],
+    "experiment/slim_cifar10": ["data.root=/images"],
 }
 
 

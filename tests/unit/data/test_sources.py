@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from distill.data import Augment, Dataset, cifar
+from distill.data import Augment, Dataset
 from distill.data.digits import open_digits
 from distill.data.mapped import FileNames
 from distill.errors import ConfigError
@@ -240,7 +240,7 @@ def test_cifar_errors_say_what_was_looked_for(
     def no_network(*_: Any, **__: Any) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", no_network)
     refused("data.root", "looked for .*network.*Name or service", "cifar100", tmp_path / "new", download=True)
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -251,7 +251,7 @@ def test_cifar_download_puts_the_files_in_place(
     def copy(_url: str, _archive_folder: str, folder: str, **_: Any) -> None:
         (cifar_root / CIFAR10.base_folder).rename(Path(folder) / CIFAR10.base_folder)
 
-    monkeypatch.setattr(cifar, "download_and_extract_archive", copy)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", copy)
     dataset = open_data("cifar10", tmp_path / "new", image_size=32, download=True)
     assert dataset.num_test == 5
     assert [path.name for path in (tmp_path / "new").iterdir()] == [CIFAR10.base_folder]
