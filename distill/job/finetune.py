@@ -21,8 +21,9 @@ from distill.job.evaluate import held_out_hits
 from distill.job.kept_logits import with_kept_logits
 from distill.job.objective import with_features, with_fused_views
 from distill.job.outside import objective_for
-from distill.job.pace import find_pace
+from distill.job.pace import find_pace, times_as_fast
 from distill.job.reuse import TEACHER
+from distill.job.time_budget import expected_steps, with_epochs
 from distill.job.timekeeper import timekeepers
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
@@ -57,11 +58,11 @@ def finetune_student(
     later of equals) as finetuned.safetensors. Every rank takes part. Returns that name, or none where no epoch came to
     an end.
     """
-    if context.config.finetune.epochs == 0:
+    if context.config.finetune.epochs == 0 and context.config.budget.seconds is None:
         return []
-    record = context.completed("finetune")
+    record = context.completed("finetune") or _finetune(context, dataset, teacher, blocks, start)
     if record is None:
-        record = _finetune(context, dataset, teacher, blocks, start)
+        return []
     if record["kept_epoch"] is None and context.config.finetune.sparsity > 0:
         raise DistillError(
             f"{context.run.path}: no epoch with finetune.sparsity={context.config.finetune.sparsity:g} came to an end "
@@ -70,22 +71,26 @@ def finetune_student(
     return ["finetuned"] if record["kept_epoch"] is not None else []
 
 
-def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, start: str) -> Epoch:
-    config = context.config.finetune
-    fit_options = _fit_options(config, dataset.steps_per_epoch)
-    dataset = dataset.with_views(config.views)
-    horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
+def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, start: str) -> Epoch | None:
+    """Fine-tune; return the record, None where a budget leaves no time for it."""
+    dataset = dataset.with_views(context.config.finetune.views)
     student = load_student_state(context, start, teacher, blocks)
     origin = context.run.origin(TEACHER, f"{start}.safetensors")
     checkpoints = CheckpointFolder(context.run.path, generation=context.control.generation, origin=origin)
-    objective = objective_for(context.config, student, teacher, dataset.image_shape)
-    objective = with_features(context, objective, student, teacher, blocks)
-    pace = find_pace(context, dataset, student, teacher, objective, steps=horizon.total)
+    plain = objective_for(context.config, student, teacher, dataset.image_shape)
+    objective = with_features(context, plain, student, teacher, blocks)
+    expected = expected_steps(context, dataset)
+    pace = find_pace(context, dataset, student, teacher, objective, steps=expected)
+    context = with_epochs(context, dataset, expected=expected, faster=times_as_fast(context))
+    config = context.config.finetune
+    if config.epochs == 0:
+        return None
+    fit_options = _fit_options(config, dataset.steps_per_epoch)
+    horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
     source = pace.outputs(TeacherHere(teacher, objective.taps))
     source = with_kept_logits(context, dataset, source, objective, team_of(context, "kept logits"))
-    source = with_fused_views(context, dataset, source)
     context.say(
-        f"finetune: {show_count(fit_options.epochs, 'epoch')} over {show_count(context.world_size, 'rank')}, "
+        f"finetune: {show_count(round(fit_options.epochs, 2), 'epoch')} over {show_count(context.world_size, 'rank')}, "
         f"peak rate {fit_options.lr:.3g}"
     )
 
@@ -120,7 +125,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         student,
         dataset,
         objective,
-        teacher=source,
+        teacher=with_fused_views(context, dataset, source),
         companions=companions,
         computing=pace.computing(student, objective.taps, context.device),
         horizon=horizon,

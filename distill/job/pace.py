@@ -76,6 +76,15 @@ def find_pace(
     return Pace(**context.lead(STAGE, work)["pace"])
 
 
+def times_as_fast(context: Context) -> float:
+    """Return how many times as fast as plain ones steps are at the pace that was found; 1 where none was looked for."""
+    found = context.run.result(STAGE)
+    if found is None:
+        return 1.0
+    seconds = found["step_seconds"]
+    return float(seconds[str(Pace())] / seconds[str(Pace(**found["pace"]))]) if str(Pace()) in seconds else 1.0
+
+
 def possible(amp: TrainingAmp, *, factored: bool) -> list[Pace]:
     """Return the paces that the configuration allows, the plain one first."""
     precisions = {TrainingAmp.off: [False], TrainingAmp.bf16: [True], TrainingAmp.auto: [False, True]}[amp]

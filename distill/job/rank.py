@@ -50,7 +50,7 @@ from distill.job.search import STAGE as SEARCH
 from distill.job.search import choose_students, found_students
 from distill.job.streams import with_chosen_streams
 from distill.job.teacher import build_teacher, train_teacher
-from distill.job.time_budget import with_block_steps, with_epochs
+from distill.job.time_budget import with_block_steps
 from distill.launch.launcher import CONFIG_VARIABLE
 from distill.launch.provenance import command_start
 from distill.machine.host import share_of_cores
@@ -244,7 +244,6 @@ def _distill(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blo
     with context.during("assemble"):
         students = assemble_student(context, dataset, teacher, blocks)
     students += refine_student(context, dataset, teacher, blocks)
-    context = with_epochs(context, dataset)
     with context.during("finetune"):
         start = "refined" if "refined" in students else "recalibrated"
         students += finetune_student(context, dataset, teacher, blocks, start=start)

@@ -30,6 +30,7 @@ from distill.storage.run_directory import RunDirectory
 from distill.student.assemble import assemble
 from distill.student.onnx_programs import onnx_program
 from distill.student.programs import contiguous_copy, quietly
+from distill.training.horizon import steps_of
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +75,27 @@ def with_block_steps(context: Context, dataset: Dataset, teacher: nn.Module, blo
     return replace(context, config=replace(context.config, distill=distill))
 
 
-def with_epochs(context: Context, dataset: Dataset) -> Context:
-    """Return the context with the epochs of fine-tuning that what is left of budget.seconds gives, as it is without a
-    budget. Every rank must call it, after with_block_steps()."""
+def expected_steps(context: Context, dataset: Dataset) -> int:
+    """Return about how many steps of fine-tuning there will be, as the first attempt expected it: how they are computed
+    follows from it. Every rank must call it, after with_block_steps()."""
+    if context.config.budget.seconds is None:
+        return steps_of(context.config.finetune.epochs, dataset.steps_per_epoch)
+    control = context.control
+    if context.leads:
+        found = context.run.result(EPOCHS)
+        control.set("expected steps", _epochs(context, dataset)["steps"] if found is None else found["expected"])
+    return control.wait("expected steps", peer=0, purpose="steps of fine-tuning")  # type: ignore[no-any-return]
+
+
+def with_epochs(context: Context, dataset: Dataset, *, expected: int, faster: float) -> Context:
+    """Return the context with the epochs of fine-tuning that what is left of budget.seconds gives, steps being so many
+    times as fast as those by which so many were expected; as it is without a budget. Every rank must call it, after
+    with_block_steps()."""
     if context.config.budget.seconds is None:
         return context
     found = context.completed(EPOCHS)
     if found is None:
-        found = context.lead(EPOCHS, lambda: _epochs(context, dataset))
+        found = context.lead(EPOCHS, lambda: _told(context, _epochs(context, dataset, faster) | {"expected": expected}))
         deadline = found["deadline_s"]
     else:
         deadline = None  # of another attempt: its steps are taken as they were
@@ -89,28 +103,35 @@ def with_epochs(context: Context, dataset: Dataset) -> Context:
     return replace(context, config=replace(context.config, finetune=finetune), deadline_s=deadline)
 
 
-def _epochs(context: Context, dataset: Dataset) -> dict[str, Any]:
+def _epochs(context: Context, dataset: Dataset, faster: float = 1.0) -> dict[str, Any]:
     known, ranks = context.run.result(BLOCKS), context.world_size
     passes = Passes(**known["passes"])
     after_s = _after_s(context, dataset, passes, known["export_s"])
     left_s = _left(context) / ranks - after_s
-    step_s, epoch_s = passes.step / ranks, validation_s(context, dataset, passes)
+    step_s, epoch_s = passes.step / ranks / faster, validation_s(context, dataset, passes)
     per_epoch = dataset.steps_per_epoch
     steps = steps_within(left_s, step_s=step_s, epoch_s=epoch_s, done=0, steps_per_epoch=per_epoch)
+    needed_s = ranks * max(0.0, step_s + epoch_s - left_s)
+    # half a step less, so that no rounding makes it one more
+    epochs = max(0.0, (steps - 0.5) / per_epoch)
+    found = {"epochs": epochs, "steps": steps, "left_s": left_s, "needed_s": needed_s, "after_s": after_s}
+    return found | {"deadline_s": time.time() + left_s}
+
+
+def _told(context: Context, found: dict[str, Any]) -> dict[str, Any]:
+    """Say what was decided, and return it."""
     asked = _budget(context)
-    if steps == 0:
+    if found["steps"] == 0:
         log.warning(
             "budget.seconds=%g: no time is left to fine-tune in, after all else; about %.0f would be needed for %s",
-            asked, asked - ranks * (left_s - step_s - epoch_s), show_count(1, "step"),
+            asked, asked + found["needed_s"], show_count(1, "step"),
         )  # fmt: skip
     else:
         context.say(
-            f"budget: fine-tuning gets {show_seconds(left_s)} on {show_count(ranks, 'rank')}, about "
-            f"{show_count(steps, 'step')}; {show_seconds(after_s)} are kept for what follows"
+            f"budget: fine-tuning gets {show_seconds(found['left_s'])} on {show_count(context.world_size, 'rank')}, "
+            f"about {show_count(found['steps'], 'step')}; {show_seconds(found['after_s'])} are kept for what follows"
         )
-    # half a step less, so that no rounding makes it one more
-    epochs = max(0.0, (steps - 0.5) / per_epoch)
-    return {"epochs": epochs, "steps": steps, "after_s": after_s, "deadline_s": time.time() + left_s}
+    return found
 
 
 def _budget(context: Context) -> float:

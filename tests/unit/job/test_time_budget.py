@@ -37,6 +37,22 @@ def test_ranks_share_steps_and_spend_together() -> None:
     assert 0.9 * alone["steps"] < together["steps"] < alone["steps"]
 
 
+def test_steps_that_are_faster_than_plain_ones_are_more() -> None:
+    plain, faster = (time_budget._epochs(context_of(500.0), DATASET, times)["steps"] for times in (1.0, 2.0))
+    assert 1.9 * plain < faster < 2 * plain + 2
+
+
+def test_a_later_attempt_expects_the_steps_that_the_first_did() -> None:
+    context: Any = context_of(500.0)
+    said: dict[str, int] = {}
+    context.leads, context.control = True, SimpleNamespace(set=said.__setitem__, wait=lambda key, **_: said[key])
+    known = {time_budget.BLOCKS: KNOWN}
+    context.run.result = known.get
+    assert time_budget.expected_steps(context, DATASET) > 300
+    known[time_budget.EPOCHS] = {"expected": 7}
+    assert time_budget.expected_steps(context, DATASET) == 7
+
+
 def test_programs_are_kept_aside() -> None:
     none, all_of_them = (
         time_budget._epochs(context_of(600.0, programs=programs), DATASET) for programs in ((), ("pt2", "onnx", "int8"))
@@ -45,7 +61,8 @@ def test_programs_are_kept_aside() -> None:
 
 
 def test_no_time_is_no_epoch_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    found = time_budget._epochs(context_of(20.0, gone_s=30.0), DATASET)
+    context = context_of(20.0, gone_s=30.0)
+    found = time_budget._told(context, time_budget._epochs(context, DATASET))
     assert (found["steps"], found["epochs"]) == (0, 0.0)
     assert "budget.seconds=20: no time is left to fine-tune in" in caplog.text
 
