@@ -45,6 +45,8 @@ NETWORKS: dict[str, dict[str, dict[str, int]]] = {  # with the arguments of thei
     },
 }  # fmt: skip
 RECIPES = ("thin", "lowrank")
+# The blocks of networks that torch.fx cannot trace.
+BLOCKS = {"vgg11_bn": "features.*,pre_logits.fc1,pre_logits.fc2,head"}
 SETTINGS = (
     "data=digits", "data.batch_size=32", "teacher.fit.epochs=0", "student.statistics_batches=4", "distill.steps=0",
     "finetune.epochs=0", "assemble.batchnorm_batches=4", "assemble.refit_images=128", "launch.nproc_per_node=1",
@@ -84,6 +86,8 @@ def _rows(args: argparse.Namespace, source: str, name: str, options: dict[str, i
     scratch = args.scratch.absolute()
     teacher = _teacher(scratch, source, name, options, args.epochs)
     given = [f"+teacher.options.{key}={value}" for key, value in options.items()]
+    if name in BLOCKS:
+        given += ["blocks.granularity=modules", f"blocks.modules=[{BLOCKS[name]}]"]
     rows = []
     for recipe in args.recipes:
         for ratio in args.ratios:
