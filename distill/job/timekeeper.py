@@ -103,8 +103,9 @@ class Timekeeper(Companion):
             done=done,
             steps_per_epoch=self._dataset.steps_per_epoch,
         )
+        total = done + max(1, more)  # the last step has to be known as such: what is to be complete then, completes
         # No longer than planned in the last part: an epoch that begins anew at its old end would be judged twice.
-        return min(done + more, self._horizon.total) if PART * (self._horizon.total - done) < done else done + more
+        return min(total, self._horizon.total) if PART * (self._horizon.total - done) < done else total
 
     def _now(self) -> float:
         if self._context.device.type == "cuda":

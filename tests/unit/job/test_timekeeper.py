@@ -85,10 +85,10 @@ def test_a_later_attempt_has_the_same_steps_whatever_it_takes(tmp_path: Path, cl
     assert trained(keeper, again, clock, seconds=7.0) == steps
 
 
-def test_no_time_left_ends_it(tmp_path: Path, clock: Clock) -> None:
+def test_no_time_left_ends_it_after_a_step_that_is_known_as_the_last(tmp_path: Path, clock: Clock) -> None:
     context, horizon = context_of(tmp_path, deadline_s=clock.now + 5), Horizon(100)
     (keeper,) = timekeeper.timekeepers(context, DATASET, horizon)
-    assert trained(keeper, horizon, clock, seconds=3.0) == timekeeper.FIRST
+    assert trained(keeper, horizon, clock, seconds=3.0) == timekeeper.FIRST + 1
 
 
 def test_without_a_budget_nobody_keeps_time(tmp_path: Path) -> None:
