@@ -362,7 +362,9 @@ class PlanConfig:
         None, "bandwidth of a host's link to the others in Gbit/s; null: probed with plan.cost=measured, else unlimited"
     )
     shared_memory: bool = setting(
-        True, "whether ranks of one host pass activations through memory; false: through sockets, if that makes trouble"
+        True,
+        "whether ranks of one host pass activations, and statistics of batch norms, through memory; false: through "
+        "sockets, if that makes trouble",
     )
     take_over: bool = setting(
         True, "whether a rank that runs dry takes blocks over from the busiest rank, where that saves time"

@@ -189,4 +189,5 @@ def team_of(context: Context, purpose: str) -> Team:
         store=context.control.store_for(purpose) if context.world_size > 1 else None,
         backend=context.roll_call.wire_backend,
         timeout_s=context.config.plan.timeout_s,
+        shared_memory=context.config.plan.shared_memory,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.data import Batch
+from distill.distributed.shared_board import share_board
 from distill.distributed.transport import Averager, Store
 from distill.training.horizon import Horizon
 from distill.training.objective import Address, Seen, Tapped, TeacherOutputs
@@ -36,6 +37,7 @@ class Team:
     store: Store | None = None
     backend: str = "gloo"
     timeout_s: float = 600.0
+    shared_memory: bool = True  # whether ranks of one host may show each other small tensors in memory
 
     def share(self, batch_size: int) -> float:
         """Return the share of a batch's rows that this rank has."""
@@ -52,6 +54,18 @@ class Team:
             timeout_s=self.timeout_s,
             backend=self.backend,
         )
+
+    def gatherer(self, others: Averager) -> Callable[[Tensor], Tensor]:
+        """Return what gathers small tensors of all ranks, by the shortest way that there is; all of them must call."""
+        wanted = self.shared_memory and self.backend != "nccl"
+        board = share_board(
+            rank=self.rank,
+            world_size=self.world_size,
+            gather=others.gather,
+            timeout_s=self.timeout_s,
+            wanted=wanted,
+        )
+        return others.gather if board is None else board.gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +107,19 @@ def learner(lesson: Lesson) -> Iterator[Learner]:
         return
     others = lesson.team.meet()
     try:
-        yield partial(_learn_together, lesson, others)
+        yield partial(_learn_together, lesson, others, lesson.team.gatherer(others))
     finally:
         others.close()
 
 
-def _learn_together(lesson: Lesson, others: Averager, batch: Batch, step: int) -> Tensor:
+def _learn_together(
+    lesson: Lesson, others: Averager, gather: Callable[[Tensor], Tensor], batch: Batch, step: int
+) -> Tensor:
     """Find the gradients of the mean loss over all ranks' rows.
 
     A parameter has a gradient where it has one on any rank; without any it is left alone, as one rank would leave it.
     """
-    with SharedStatistics(others.gather, lesson.trained.all):
+    with SharedStatistics(gather, lesson.trained.all):
         value = lesson.differentiate(batch, step)
     parameters = [parameter for parameter in lesson.trained.all.parameters() if parameter.requires_grad]
     known = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=value.device)

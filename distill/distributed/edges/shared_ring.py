@@ -93,7 +93,7 @@ def accept_ring(group: PairGroup, *, num_boundaries: int, slots: int) -> SharedR
     ring, answer = None, ELSEWHERE
     if host == host_identity():
         try:
-            ring = _opened(Path(f"/proc/{process}/fd/{descriptor}"), sizes, slots=slots, token=token)
+            ring = opened(Path(f"/proc/{process}/fd/{descriptor}"), sizes, slots=slots, token=token)
             answer = MAPPED
         except OSError as error:
             answer = error.errno or errno.EIO
@@ -106,7 +106,7 @@ def memory_bytes(sizes: Sequence[int], *, slots: int) -> int:
     return ALIGNMENT + slots * sum(map(_padded, sizes))
 
 
-def _opened(path: Path, sizes: Sequence[int], *, slots: int, token: int) -> SharedRing:
+def opened(path: Path, sizes: Sequence[int], *, slots: int, token: int) -> SharedRing:
     descriptor = os.open(path, os.O_RDWR)
     try:
         if os.fstat(descriptor).st_size != memory_bytes(sizes, slots=slots):
