@@ -72,6 +72,9 @@ class Timekeeper(Companion):
 
     def after_step(self, step: int, total: int) -> None:
         done = step + 1
+        self._horizon.total = self._totals.get(done, self._horizon.total)  # after a setback: as Again will
+        if self._since is not None and done <= self._since[0]:
+            self._since = None  # a setback: what has passed is not those steps alone
         if done % self._dataset.steps_per_epoch == 0:
             self._since = None  # what comes now is no step
         if done >= self._next:

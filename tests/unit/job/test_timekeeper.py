@@ -85,6 +85,36 @@ def test_a_later_attempt_has_the_same_steps_whatever_it_takes(tmp_path: Path, cl
     assert trained(keeper, again, clock, seconds=7.0) == steps
 
 
+def test_after_a_setback_steps_are_revised_as_a_later_attempt_revises_them(tmp_path: Path, clock: Clock) -> None:
+    def course(deadline_s: float | None) -> list[int]:
+        """Go back to the start after 30 steps; return the steps in all as each of the next 30 finds them."""
+        horizon = Horizon(100)
+        (keeper,) = timekeeper.timekeepers(context_of(tmp_path, deadline_s=deadline_s), DATASET, horizon)
+        for step in range(30):
+            clock.now += 2.0
+            keeper.after_step(step, horizon.total)
+        horizon.total = 100
+        found = []
+        for step in range(30):
+            clock.now += 2.0
+            keeper.after_step(step, horizon.total)
+            found.append(horizon.total)
+        return found
+
+    assert course(clock.now + 200) == course(None)
+
+
+def test_steps_that_a_setback_repeats_do_not_count_as_slow_ones(tmp_path: Path, clock: Clock) -> None:
+    context, horizon = context_of(tmp_path, deadline_s=clock.now + 200), Horizon(100)
+    (keeper,) = timekeeper.timekeepers(context, DATASET, horizon)
+    found = []
+    for step in [*range(30), *range(49)]:
+        clock.now += 1.0
+        keeper.after_step(step, horizon.total)
+        found.append(horizon.total)
+    assert min(found[30:]) >= 150
+
+
 def test_no_time_left_ends_it_after_a_step_that_is_known_as_the_last(tmp_path: Path, clock: Clock) -> None:
     context, horizon = context_of(tmp_path, deadline_s=clock.now + 5), Horizon(100)
     (keeper,) = timekeeper.timekeepers(context, DATASET, horizon)
