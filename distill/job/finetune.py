@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from distill.config.choices import Stage
-from distill.config.schema import FinetuneConfig, JobConfig
+from distill.config.schema import JobConfig
 from distill.data import Dataset
 from distill.data.addressing import derive_seed
 from distill.errors import ConfigError, DistillError
@@ -28,7 +28,7 @@ from distill.job.timekeeper import timekeepers
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
 from distill.training.finetune import Epoch, FitOptions, fit
-from distill.training.horizon import Horizon, steps_of, usual_rate
+from distill.training.horizon import Horizon, steps_of
 from distill.training.objective import TeacherHere
 from distill.training.team import Team
 
@@ -85,13 +85,13 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
     config = context.config.finetune
     if config.epochs == 0:
         return None
-    fit_options = _fit_options(config, dataset.steps_per_epoch)
+    fit_options = FitOptions(epochs=config.epochs, lr=config.lr, weight_decay=config.weight_decay, setbacks=SETBACKS)
     horizon = Horizon(steps_of(config.epochs, dataset.steps_per_epoch))
     source = pace.outputs(TeacherHere(teacher, objective.taps))
     source = with_kept_logits(context, dataset, source, objective, team_of(context, "kept logits"))
     context.say(
         f"finetune: {show_count(round(fit_options.epochs, 2), 'epoch')} over {show_count(context.world_size, 'rank')}, "
-        f"peak rate {fit_options.lr:.3g}"
+        f"peak rate {fit_options.peak(horizon.total):.3g}"
     )
 
     def report(course: Sequence[Epoch]) -> None:
@@ -101,7 +101,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
             if context.leads:
                 log.warning(
                     "finetune: stopped, the loss of epoch %d is not finite; try a lower finetune.lr (%g)",
-                    number, fit_options.lr,
+                    number, fit_options.peak(horizon.total),
                 )  # fmt: skip
             return
         hits = held_out_hits(context, f"epoch {number}", student, dataset)
@@ -142,7 +142,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         context.say(f"finetune: the state after epoch {kept} is kept, the best on validation images")
     record = {
         "epochs": course,
-        "peak_lr": fit_options.lr,
+        "peak_lr": fit_options.peak(steps_of(config.epochs, dataset.steps_per_epoch)),  # before revisions
         "computed_in": str(pace),
         "seconds": sum(epoch["seconds"] for epoch in course),
         "kept_epoch": kept,
@@ -152,11 +152,6 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         context.run.complete("finetune", record, made=made, used=[TEACHER, f"{start}.safetensors"])
         checkpoints.remove("finetune")
     return record
-
-
-def _fit_options(config: FinetuneConfig, steps_per_epoch: int) -> FitOptions:
-    rate = usual_rate(steps_of(config.epochs, steps_per_epoch)) if config.lr is None else config.lr
-    return FitOptions(epochs=config.epochs, lr=rate, weight_decay=config.weight_decay, setbacks=SETBACKS)
 
 
 def best_epoch(course: Sequence[Epoch]) -> int | None:

@@ -23,7 +23,7 @@ from distill.data.addressing import derive_seed
 from distill.storage.aliases import load_state
 from distill.storage.checkpoint import Checkpoint, CheckpointFolder
 from distill.training.companions import Companion, all_judged
-from distill.training.horizon import Horizon, rate_of, steps_of
+from distill.training.horizon import Horizon, rate_of, steps_of, usual_rate
 from distill.training.objective import Objective, Tapped, TeacherOutputs
 from distill.training.team import Computing, Learner, Lesson, Team, learner
 from distill.training.trained import Trained
@@ -41,14 +41,19 @@ class FitOptions:
     """SGD with Nesterov momentum 0.9, linear warm-up, then a cosine to zero over all steps.
 
     Where a loss or a weight is not finite, training goes back to the end of the last epoch, or to the start, and on at
-    half the rate; `setbacks` times at most.
+    half the rate; `setbacks` times at most. Without a rate the peak is the usual one of as many steps as there are, and
+    follows where they are revised.
     """
 
     epochs: float
-    lr: float
+    lr: float | None
     weight_decay: float
     warmup_epochs: float = 0.0
     setbacks: int = 0
+
+    def peak(self, total: int) -> float:
+        """Return the peak rate of so many steps in all."""
+        return usual_rate(total) if self.lr is None else self.lr
 
 
 def fit(
@@ -83,14 +88,14 @@ def fit(
     left out everywhere.
     """
     to_channels_last(network, device)
-    trained = Trained(
-        network, objective.to(device), lr=options.lr, weight_decay=options.weight_decay, companions=companions
-    )
+    horizon = horizon or Horizon(steps_of(options.epochs, dataset.steps_per_epoch))
+    peak = options.peak(horizon.total)
+    trained = Trained(network, objective.to(device), lr=peak, weight_decay=options.weight_decay, companions=companions)
     fitting = Fitting(
         trained=trained,
         dataset=dataset,
         options=options,
-        horizon=horizon or Horizon(steps_of(options.epochs, dataset.steps_per_epoch)),
+        horizon=horizon,
         team=team,
         seed=seed,
         frozen=[network.get_submodule(path) for path in in_eval],
@@ -195,7 +200,7 @@ class Fitting:
 
     @property
     def _peak(self) -> float:
-        return self.options.lr * 0.5**self.halvings
+        return self.options.peak(self.horizon.total) * 0.5**self.halvings
 
     def _go_back(self, epoch: int) -> None:
         """Take up the last checkpoint again, at half the rate."""

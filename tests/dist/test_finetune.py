@@ -202,7 +202,7 @@ def train(
     source: Callable[[nn.Module], TeacherOutputs] | None = None,
     team: Team | None = None,
     stop_after: int | None = None,
-    lr: float = 0.1,
+    lr: float | None = 0.1,
     epochs: float = 3,
     setbacks: int = 0,
     companions: Sequence[Companion] = (),
@@ -436,6 +436,23 @@ def test_a_horizon_may_be_revised_after_an_epoch_and_is_resumed(tmp_path: Path, 
     resumed, again = go(tmp_path / "resumed")
     assert without_times(again) == without_times(course)
     assert same(resumed, model)
+
+
+def test_the_usual_peak_rate_follows_a_revised_horizon_and_is_resumed(tmp_path: Path) -> None:
+    def go(folder: Path, stop_after: int | None = None, *, lr: float | None = None) -> nn.Module:
+        horizon = Horizon(STEPS + 1)
+
+        def revise(course: Sequence[Epoch]) -> None:
+            horizon.total = 3 * STEPS
+
+        look, more = revise, {"horizon": horizon, "stop_after": stop_after, "lr": lr}
+        return train(folder, Images(), model=network(), look=look, **more)[0]  # type: ignore[arg-type]
+
+    model = go(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "resumed", stop_after=1)
+    assert same(go(tmp_path / "resumed"), model)
+    assert not same(go(tmp_path / "first estimate", lr=usual_rate(STEPS + 1)), model)
 
 
 def rank(rank: int, world_size: int, environment: Mapping[str, str], folder: str) -> None:
