@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.storage.files import json_line, read_json, read_lines, write_json
-from tests.e2e.command import SMALL, environment
+from tests.e2e.command import FINISHED, SMALL, environment
 
 pytestmark = pytest.mark.jobs
 
@@ -136,7 +136,7 @@ def results(
         shutil.copytree(finished[0], run)
         case.way(run / case.name)
         made[case] = run
-        job = [*SMALL, f"run.dir={run}", *(["stage=deliver"] if case.kind == "deliver" else [])]
+        job = [*SMALL, *FINISHED, f"run.dir={run}", *(["stage=deliver"] if case.kind == "deliver" else [])]
         work.append((case.kind, [str(run)] if case.kind == "report" else job))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(JOBS)],

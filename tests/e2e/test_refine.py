@@ -15,7 +15,7 @@ import distill
 from distill.job import refine
 from distill.training.finetune import Epoch, fit
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
 JOB = (
     "refine=progressive", "refine.order=bottom_up", "refine.steps=3", "distill.steps=0", "finetune.epochs=1",
     "assemble.batchnorm_batches=0", "assemble.refit_images=0", "plan.cost=flops", "deploy.programs=[]",

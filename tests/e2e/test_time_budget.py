@@ -8,9 +8,9 @@ import pytest
 from distill.storage.files import file_digest, read_json
 from tests.e2e.command import distill, metrics
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
 
-BUDGET_S = 240.0
+BUDGET_S = 160.0
 JOB = ("distill.steps=200", "finetune.epochs=2", f"budget.seconds={BUDGET_S:g}", "run.dir=run")
 
 
