@@ -78,8 +78,9 @@ def identity(config: JobConfig, seen: Memory | None = None) -> dict[str, Any]:
     if config.data.name not in (DataName.imagefolder, DataName.hf):
         del found["data.exif_orientation"]  # what is no file of a picture has none
     found = _searched(config, found)
-    if not config.refine.on:
-        found = {path: value for path, value in found.items() if not path.startswith("refine.")}
+    unused = [] if config.refine.on else ["refine."]
+    unused += [] if config.finetune.sparsity > 0 else ["finetune.sparsity_"]
+    found = {path: value for path, value in found.items() if not path.startswith(tuple(unused))}
     seen = {} if seen is None else seen
     data, teacher = config.data, config.teacher
     for read, arguments in (
@@ -104,7 +105,7 @@ def _searched(config: JobConfig, found: Found) -> dict[str, Any]:
     if config.search.budget.latency is None:
         return found if config.search.budget.memory is None else {**found, "deploy.batch": config.deploy.batch}
     deploy = dict(_by_path("deploy", asdict(config.deploy)))
-    for name in ("programs", "int8_steps"):  # of what is chosen
+    for name in ("programs", "int8_steps", "packed"):  # of what is chosen
         del deploy[f"deploy.{name}"]
     return {**found, **deploy, "deploy.table": _table(config.deploy.table)}
 

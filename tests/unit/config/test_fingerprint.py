@@ -59,7 +59,6 @@ CHANGED = (
     ("blocks.exclude", ["a"]), ("teacher.options", {"width": 2}), ("finetune.epochs", 9),
     ("assemble.batchnorm_batches", 1), ("plan.strategy", choices.Strategy.ddp), ("teacher.amp", choices.Amp.bf16),
     ("plan.groups", True), ("refine.method", choices.Refine.progressive), ("finetune.sparsity", 0.5),
-    ("finetune.sparsity_scope", "layer"), ("finetune.sparsity_begin", 0.2), ("finetune.sparsity_end", 0.7),
     ("finetune.fused_views", 2), ("finetune.feature_weight", 0.5),
 )  # fmt: skip
 
@@ -74,6 +73,15 @@ def test_unchanged_by_where_and_how_fast(default: JobConfig, path: str, value: o
 @pytest.mark.parametrize(("path", "value"), CHANGED)
 def test_changed_by_what_is_computed(default: JobConfig, path: str, value: object) -> None:
     assert digits(edited(default, path, value)) != digits(default)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sparsity_scope", "layer"), ("sparsity_begin", 0.2), ("sparsity_end", 0.7)]
+)
+def test_how_weights_become_zero_counts_where_some_do(default: JobConfig, name: str, value: object) -> None:
+    sparse = edited(default, "finetune.sparsity", 0.5)
+    assert digits(edited(default, f"finetune.{name}", value)) == digits(default)
+    assert digits(edited(sparse, f"finetune.{name}", value)) != digits(sparse)
 
 
 def test_a_file_of_weights_is_its_content_wherever_it_lies(default: JobConfig, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_what_is_chosen_is_told_apart_by_budgets_and_candidates_and_not_by_the_r
     assert identity(compose([*held, "deploy.threads=2"])) == identity(compose(held))
     timed = [BUDGET, "search.budget.latency=0.5"]
     assert identity(compose([*timed, "deploy.batch=1"])) != identity(compose(timed))
-    assert identity(compose([*timed, "deploy.programs=[]"])) == identity(compose(timed))
+    assert identity(compose([*timed, "deploy.programs=[]", "deploy.packed=int8"])) == identity(compose(timed))
 
 
 def test_a_candidate_from_outside_counts_by_its_source() -> None:
