@@ -69,6 +69,8 @@ class Timekeeper(Companion):
         self._next = FIRST
         self._since: tuple[int, float] | None = None
         self._totals: dict[int, int] = {}
+        if context.leads:  # those of an attempt whose decision was lost
+            (context.run.path / FILE).unlink(missing_ok=True)
 
     def after_step(self, step: int, total: int) -> None:
         done = step + 1

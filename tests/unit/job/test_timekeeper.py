@@ -115,6 +115,12 @@ def test_steps_that_a_setback_repeats_do_not_count_as_slow_ones(tmp_path: Path, 
     assert min(found[30:]) >= 150
 
 
+def test_revisions_of_a_decision_that_was_lost_are_forgotten(tmp_path: Path, clock: Clock) -> None:
+    write_json(tmp_path / timekeeper.FILE, {"totals": {4: 9}})
+    timekeeper.timekeepers(context_of(tmp_path, deadline_s=clock.now + 200), DATASET, Horizon(100))
+    assert not (tmp_path / timekeeper.FILE).exists()
+
+
 def test_no_time_left_ends_it_after_a_step_that_is_known_as_the_last(tmp_path: Path, clock: Clock) -> None:
     context, horizon = context_of(tmp_path, deadline_s=clock.now + 5), Horizon(100)
     (keeper,) = timekeeper.timekeepers(context, DATASET, horizon)
