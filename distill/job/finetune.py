@@ -61,14 +61,15 @@ def finetune_student(
     if context.config.finetune.epochs == 0 and context.config.budget.seconds is None:
         return []
     record = context.completed("finetune") or _finetune(context, dataset, teacher, blocks, start)
-    if record is None:
-        return []
-    if record["kept_epoch"] is None and context.config.finetune.sparsity > 0:
-        raise DistillError(
-            f"{context.run.path}: no epoch with finetune.sparsity={context.config.finetune.sparsity:g} came to an end "
-            "with finite logits; try a lower finetune.lr"
+    kept = record is not None and record["kept_epoch"] is not None
+    if not kept and context.config.finetune.sparsity > 0:
+        why = (
+            f"budget.seconds={context.config.budget.seconds:g} leaves no time for it; raise that"
+            if record is None
+            else "no epoch came to an end with all of its zeros and finite logits; try a lower finetune.lr"
         )
-    return ["finetuned"] if record["kept_epoch"] is not None else []
+        raise DistillError(f"{context.run.path}: finetune.sparsity={context.config.finetune.sparsity:g}: {why}")
+    return ["finetuned"] if kept else []
 
 
 def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Blocks, start: str) -> Epoch | None:

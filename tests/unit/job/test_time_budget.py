@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from distill.job import time_budget
+from distill.errors import DistillError
+from distill.job import finetune, time_budget
 
 DATASET: Any = SimpleNamespace(steps_per_epoch=50, num_validation=100, num_test=200, batch_size=10)
 KNOWN = {"passes": {"step": 1.0, "teacher": 0.1, "student": 0.1}, "export_s": 2.0}
@@ -65,6 +66,16 @@ def test_no_time_is_no_epoch_and_told(caplog: pytest.LogCaptureFixture) -> None:
     found = time_budget._told(context, time_budget._epochs(context, DATASET))
     assert (found["steps"], found["epochs"]) == (0, 0.0)
     assert "budget.seconds=20: no time is left to fine-tune in" in caplog.text
+
+
+def test_a_sparse_student_that_no_time_is_left_for_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "_finetune", lambda *_: None)
+    context = context_of(20.0)
+    context.completed, context.run.path = lambda _: None, "run"
+    context.config.finetune.sparsity = 0.5
+    nothing: Any = None
+    with pytest.raises(DistillError, match=r"sparsity=0\.5: budget\.seconds=20 leaves no time for it"):
+        finetune.finetune_student(context, nothing, nothing, nothing, start="recalibrated")
 
 
 @pytest.mark.parametrize(
