@@ -16,7 +16,7 @@ from distill.storage.aliases import each_once
 
 NO_ANSWER = -1  # in the place of a class
 # Images that are evaluated at a time, fewer where they are large. 250 of CIFAR took a third more: their activations are
-# memory that is asked for anew (ResNet-20, one core of a Xeon with 2 MiB of L2).
+# memory that is asked for anew (ResNet-20, one core of an AMD EPYC with 1 MiB of L2).
 AT_A_TIME, PIXELS_AT_A_TIME = 100, 2**21
 
 
