@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 from torch import nn
 
@@ -27,6 +28,7 @@ from distill.job.time_budget import expected_steps, with_epochs
 from distill.job.timekeeper import timekeepers
 from distill.observability.numbers import show, show_count
 from distill.storage.checkpoint import CheckpointFolder
+from distill.training.companions import Companion
 from distill.training.finetune import Epoch, FitOptions, fit
 from distill.training.horizon import Horizon, steps_of
 from distill.training.objective import TeacherHere
@@ -95,33 +97,8 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         f"peak rate {fit_options.peak(horizon.total):.3g}"
     )
 
-    def report(course: Sequence[Epoch]) -> None:
-        epoch = course[-1]
-        number, loss = epoch["epoch"], epoch["loss"]
-        if loss is None:
-            if context.leads:
-                log.warning(
-                    "finetune: stopped, the loss of epoch %d is not finite; try a lower finetune.lr (%g)",
-                    number, fit_options.peak(horizon.total),
-                )  # fmt: skip
-            return
-        hits = held_out_hits(context, f"epoch {number}", student, dataset)
-        top1 = None if hits.not_finite else hits.percent()["top1"]
-        epoch |= {"validation_top1": top1} | facts_of(companions)
-        if context.leads:
-            context.scalars.add("epochs/finetune_loss", loss, number)
-            in_all = round(horizon.total / dataset.steps_per_epoch, 2)
-            context.say(
-                f"finetune: epoch {number} of {in_all:g}, loss {loss:.4f}, {epoch['seconds']:.1f} s, "
-                f"{show(top1, '{:.2f} %')} of {show_count(hits.images, 'validation image')}{in_words(epoch)}"
-            )
-        if context.leads and best_epoch(course) == number:
-            save_network(context, "finetuned", student)
-        if is_exhausted(course, config.patience) and epoch["steps"] < horizon.total:
-            horizon.total = epoch["steps"]
-            context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
-
     companions = [*timekeepers(context, dataset, horizon), *companions_for(config, student)]
+    judge = Judge(context, dataset, student, options=fit_options, horizon=horizon, companions=companions)
     course = fit(
         student,
         dataset,
@@ -136,7 +113,7 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         seed=derive_seed(context.config.seed, "finetune"),
         checkpoints=checkpoints,
         name="finetune",
-        report=report,
+        report=judge,
     )
     kept = best_epoch(course)
     if kept not in (None, len(course)):
@@ -153,6 +130,47 @@ def _finetune(context: Context, dataset: Dataset, teacher: nn.Module, blocks: Bl
         context.run.complete("finetune", record, made=made, used=[TEACHER, f"{start}.safetensors"])
         checkpoints.remove("finetune")
     return record
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Counts the student's hits on validation images after every epoch, keeps its best state, and ends the course where
+    as many epochs as finetune.patience says have improved nothing. Every rank's is called."""
+
+    context: Context
+    dataset: Dataset
+    student: nn.Module
+    _: KW_ONLY
+    options: FitOptions
+    horizon: Horizon
+    companions: Sequence[Companion]
+
+    def __call__(self, course: Sequence[Epoch]) -> None:
+        """Judge the last epoch of a course, whose record gets what was found."""
+        context, epoch, total = self.context, course[-1], self.horizon.total
+        number = epoch["epoch"]
+        if epoch["loss"] is None:
+            if context.leads:
+                log.warning(
+                    "finetune: stopped, the loss of epoch %d is not finite; try a lower finetune.lr (%g)",
+                    number, self.options.peak(total),
+                )  # fmt: skip
+            return
+        hits = held_out_hits(context, f"epoch {number}", self.student, self.dataset)
+        top1 = None if hits.not_finite else hits.percent()["top1"]
+        epoch |= {"validation_top1": top1} | facts_of(self.companions)
+        if context.leads:
+            context.scalars.add("epochs/finetune_loss", epoch["loss"], number)
+            context.say(
+                f"finetune: epoch {number} of {round(total / self.dataset.steps_per_epoch, 2):g}, loss "
+                f"{epoch['loss']:.4f}, {epoch['seconds']:.1f} s, {show(top1, '{:.2f} %')} of "
+                f"{show_count(hits.images, 'validation image')}{in_words(epoch)}"
+            )
+        if context.leads and best_epoch(course) == number:
+            save_network(context, "finetuned", self.student)
+        if is_exhausted(course, context.config.finetune.patience) and epoch["steps"] < total:
+            self.horizon.total = epoch["steps"]
+            context.say("finetune: it ends here: as many epochs as finetune.patience says have improved nothing")
 
 
 def best_epoch(course: Sequence[Epoch]) -> int | None:
