@@ -16,7 +16,7 @@ from distill.distributed.transport import Edge
 from distill.observability.trace import Trace
 from distill.planning.schedule import Address
 from tests.dist.ranks import connect, run_ranks
-from tests.e2e.command import distill, metrics
+from tests.e2e.command import FINISHED, distill, metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,3 +79,14 @@ def test_bf16_autocast_and_wire_run_on_the_device(tmp_path: Path) -> None:
     overrides = ("device=cuda", "distill.amp=bf16", "plan.wire_dtype=bf16", "stage=distill", "run.dir=run")
     result = distill(*overrides, cwd=tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
+
+
+def test_refining_and_fine_tuning_in_bf16_run_on_the_device(tmp_path: Path) -> None:
+    learnt = ("finetune.amp=bf16", "finetune.views=1", "finetune.epochs=2", "finetune.sparsity=0.5", "activation=lma")
+    result = distill("device=cuda", "run.dir=run", *FINISHED, *learnt, cwd=tmp_path, ranks=2)
+    assert result.returncode == 0, result.stderr
+    found = metrics(tmp_path / "run")
+    assert found["finetune"]["computed_in"].startswith("bf16")
+    courses = [*found["refine"]["courses"].values(), found["finetune"]["epochs"]]
+    assert all(epoch["loss"] is not None for course in courses for epoch in course)
+    assert found["student"]["nonzero_params"] < 0.6 * found["student"]["params"]
